@@ -1,0 +1,280 @@
+"""The frozen dataclasses of a run. YAML and command line become these before anything is compiled.
+
+Argument names are TRL's where the meaning is equal. Every default of the library stands here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import ConfigDict
+
+_STRICT = ConfigDict(extra="forbid")  # without it a dataclass drops unknown keys in silence
+
+
+@dataclass(frozen=True)
+class ToyTask:
+    """The embedded summarisation task (see data/toy.py, which explains every term).
+
+    `overlong_penalty` and `length_turn` are the knob that makes a reward model go stale: under π_SFT hardly any
+    response is longer than `length_turn`, so "longer is better" is what its samples teach; beyond it gold falls.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    length_turn: int = 8  # tokens; gold falls beyond this response length
+    overlong_penalty: float = 0.25  # gold lost per (tokens beyond the turn)²
+
+
+@dataclass(frozen=True)
+class LimitsConfig:
+    """Lengths in tokens; a prompt over the limit is dropped (named) or cut on the left, a response cut or dropped."""
+
+    __pydantic_config__ = _STRICT
+
+    max_prompt_length: int = 512
+    max_response_length: int = 128
+    long_prompt: Literal["drop", "truncate"] = "drop"
+    long_response: Literal["drop", "truncate"] = "truncate"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from. Paths to JSONL(.gz) or Parquet, hub ids, or `toy`, the task the package generates."""
+
+    __pydantic_config__ = _STRICT
+
+    train: str = "toy"  # preference pairs
+    valid: str | None = None  # held-out pairs; None: split off `train` by prompt
+    valid_fraction: float = 0.05  # share of prompts held out when `valid` is None
+    demonstrations: str | None = None  # SFT text; None: the chosen responses of `train` (toy: its own)
+    prompts: str | None = None  # PPO prompts; None: the prompts of `train`
+    num_demonstrations: int = 40_000  # toy only
+    num_prompts: int = 20_000  # toy only
+    max_pairs: int | None = None  # read at most so many training pairs
+    on_bad_row: Literal["drop", "error"] = "drop"
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    toy: ToyTask = field(default_factory=ToyTask)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model from scratch. None takes the family's usual value."""
+
+    __pydantic_config__ = _STRICT
+
+    family: Literal["gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"] = "gpt_neox"
+    hidden_size: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    intermediate_size: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base model: a Hugging Face folder or hub id (`source`), or a shape to initialise at random."""
+
+    __pydantic_config__ = _STRICT
+
+    source: str | None = None
+    shape: ModelShape = field(default_factory=ModelShape)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """`source`: a folder or hub id; None: the model's own, else trained on the run's text (toy: its word list)."""
+
+    __pydantic_config__ = _STRICT
+
+    source: str | None = None
+    vocab_size: int = 1024  # of a tokenizer trained here
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Preference pairs: read from data as they are, or sampled from π_SFT and labelled by gold (the OCRM paper)."""
+
+    __pydantic_config__ = _STRICT
+
+    source: Literal["data", "sample"] = "data"
+    num_pairs: int = 2_000  # sampled pairs
+    temperature: float = 1.0  # the importance weights' denominator is π_SFT at this temperature
+    label: Literal["argmax", "bradley_terry"] = "argmax"  # argmax: ties to the first; bradley_terry: sampled
+    label_flip: float = 0.0  # share of labels flipped at random
+    batch_size: int = 128
+
+
+@dataclass(frozen=True)
+class GoldConfig:
+    """The true reward, where there is one: `toy`, a reward-model folder (`model`), or a Python function (`module:attribute`)."""
+
+    __pydantic_config__ = _STRICT
+
+    kind: Literal["none", "toy", "model", "function"] = "none"
+    source: str | None = None  # folder, or module:attribute
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as torch names it. No warm-up and no clipping unless asked: the papers use neither."""
+
+    __pydantic_config__ = _STRICT
+
+    learning_rate: float = 3e-6
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = 0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-5
+    weight_decay: float = 0.01
+    max_grad_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class SFTConfig(OptimizerConfig):
+    num_train_epochs: int = 1
+    max_steps: int | None = None
+    batch_size: int = 128
+    gradient_accumulation_steps: int = 1
+    loss_on: Literal["response", "all"] = "response"
+
+
+@dataclass(frozen=True)
+class RewardConfig(OptimizerConfig):
+    """Bradley–Terry training. `reward_bias` (the mean score of reference responses) is recomputed after every training."""
+
+    num_train_epochs: int = 1
+    max_steps: int | None = None
+    batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    loss: str = "bradley_terry"  # a name in PAIR_LOSSES or module:attribute, with head "scalar"
+    center_rewards_coefficient: float = 0.0
+    use_margin: bool = False
+    eval_batch_size: int = 128
+
+
+@dataclass(frozen=True)
+class PPOConfig(OptimizerConfig):
+    """One round of PPO. Defaults are those of the N+ implementation details and of the OCRM code."""
+
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
+    total_episodes: int = 100_000  # prompts sampled in a round
+    batch_size: int = 512  # rollout batch
+    num_mini_batches: int = 1
+    num_ppo_epochs: int = 4
+    gradient_accumulation_steps: int = 1
+    response_length: int = 53
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 1.0
+    old_logp: Literal["score", "sampler"] = "score"
+    loss: str = "ppo"  # a name in POLICY_LOSSES or module:attribute
+    kl_coef: float = 0.05
+    kl_coef_previous: float | None = None  # where the KL reference is the previous policy; None: kl_coef
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    adaptive_kl: bool = False
+    kl_target: float = 6.0  # nats a response
+    kl_horizon: int = 10_000  # episodes
+    gamma: float = 1.0
+    lam: float = 0.95
+    cliprange: float = 0.2
+    cliprange_high: float | None = None
+    dual_clip: float | None = None
+    cliprange_value: float = 0.2
+    vf_coef: float = 0.1
+    entropy_coef: float = 0.0
+    whiten_rewards: bool = False
+    score_placement: Literal["after_eos", "at_eos"] = "after_eos"
+    missing_eos_penalty: float | None = None  # subtracted from the score
+    missing_eos_score: float | None = None  # replaces the score (−1 in the papers)
+    critic_warmup_updates: int = 0  # rollouts in which only the critic learns
+    critic_learning_rate: float | None = None
+    forward_batch_size: int | None = None  # rows a forward pass of scoring takes at once; None: all
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """Importance weights of OCRM: w = exp(η · [log r_α(y⁺) + log r_α(y⁻)])."""
+
+    __pydantic_config__ = _STRICT
+
+    alpha: float = 0.1  # relative density ratio; 0: the plain ratio
+    eta: float | Literal["ess"] = 0.001  # "ess": the largest η ≤ 1 that keeps the effective sample size
+    ess_target: float = 0.15  # share of the pairs, for eta: ess
+    normalize: Literal["none", "mean"] = "none"
+    temperature: float = 1.0
+    max_tokens: int | None = None  # only the first so many response tokens; None: all
+    reference_compat: bool = False  # the public code's float32 floor, for comparison only
+    batch_size: int = 128
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Taken at the end of every round over all evaluation prompts."""
+
+    __pydantic_config__ = _STRICT
+
+    num_prompts: int = 500
+    temperature: float = 1.0
+    batch_size: int = 128
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices by axis; −1: all the others."""
+
+    __pydantic_config__ = _STRICT
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    __pydantic_config__ = _STRICT
+
+    every: int = 500  # steps of a stage; a stopped stage goes on from its last checkpoint
+    keep: int = 1
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    __pydantic_config__ = _STRICT
+
+    tensorboard: bool = True
+    wandb: str | None = None  # project name; nothing is sent anywhere unless it is given
+    every: int = 1  # steps between lines of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run: one method, or several arms that share every stage whose inputs are equal."""
+
+    __pydantic_config__ = _STRICT
+
+    name: str = "run"
+    seed: int = 0
+    method: str = "ocrm"  # a row of algorithms.rounds.METHODS
+    rounds: int = 3
+    output: str = "runs"
+    store: str | None = None  # finished stages; None: <output>/.stages
+    standalone: bool = False  # copy stages into the run folder instead of linking them
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)  # name → overrides with dotted keys, each a run of its own
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    gold: GoldConfig = field(default_factory=GoldConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
