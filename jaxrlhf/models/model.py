@@ -1,0 +1,115 @@
+"""A decoder as the pure functions of `types.Model`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrlhf.models.heads import check_head, init_lm_head, init_scalar_head, lm_logits, scalars
+from jaxrlhf.models.transformer import Backbone, Cache, DecoderConfig, with_room
+from jaxrlhf.types import Model, Outputs, Params, TokenStats
+
+# score_tokens holds at most this many float32 logits at a time (256 MB) unless told otherwise.
+LOGITS_AT_ONCE = 2**26
+
+
+@functools.lru_cache(maxsize=64)
+def build_model(config: DecoderConfig, *, head: str = "lm", dtype: str = "float32", remat: bool = False) -> Model:
+    """The functions of `types.Model` for a decoder.
+
+    Parameters are float32; `dtype` is that of the computation ("float32" or "bfloat16"; log-softmax and attention weights are always
+    float32). `remat` recomputes layers in the backward pass. Equal arguments give the same functions, so compiled code is reused.
+    """
+    check_head(head)
+    backbone = Backbone(config, jnp.dtype(dtype), remat)
+
+    def hidden(params: Params, tokens: Array, mask: Array, cache: Cache | None = None, start: int = 0) -> tuple[Array, Cache]:
+        if not 0 <= start < tokens.shape[1]:
+            raise ValueError(f"start {start} must lie in the {tokens.shape[1]} positions given.")
+        out: Any = backbone.apply({"params": params["backbone"]}, tokens, mask.astype(bool), cache, start)
+        return out
+
+    @jax.jit
+    def init(key: Array) -> Params:
+        body, top = jax.random.split(key)
+        dummy = jnp.zeros((1, 1), jnp.int32)
+        params = {"backbone": backbone.init(body, dummy, dummy == 0)["params"]}
+        if head == "scalar":
+            params["head"] = init_scalar_head(top, config.hidden_size)
+        elif not config.tied_head:
+            params["head"] = init_lm_head(top, config)
+        return params
+
+    def apply(params: Params, tokens_BL: Array, mask_BL: Array, *, start: int = 0) -> Outputs:
+        states, _ = hidden(params, tokens_BL, mask_BL, start=start)
+        return Outputs(scalars=scalars(params, states)) if head == "scalar" else Outputs(logits=lm_logits(params, states))
+
+    def prefill(params: Params, tokens_BL: Array, mask_BL: Array, *, length: int) -> tuple[Array, Cache]:
+        _needs_lm(head, "prefill")
+        if config.positions == "learned" and length > config.max_positions:
+            raise ValueError(f"length {length} exceeds the {config.max_positions} positions this model has learned; shorten it.")
+        states, cache = hidden(params, tokens_BL, mask_BL, start=tokens_BL.shape[1] - 1)
+        return lm_logits(params, states)[:, 0], with_room(cache, length)
+
+    def decode(params: Params, tokens_B: Array, cache: Cache) -> tuple[Array, Cache]:
+        _needs_lm(head, "decode")
+        states, cache = hidden(params, tokens_B[:, None], jnp.ones((tokens_B.shape[0], 1), bool), cache)
+        return lm_logits(params, states)[:, 0], cache
+
+    def score_tokens(
+        params: Params, tokens_BL: Array, mask_BL: Array, *, start: int, temperature: float | Array = 1.0, chunk: int | None = None
+    ) -> TokenStats:
+        _needs_lm(head, "score_tokens")
+        if not 1 <= start < tokens_BL.shape[1]:
+            raise ValueError(f"start {start} must lie in 1..{tokens_BL.shape[1] - 1}: the first token has no prediction.")
+        # The state at position t−1 predicts token t, so the last token is never an input.
+        states, _ = hidden(params, tokens_BL[:, :-1], mask_BL[:, :-1], start=start - 1)
+        return chunked_stats(params, states, tokens_BL[:, start:], temperature, chunk, config.vocab_size)
+
+    return Model(init, apply, prefill, decode, score_tokens)
+
+
+def _needs_lm(head: str, name: str) -> None:
+    if head != "lm":
+        raise ValueError(f"{name} needs head 'lm', and this model has head {head!r}; build it with head='lm'.")
+
+
+def token_stats(logits: Array, tokens: Array, temperature: float | Array) -> TokenStats:
+    """log π(token), entropy and log Σ_v π(v)² of float32 logits [..., V] at a temperature; what a caller drops, XLA drops."""
+    logp = jax.nn.log_softmax(logits / temperature, axis=-1)
+    chosen = jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
+    return TokenStats(chosen, -jnp.sum(jnp.exp(logp) * logp, axis=-1), jax.nn.logsumexp(2.0 * logp, axis=-1))
+
+
+def chunked_stats(
+    params: Params, states_BTd: Array, tokens_BT: Array, temperature: float | Array, chunk: int | None, vocab_size: int
+) -> TokenStats:
+    """`token_stats` over `chunk` positions at a time, so that [B, T, V] in float32 never exists, in the backward pass either.
+
+    `chunk=None` chooses the largest that keeps at most LOGITS_AT_ONCE logits alive; a chunk of T or more is one product, its logits
+    saved for the backward pass.
+    """
+    B, T, d = states_BTd.shape
+    chunk = max(1, LOGITS_AT_ONCE // (B * vocab_size)) if chunk is None else chunk
+    if chunk < 1:
+        raise ValueError(f"chunk {chunk} must be at least 1, or None.")
+    if chunk >= T:
+        return token_stats(lm_logits(params, states_BTd), tokens_BT, temperature)
+
+    # Only the arrays that make logits enter the loop, and each chunk is recomputed in the backward pass.
+    @jax.checkpoint
+    def one(piece: tuple[Array, Array]) -> TokenStats:
+        states, tokens = piece
+        return token_stats(lm_logits(params, states), tokens, temperature)
+
+    count = -(-T // chunk)
+    chunk = -(-T // count)  # as even as they come, so that little is padded
+    padding = count * chunk - T
+    states = jnp.pad(states_BTd, ((0, 0), (0, padding), (0, 0))).reshape(B, count, chunk, d).swapaxes(0, 1)
+    tokens = jnp.pad(tokens_BT, ((0, 0), (0, padding))).reshape(B, count, chunk).swapaxes(0, 1)
+    stats = jax.lax.map(one, (states, tokens))
+    return jax.tree.map(lambda part: part.swapaxes(0, 1).reshape(B, count * chunk)[:, :T], stats)
