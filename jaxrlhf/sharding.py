@@ -1,0 +1,222 @@
+"""Where arrays live: the mesh, one table from parameter path to axes, and the functions that put trees there.
+
+The engine is `jax.jit` over a mesh with three axes. `data` splits the batch and copies the parameters; `fsdp` splits both; `tensor`
+splits the width of the layers. The maths never sees the mesh: XLA derives the communication from where the inputs live. `pmap` is a
+thin wrapper for those who want one replica a device. Only this file imports `jax.sharding`.
+"""
+
+import functools
+import logging
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# (pattern, axes), first match wins; patterns are searched in paths like "layers/0/attention/query/kernel", so the moments of an
+# optimizer and the parts of {"policy": …, "critic": …} follow their parameter by its path's end. Kernels are [in, out].
+_WIDE = r"\b(q|k|v|query|key|value|q_proj|k_proj|v_proj|gate|up|in|wi|gate_proj|up_proj|fc_in|intermediate)"
+_NARROW = r"\b(o|out|output|down|wo|dense|o_proj|down_proj|fc_out)"
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    # Column-parallel: the output width is split, so attention heads and hidden units stay whole on a shard.
+    (_WIDE + r"/kernel$", PartitionSpec("fsdp", "tensor")),
+    (_WIDE + r"/bias$", PartitionSpec("tensor")),
+    # Row-parallel: the input width is split; XLA adds the partial results.
+    (_NARROW + r"/kernel$", PartitionSpec("tensor", "fsdp")),
+    # Vocabulary: tables are [V, D], the output head is [D, V].
+    (r"(embed\w*|wte|wpe|tokens|positions)/(embedding|table|kernel)$", PartitionSpec("tensor", "fsdp")),
+    (r"\b(lm_head|head|unembed\w*)/kernel$", PartitionSpec("fsdp", "tensor")),
+    # Norms, the remaining biases, scalar heads, counters.
+    (r"(scale|bias|weight)$", PartitionSpec()),
+)
+
+_log = logging.getLogger(__name__)
+Step = Callable[[Any, Any], tuple[Any, Any]]
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of `data` × `fsdp` × `tensor` devices (default: all of them); one axis may be −1, "all the rest".
+
+    Raises ValueError where the product is not the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes: dict[str, int] = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+    shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    if any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh {shown}: an axis is a positive number, or -1 for all the rest.")
+    free: list[str] = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"mesh {shown}: only one axis may be -1; give {free[1]} a number.")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free and len(devices) % fixed:
+        raise ValueError(f"mesh {shown}: {fixed} does not divide the {len(devices)} devices there are; give axes whose product does.")
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    elif fixed != len(devices):
+        raise ValueError(f"mesh {shown} wants {fixed} devices and there are {len(devices)}; make one axis -1, or pass `devices`.")
+    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def data_shards(mesh: Mesh) -> int:
+    """How many parts a batch is cut into."""
+    return math.prod(mesh.shape[name] for name in BATCH_AXES)
+
+
+def path_of(path: tuple[Any, ...]) -> str:
+    """A tree path as "layers/0/attention/query/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _log.warning(message)
+
+
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The axes of one leaf: the first rule that fits, less the axes that do not divide."""
+    spec = next((axes for pattern, axes in RULES if re.search(pattern, path)), None)
+    if spec is None or len(spec) > len(shape):
+        if len(shape) > 1 and mesh.size > mesh.shape["data"]:
+            _say_once(f"{path} {list(shape)}: no rule in the sharding table fits; it is replicated.")
+        return PartitionSpec()
+    kept = []
+    for axis, size in zip(spec, shape, strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            _say_once(f"{path} {list(shape)}: {size} does not divide over {mesh.shape[axis]} {axis} shards; replicated along that axis.")
+            axis = None
+        kept.append(axis)
+    return PartitionSpec(*kept)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of every leaf of a tree of parameters or optimizer state (arrays or ShapeDtypeStructs), by the table."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, _spec(path_of(path), np.shape(leaf), mesh)), tree)
+
+
+def _only_device(mesh: Mesh | None) -> tuple[bool, Any]:
+    """(True, device) where there is nothing to shard. None: the default device, whose arrays stay uncommitted and cost jit nothing."""
+    if mesh is None:
+        return True, None
+    if mesh.size > 1:
+        return False, None
+    device = mesh.devices.flat[0]
+    return True, None if device == jax.devices()[0] else device
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(leaf, jax.Array) or sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    # Several processes: every one holds the whole array and hands over its own part.
+    leaf = np.asarray(leaf)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+
+def place(tree: Any, mesh: Mesh | None) -> Any:
+    """Put parameters, optimizer state or a whole TrainState on the mesh by the table; numpy leaves are welcome.
+
+    The arrays handed in stay valid unless a later step that donates its input is given the very same buffers (device_put does not copy
+    what already lives in the right place).
+    """
+    single, device = _only_device(mesh)
+    if single or mesh is None:
+        return jax.device_put(tree, device)
+    return jax.tree.map(_put, tree, shardings(tree, mesh))
+
+
+def template(tree: Any, mesh: Mesh | None) -> Any:
+    """ShapeDtypeStructs with shardings: what `checkpoint.restore` needs to put every leaf where it belongs, on any mesh."""
+    single, device = _only_device(mesh)
+    if single or mesh is None:
+        where = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf), sharding=where), tree)
+    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf), sharding=where), tree, shardings(tree, mesh))
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else jax.numpy.asarray(leaf).dtype
+
+
+def check_batch_size(batch_size: int, shards: int, *, name: str = "batch_size") -> None:
+    """Raise ValueError unless `batch_size` divides over `shards`; the message names the nearest size that does."""
+    if batch_size % shards:
+        fits = max(batch_size // shards, 1) * shards
+        raise ValueError(f"{name} {batch_size} does not divide over {shards} data shards; try {fits}.")
+
+
+def place_batch(batch: Any, mesh: Mesh | None) -> Any:
+    """Put a batch on the mesh, its leading axis cut over `data` and `fsdp`. Every process passes the same global batch.
+
+    Raises ValueError where the batch size does not divide over the data shards.
+    """
+    single, device = _only_device(mesh)
+    if single or mesh is None:
+        return jax.device_put(batch, device)
+    for leaf in jax.tree.leaves(batch):
+        if np.ndim(leaf):
+            check_batch_size(np.shape(leaf)[0], data_shards(mesh))
+    rows, whole = NamedSharding(mesh, PartitionSpec(BATCH_AXES)), NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: _put(leaf, rows if np.ndim(leaf) else whole), batch)
+
+
+def gather(tree: Any) -> Any:
+    """The whole of every array on this host, as numpy: for export, metrics and tests."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
+
+
+def jit(step: Step, mesh: Mesh | None, *, donate: bool = True) -> Step:
+    """`jax.jit` of a step whose new state lives where the old one lived: the compiler may not drift to another layout.
+
+    `donate` gives the old state's memory to the new one; the old state is gone afterwards.
+    """
+    donated = (0,) if donate else ()
+    if _only_device(mesh)[0] or mesh is None:
+        return jax.jit(step, donate_argnums=donated)
+    whole = NamedSharding(mesh, PartitionSpec())
+    compiled: list[Step] = []
+
+    def run(state: Any, batch: Any) -> tuple[Any, Any]:
+        if not compiled:
+            compiled.append(jax.jit(step, donate_argnums=donated, out_shardings=(shardings(state, mesh), whole)))
+        return compiled[0](state, batch)
+
+    return run
+
+
+def pmap(make_step: Callable[..., Step], *, devices: Sequence[Any] | None = None, donate: bool = True) -> Step:
+    """One replica a device: builds the step with `axis_name="data"` and runs it under `jax.pmap`.
+
+        step = pmap(lambda axis_name: make_pair_step(model, loss, optimizer, axis_name=axis_name))
+
+    The result takes and returns what an ordinary step does: a state without a device axis, and a global batch [B, …] that it cuts over
+    the devices. The state stays replicated on the devices between calls. Upstream `jax.pmap` is in maintenance mode and built on jit;
+    `jit` over a mesh does the same and more. Raises ValueError where the batch does not divide over the devices.
+    """
+    devices = list(jax.local_devices() if devices is None else devices)
+    count = len(devices)
+    mapped = jax.pmap(
+        make_step(axis_name="data"),
+        axis_name="data",
+        in_axes=(None, 0),
+        out_axes=(None, None),
+        devices=devices,
+        donate_argnums=(0,) if donate else (),
+    )
+
+    def cut(leaf: Any) -> Any:
+        check_batch_size(np.shape(leaf)[0], count)
+        return leaf.reshape(count, -1, *leaf.shape[1:])
+
+    def run(state: Any, batch: Any) -> tuple[Any, Any]:
+        return mapped(state, jax.tree.map(cut, batch))
+
+    return run
