@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 
@@ -19,6 +19,7 @@ Metrics = dict[str, Array]
 _T = TypeVar("_T")
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def _pytree(cls: type[_T]) -> type[_T]:
     return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
 

@@ -58,7 +58,7 @@ def shaped_rewards(
     last = length - 1 - jnp.argmax(jnp.asarray(mask)[:, ::-1], axis=1)
     place = jnp.minimum(last + 1, length - 1) if placement == "after_eos" else last
     lands = (jnp.arange(length) == place[:, None]) & jnp.any(mask, axis=1, keepdims=True)
-    return -kl_coef * masked_fill(kl, mask) + jnp.where(lands, as_float(scores)[:, None], 0.0)
+    return -jnp.asarray(kl_coef, jnp.float32) * masked_fill(kl, mask) + jnp.where(lands, as_float(scores)[:, None], 0.0)
 
 
 def adaptive_kl(coef: Scalar, kl: Scalar, *, target: Number, horizon: Number, steps: Scalar) -> Float[Array, ""]:
