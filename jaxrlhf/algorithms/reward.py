@@ -1,0 +1,78 @@
+"""Reward models: Bradley–Terry training on (weighted) pairs, and the bias that puts reference responses at 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrlhf import sharding
+from jaxrlhf.algorithms.supervised import optimizer_of
+from jaxrlhf.config import RewardConfig
+from jaxrlhf.data.batches import evaluation_batches
+from jaxrlhf.losses import PAIR_LOSSES, bind
+from jaxrlhf.steps.pair import make_pair_step, response_scores
+from jaxrlhf.types import Array, Model, PairBatch, PairLoss, Params, TextBatch
+
+
+def reward_loss(config: RewardConfig, plugin: Callable[[str], PairLoss]) -> PairLoss:
+    """The section's pair loss with its hyperparameters bound. Raises ValueError where it is not one for scalar heads."""
+    name = config.loss
+    if name == "bradley_terry":
+        named = PAIR_LOSSES["bradley_terry_margin" if config.use_margin else "bradley_terry"]
+        return bind(named, center=config.center_rewards_coefficient)
+    if ":" not in name and name not in PAIR_LOSSES:
+        raise ValueError(f"reward.loss {name!r} is unknown; use one of {', '.join(PAIR_LOSSES)} or module:attribute.")
+    loss = plugin(name) if ":" in name else PAIR_LOSSES[name]
+    if loss.head != "scalar":
+        raise ValueError(f"reward.loss {name!r} needs head {loss.head!r}; a reward model has head 'scalar'.")
+    return loss
+
+
+@lru_cache(maxsize=16)
+def reward_trainer(model: Model, loss: PairLoss, config: RewardConfig, steps: int, mesh: Any):
+    """(optimizer, compiled step); cached, so that every refit of a run compiles once."""
+    optimizer = optimizer_of(config, steps=steps)
+    return optimizer, sharding.jit(make_pair_step(model, loss, optimizer, accumulate=config.gradient_accumulation_steps), mesh)
+
+
+def with_weights(tokens: PairBatch, weights_N: np.ndarray) -> PairBatch:
+    """The pairs with their weights. Raises ValueError unless there is one finite weight ≥ 0 a pair."""
+    weights = np.asarray(weights_N, np.float32)
+    if weights.shape != (len(tokens.index_B),):
+        raise ValueError(f"a reward update gave weights of shape {weights.shape} for {len(tokens.index_B)} pairs; give one a pair.")
+    if not np.isfinite(weights).all() or (weights < 0).any():
+        raise ValueError(f"weight {weights[~np.isfinite(weights) | (weights < 0)][0]} is not a finite number ≥ 0; look at eta and alpha.")
+    return replace(tokens, weights_B=weights)
+
+
+@lru_cache(maxsize=16)
+def _scorer(model: Model):
+    return jax.jit(lambda params, *sides: response_scores(model, params, *sides))
+
+
+def score_responses(model: Model, params: Params, texts: TextBatch, *, batch_size: int, mesh: Any, bias: float = 0.0) -> np.ndarray:
+    """Scores of all N responses, in order, minus `bias`; float32 [N]."""
+    score = _scorer(model)
+    parts: list[Array] = []
+    for batch in evaluation_batches(texts, min(batch_size, max(len(texts.index_B), 1))):
+        batch = sharding.place_batch(batch, mesh)
+        parts.append(score(params, batch.prompt_BL, batch.prompt_mask_BL, batch.response_BT, batch.response_mask_BT))
+    scores = np.concatenate([np.asarray(sharding.gather(part)) for part in parts]) if parts else np.zeros(0, np.float32)
+    return scores[: len(texts.index_B)] - np.float32(bias)
+
+
+def sides(pairs: PairBatch) -> Iterator[TextBatch]:
+    """The chosen and the rejected responses of pairs, as texts."""
+    for response, mask in ((pairs.chosen_BT, pairs.chosen_mask_BT), (pairs.rejected_BT, pairs.rejected_mask_BT)):
+        yield TextBatch(pairs.prompt_BL, pairs.prompt_mask_BL, response, mask, pairs.row_mask_B, pairs.index_B)
+
+
+def score_pairs(model: Model, params: Params, pairs: PairBatch, *, batch_size: int, mesh: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(chosen_N, rejected_N) scores; the bias cancels in whatever one does with them."""
+    chosen, rejected = (score_responses(model, params, texts, batch_size=batch_size, mesh=mesh) for texts in sides(pairs))
+    return chosen, rejected

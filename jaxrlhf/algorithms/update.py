@@ -1,0 +1,65 @@
+"""What a reward update sees and returns: the pairs the next reward model is fitted on, and their weights.
+
+OCRM re-weights the offline pairs, FRFT selects among them, RLP adds to them; what follows is the same Bradley–Terry step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxrlhf.config import Config
+from jaxrlhf.data.pairs import Pair
+from jaxrlhf.models.hub import Loaded
+from jaxrlhf.types import PairBatch
+
+
+class Pairs(NamedTuple):
+    """The training pairs as text and as tokens, row for row: `tokens` holds numpy arrays of leading length N = len(rows)."""
+
+    rows: list[Pair]
+    tokens: PairBatch
+
+    @property
+    def ids(self) -> list[str]:
+        return [row.id for row in self.rows]
+
+    def select(self, index: np.ndarray) -> Pairs:
+        """The pairs at `index`, in that order, renumbered from 0."""
+        tokens = jax.tree.map(lambda x: x[index], self.tokens)
+        return Pairs([self.rows[i] for i in index], replace(tokens, index_B=np.arange(len(index), dtype=np.int32)))
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """Where a reward update stands: `policy` is the policy the new reward model is for, `sft` the sampler of the pairs.
+
+    `folder` is the update's own stage folder: what it writes there is kept with the run; numbers in its `report.json`
+    reach the run's summary. `columns` is the folder of precomputed columns, shared by rounds, arms and runs;
+    `policy_hash` and `sft_hash` name the two models there.
+    """
+
+    round: int
+    policy: Loaded
+    sft: Loaded
+    reward: Loaded
+    key: jax.Array
+    folder: Path
+    config: Config
+    columns: Path
+    policy_hash: str
+    sft_hash: str
+
+
+RewardUpdate = Callable[[RoundContext, Pairs], "tuple[Pairs, np.ndarray]"]
+
+
+def unweighted(context: RoundContext, pairs: Pairs) -> tuple[Pairs, np.ndarray]:
+    """All pairs with weight 1: the control that separates refitting from correcting."""
+    del context
+    return pairs, np.ones(len(pairs.rows), np.float32)

@@ -1,0 +1,192 @@
+"""YAML ↔ config. Everything wrong with a recipe is said here, before anything is compiled, with the nearest known name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from jaxrlhf.config import Config
+
+
+class ConfigError(ValueError):
+    """A recipe that cannot be run; one line a fault: where, what stands there, the rule, the way out."""
+
+
+def load_config(path: str | Path) -> Config:
+    """The config of a YAML file; recipes that came with the package are found by name alone."""
+    return from_mapping(read_yaml(path), where=str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    found = find_recipe(path)
+    try:
+        raw = yaml.safe_load(found.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{found} is not YAML: {error}") from error
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{found} holds a {type(raw).__name__}; a recipe is a mapping of sections.")
+    return raw
+
+
+def recipe_folder() -> Path:
+    """configs/ of the checkout, or its copy inside an installed package."""
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def find_recipe(path: str | Path) -> Path:
+    """`path`, or the packaged recipe of that file name."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    packaged = recipe_folder() / path.name
+    if packaged.is_file():
+        return packaged
+    known = sorted(p.name for p in recipe_folder().glob("*.yaml"))
+    near = difflib.get_close_matches(path.name, known, n=1)
+    hint = f" Did you mean {near[0]}?" if near else f" Packaged recipes: {', '.join(known)}."
+    raise ConfigError(f"no recipe at {path}.{hint}")
+
+
+def from_mapping(raw: Mapping[str, Any], *, where: str = "config") -> Config:
+    """The config a mapping describes. Raises ConfigError naming every unknown key, wrong type and impossible combination."""
+    try:
+        config = TypeAdapter(Config).validate_python(dict(raw))
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{where}: {_explain(fault)}" for fault in _distinct(error))) from None
+    faults = list(contradictions(config))
+    if faults:
+        raise ConfigError("\n".join(f"{where}: {fault}" for fault in faults))
+    return config
+
+
+def _distinct(error: ValidationError) -> list[Any]:
+    """One fault a place: a union reports each of its members, and its last says least."""
+    faults: dict[tuple, Any] = {}
+    for fault in error.errors():
+        place = tuple(part for part in fault["loc"] if _is_field(part))
+        faults.setdefault(place, fault)
+    return [{**fault, "loc": place} for place, fault in faults.items()]
+
+
+def _is_field(part: Any) -> bool:
+    """pydantic appends the names of a union's members to a place; none of our keys looks like them."""
+    return not (isinstance(part, str) and (part.startswith("literal[") or part in ("float", "int", "str", "none", "bool")))
+
+
+def _explain(fault: Any) -> str:
+    place = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return unknown_key(place)
+    value = fault["input"]
+    return f"{place} is {value!r}: {fault['msg']}." if not isinstance(value, dict) else f"{place}: {fault['msg']}."
+
+
+def unknown_key(key: str) -> str:
+    """What to say of a key that no dataclass has: the nearest key in its section, else anywhere."""
+    known = list(all_keys())
+    section, _, name = key.rpartition(".")
+    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
+    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
+    if near:
+        best = f"{section}.{near[0]}" if section else near[0]
+        return f"unknown key {key!r}; did you mean {best!r}?"
+    elsewhere = [k for k in known if k.rpartition(".")[2] == name] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if elsewhere:
+        return f"unknown key {key!r}; did you mean {elsewhere[0]!r}?"
+    return f"unknown key {key!r}; {section or 'the top level'} has {', '.join(siblings) or 'no such section'}."
+
+
+def all_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
+    """Every key of the config, dotted."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        key, kind = f"{prefix}{field.name}", hints[field.name]
+        yield key
+        if dataclasses.is_dataclass(kind):
+            yield from all_keys(typing.cast(type, kind), f"{key}.")
+
+
+def to_mapping(config: Config) -> dict[str, Any]:
+    """Plain Python values, all keys spelled out; `from_mapping` gives the same config back."""
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping | types.MappingProxyType):
+        return {key: _plain(v) for key, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+
+
+def override(raw: Mapping[str, Any], overrides: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """`raw` with dotted keys replaced. Raises ConfigError for a key that is not there."""
+    known = set(all_keys())
+    result = _plain(dict(raw))
+    for key, value in overrides.items():
+        if key not in known:
+            raise ConfigError(f"{where}: {unknown_key(key)}")
+        *sections, name = key.split(".")
+        inner = result
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
+    return result
+
+
+def arms(config: Config) -> dict[str, Config]:
+    """The runs a config stands for: itself, or one an arm with that arm's overrides (checked as the whole is)."""
+    if not config.arms:
+        return {config.name: config}
+    base = to_mapping(config) | {"arms": {}}
+    return {
+        name: from_mapping(override(base, changes or {}, where=f"arms.{name}") | {"name": f"{config.name}/{name}"}, where=f"arms.{name}")
+        for name, changes in config.arms.items()
+    }
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """Combinations that cannot work, each with the way out."""
+    ppo, weights, data = config.ppo, config.weights, config.data
+    if config.rounds < 1:
+        yield f"rounds is {config.rounds}; at least 1 is needed."
+    if ppo.missing_eos_penalty is not None and ppo.missing_eos_score is not None:
+        yield "ppo.missing_eos_penalty subtracts and ppo.missing_eos_score replaces; set at most one of them."
+    if ppo.total_episodes < ppo.batch_size:
+        yield f"ppo.total_episodes {ppo.total_episodes} is less than one batch of {ppo.batch_size}; raise it or lower ppo.batch_size."
+    parts = ppo.num_mini_batches * ppo.gradient_accumulation_steps
+    if ppo.batch_size % parts:
+        yield f"ppo.batch_size {ppo.batch_size} does not divide into num_mini_batches × gradient_accumulation_steps = {parts}; try {max(ppo.batch_size // parts, 1) * parts}."
+    if ppo.temperature <= 0:
+        yield f"ppo.temperature is {ppo.temperature}; greedy sampling does not explore, give a number above 0."
+    for name, section in (("sft", config.sft), ("reward", config.reward)):
+        if section.batch_size % section.gradient_accumulation_steps:
+            yield f"{name}.batch_size {section.batch_size} does not divide by gradient_accumulation_steps {section.gradient_accumulation_steps}."
+    if not 0 <= weights.alpha < 1:
+        yield f"weights.alpha is {weights.alpha}; the relative ratio needs 0 ≤ alpha < 1."
+    if weights.eta == "ess" and not 0 < weights.ess_target <= 1:
+        yield f"weights.ess_target is {weights.ess_target}; it is the share of pairs that should count, 0 < ess_target ≤ 1."
+    if config.gold.kind in ("model", "function") and not config.gold.source:
+        yield f"gold.kind is {config.gold.kind!r} but gold.source is empty; name the {'folder' if config.gold.kind == 'model' else 'module:attribute'}."
+    if config.gold.kind == "toy" and data.train != "toy":
+        yield f"gold.kind is 'toy' but data.train is {data.train!r}; the toy gold reads toy posts only. Set gold.kind: none, model or function."
+    if config.pairs.source == "sample" and config.gold.kind == "none":
+        yield "pairs.source is 'sample' but gold.kind is 'none'; sampled pairs need a gold scorer to label them."
+    if data.train == "toy" and config.pairs.source == "data":
+        yield "data.train is 'toy', which has no ready-made pairs; set pairs.source: sample and gold.kind: toy."
+    if not 0 < data.valid_fraction < 1 and data.valid is None:
+        yield f"data.valid_fraction is {data.valid_fraction}; without data.valid it must lie between 0 and 1."

@@ -1,0 +1,94 @@
+"""One optimizer step on preference pairs: Bradley–Terry, importance-weighted, DPO and whatever a user plugs in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrlhf.losses import sequence_logp
+from jaxrlhf.steps.accumulate import accumulate_gradients, global_sum
+from jaxrlhf.steps.state import apply_gradients, named
+from jaxrlhf.types import Array, Metrics, Model, PairBatch, PairLoss, PairOutputs, Params, TokenStats, TrainState
+
+PairStep = Callable[[TrainState, PairBatch], tuple[TrainState, Metrics]]
+
+
+def response_scores(
+    model: Model, params: Params, prompt_BL: Array, prompt_mask_BL: Array, response_BT: Array, response_mask_BT: Array
+) -> Array:
+    """The scalar head at the last token of the response mask, [B], float32; 0 for an empty mask.
+
+    This one function reads the reward in training, in the bias pass, in evaluation and in PPO.
+    """
+    L, T = prompt_BL.shape[1], response_BT.shape[1]
+    tokens = jnp.concatenate([prompt_BL, response_BT], axis=1)
+    mask = jnp.concatenate([prompt_mask_BL, response_mask_BT], axis=1)
+    scalars_BT = model.apply(params, tokens, mask, start=L).scalars
+    last_BT = response_mask_BT & (jnp.cumsum(response_mask_BT, axis=1) == response_mask_BT.sum(axis=1, keepdims=True))
+    assert scalars_BT is not None and scalars_BT.shape[1] == T
+    return jnp.where(last_BT, scalars_BT, 0.0).sum(axis=1)
+
+
+def pair_outputs(model: Model, params: Params, batch: PairBatch, *, head: str) -> PairOutputs:
+    """Both sides of every pair through the model in one forward pass of 2B rows."""
+    sides = (
+        jnp.concatenate([batch.prompt_BL] * 2),
+        jnp.concatenate([batch.prompt_mask_BL] * 2),
+        jnp.concatenate([batch.chosen_BT, batch.rejected_BT]),
+        jnp.concatenate([batch.chosen_mask_BT, batch.rejected_mask_BT]),
+    )
+    B = batch.row_mask_B.shape[0]
+    if head == "scalar":
+        scores = response_scores(model, params, *sides)
+        return PairOutputs(scores[:B], scores[B:])
+    prompt, prompt_mask, response, mask = sides
+    stats = model.score_tokens(
+        params, jnp.concatenate([prompt, response], axis=1), jnp.concatenate([prompt_mask, mask], axis=1), start=prompt.shape[1]
+    )
+    logp = sequence_logp(stats.logp_BT, mask)
+    chosen, rejected = (TokenStats(*(x[half] for x in (stats.logp_BT, stats.entropy_BT, stats.log_sum_sq_BT)))
+                        for half in (slice(None, B), slice(B, None)))  # fmt: skip
+    return PairOutputs(logp[:B], logp[B:], chosen, rejected)
+
+
+def make_pair_step(
+    model: Model,
+    pair_loss: PairLoss,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    axis_name: str | None = None,
+) -> PairStep:
+    """A step (state, PairBatch) → (state, metrics) for any `PairLoss`.
+
+    The loss is a mean over the rows with `row_mask` True of the global batch, whatever `accumulate` and the devices.
+    """
+
+    def step(state: TrainState, batch: PairBatch) -> tuple[TrainState, Metrics]:
+        missing = [name for name in pair_loss.columns if name not in batch.columns]
+        if missing:
+            raise KeyError(f"the loss reads column {missing[0]!r}, but the batch carries {sorted(batch.columns)}; join it first.")
+        total = global_sum(batch.row_mask_B.sum().astype(jnp.float32), axis_name)
+
+        def loss_fn(params: Params, rows: PairBatch) -> tuple[Array, Metrics]:
+            return pair_loss.loss(pair_outputs(model, params, rows, head=pair_loss.head), rows, total=total)
+
+        grads, loss, metrics = accumulate_gradients(loss_fn, state.params, batch, steps=accumulate, axis_name=axis_name)
+        state, norms = apply_gradients(state, grads, optimizer)
+        return replace(state, step=state.step + 1), {"loss/pair": loss, **named("pair", metrics), **norms}
+
+    return step
+
+
+def make_score_step(model: Model) -> Callable[[Params, PairBatch], tuple[Array, Array]]:
+    """(params, PairBatch) → (chosen_B, rejected_B) scalar scores; for evaluation and the bias pass."""
+
+    def score(params: Params, batch: PairBatch) -> tuple[Array, Array]:
+        outputs = pair_outputs(model, params, batch, head="scalar")
+        return outputs.chosen_B, outputs.rejected_B
+
+    return jax.jit(score)

@@ -1,0 +1,133 @@
+"""One PPO update: K epochs of minibatches over a rollout, in one scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrlhf.losses import adaptive_kl, kl_estimate, masked_sum, ppo_value_loss, ppo_value_stats
+from jaxrlhf.steps.accumulate import accumulate_gradients, global_rows, global_sum, own_rows
+from jaxrlhf.steps.state import apply_gradients, named
+from jaxrlhf.types import Array, Metrics, Model, Params, PolicyLoss, Rollout, TrainState
+
+PPOStep = Callable[[TrainState, Rollout, Array], tuple[TrainState, Metrics]]
+
+
+def minibatch_indices(key: Array, rows: int, *, epochs: int, minibatches: int) -> Array:
+    """[epochs · minibatches, rows / minibatches]: every epoch is a permutation of all rows of its own."""
+    permutations = jax.vmap(lambda k: jax.random.permutation(k, rows))(jax.random.split(key, epochs))
+    return permutations.reshape(epochs * minibatches, rows // minibatches)
+
+
+def critic_values(model: Model, params: Params, prompt_BL: Array, prompt_mask_BL: Array, tokens_BT: Array, mask_BT: Array) -> Array:
+    """V_t, the value before token t, read at position L − 1 + t; [B, T]."""
+    tokens = jnp.concatenate([prompt_BL, tokens_BT], axis=1)
+    mask = jnp.concatenate([prompt_mask_BL, mask_BT], axis=1)
+    scalars = model.apply(params, tokens, mask, start=prompt_BL.shape[1] - 1).scalars
+    assert scalars is not None
+    return scalars[:, :-1]
+
+
+def ppo_loss(
+    params: Params,
+    rows: Rollout,
+    *,
+    policy: Model,
+    critic: Model,
+    policy_loss: Callable,
+    totals: tuple[Array, Array],
+    temperature: float,
+    cliprange_value: float,
+    vf_coef: float,
+) -> tuple[Array, Metrics]:
+    """L = L_policy + vf_coef · L_value, each divided by its own total over the global minibatch."""
+    policy_total, value_total = totals
+    live = rows.row_mask_B[:, None]
+    mask, value_mask = rows.mask_BT & live, rows.value_mask_BT & live
+    rows = replace(rows, mask_BT=mask, value_mask_BT=value_mask)
+
+    tokens = jnp.concatenate([rows.prompt_BL, rows.tokens_BT], axis=1)
+    token_mask = jnp.concatenate([rows.prompt_mask_BL, mask], axis=1)
+    stats = policy.score_tokens(params["policy"], tokens, token_mask, start=rows.prompt_BL.shape[1], temperature=temperature)
+    loss_policy, metrics = policy_loss(stats, rows, total=policy_total)
+
+    values = critic_values(critic, params["critic"], rows.prompt_BL, rows.prompt_mask_BL, rows.tokens_BT, mask)
+    targets = (values, rows.values_BT, rows.returns_BT, value_mask)
+    loss_value = ppo_value_loss(*targets, clip=cliprange_value, total=value_total)
+    metrics |= ppo_value_stats(*targets, clip=cliprange_value, total=value_total)
+    return loss_policy + vf_coef * loss_value, {"loss/policy": loss_policy, "loss/value": loss_value, **named("ppo", metrics)}
+
+
+def make_ppo_step(
+    policy: Model,
+    critic: Model,
+    policy_loss: PolicyLoss,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_ppo_epochs: int,
+    num_mini_batches: int,
+    temperature: float,
+    cliprange_value: float,
+    vf_coef: float,
+    adaptive: dict[str, float] | None = None,
+    accumulate: int = 1,
+    axis_name: str | None = None,
+) -> PPOStep:
+    """A step (state, Rollout, key) → (state, metrics).
+
+    `state.params` is {"policy", "critic"} and `state.step` counts rollouts. The key (derived by the caller from
+    seed and step) shuffles rows over the *global* batch, so one device, a mesh and pmap take the same minibatches.
+    `adaptive` ({"target", "horizon"}) moves the KL coefficient in `state.controller` after the update.
+    Metrics are means over all minibatches; `…_first` is the first minibatch, where the ratio must be 1.
+    """
+
+    loss_of = partial(
+        ppo_loss,
+        policy=policy,
+        critic=critic,
+        policy_loss=policy_loss.loss,
+        temperature=temperature,
+        cliprange_value=cliprange_value,
+        vf_coef=vf_coef,
+    )
+
+    def step(state: TrainState, rollout: Rollout, key: Array) -> tuple[TrainState, Metrics]:
+        everything = global_rows(rollout, axis_name)
+        rows = everything.row_mask_B.shape[0]
+        if rows % (num_mini_batches * accumulate):
+            raise ValueError(f"{rows} rows do not divide into {num_mini_batches} minibatches × {accumulate} microbatches.")
+
+        def update(state: TrainState, index: Array) -> tuple[TrainState, Metrics]:
+            minibatch = jax.tree.map(lambda x: x[own_rows(index, axis_name)], everything)
+            live = minibatch.row_mask_B[:, None]
+            masks = (minibatch.mask_BT & live, minibatch.value_mask_BT & live)
+            totals = global_sum(tuple(mask.sum().astype(jnp.float32) for mask in masks), axis_name)
+            loss_fn = partial(loss_of, totals=totals)
+
+            grads, loss, metrics = accumulate_gradients(loss_fn, state.params, minibatch, steps=accumulate, axis_name=axis_name)
+            state, norms = apply_gradients(state, grads, optimizer)
+            return state, {"loss/ppo": loss, **metrics, **norms}
+
+        indices = minibatch_indices(key, rows, epochs=num_ppo_epochs, minibatches=num_mini_batches)
+        state, history = jax.lax.scan(update, state, indices)
+        metrics = {name: values.mean() for name, values in history.items()}
+        metrics |= {f"{name}_first": history[name][0] for name in ("ppo/ratio", "ppo/approxkl") if name in history}
+        if adaptive is not None:
+            state = replace(state, controller=_adapt(state.controller, everything, **adaptive))
+        return replace(state, step=state.step + 1), metrics
+
+    return step
+
+
+def _adapt(controller, rollout: Rollout, *, target: float, horizon: float):
+    """The KL coefficient after a rollout, from its mean KL to the penalty reference in nats a response (k1)."""
+    live = rollout.row_mask_B[:, None]
+    kl_BT = kl_estimate(rollout.logp_BT, rollout.reference_logp_BT, estimator="k1")
+    episodes = rollout.row_mask_B.sum()
+    kl = masked_sum(kl_BT, rollout.mask_BT & live) / jnp.maximum(episodes, 1)
+    return {**controller, "kl_coef": adaptive_kl(controller["kl_coef"], kl, target=target, horizon=horizon, steps=episodes)}

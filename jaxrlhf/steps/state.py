@@ -1,0 +1,91 @@
+"""Training state and the optimizers that move it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrlhf.types import Array, Metrics, Params, TrainState
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, controller: Mapping[str, Array] | None = None) -> TrainState:
+    """A state at step 0. `controller` holds what adapts between steps (PPO: the KL coefficient)."""
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), controller=dict(controller or {}))
+
+
+def learning_rate_schedule(kind: str, learning_rate: float, *, steps: int, warmup_steps: int = 0) -> optax.Schedule:
+    """Linear warm-up to `learning_rate`, then `constant`, `linear` to 0 or `cosine` to 0 at the last of `steps` optimizer steps."""
+    rest = max(steps - warmup_steps, 1)
+    if kind == "constant":
+        main = optax.constant_schedule(learning_rate)
+    elif kind == "linear":
+        main = optax.linear_schedule(learning_rate, 0.0, rest)
+    elif kind == "cosine":
+        main = optax.cosine_decay_schedule(learning_rate, rest)
+    else:
+        raise ValueError(f"lr_scheduler_type {kind!r} is unknown; use 'constant', 'linear' or 'cosine'.")
+    if warmup_steps == 0:
+        return main
+    # The first step is already 1/warmup of the peak: a step at rate 0 would be lost.
+    ramp = optax.linear_schedule(learning_rate / warmup_steps, learning_rate, max(warmup_steps - 1, 1))
+    return optax.join_schedules([ramp, main], [warmup_steps])
+
+
+def freeze_for(inner: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+    """`inner`, but for its first `steps` calls nothing moves: not the parameters, not the moments, not the decay."""
+    if steps == 0:
+        return inner
+
+    def init(params):
+        return jnp.zeros((), jnp.int32), inner.init(params)
+
+    def update(updates, state, params=None):
+        count, inner_state = state
+        moved, moved_state = inner.update(updates, inner_state, params)
+        frozen = count < steps
+        updates = jax.tree.map(lambda u: jnp.where(frozen, jnp.zeros_like(u), u), moved)
+        return updates, (count + 1, jax.tree.map(lambda old, new: jnp.where(frozen, old, new), inner_state, moved_state))
+
+    return optax.GradientTransformation(init, update)
+
+
+def adamw(
+    schedule: optax.Schedule,
+    *,
+    adam_beta1: float,
+    adam_beta2: float,
+    adam_epsilon: float,
+    weight_decay: float,
+    max_grad_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """AdamW in torch's form (ε is added after the bias correction), optionally after clipping the global gradient norm."""
+    parts = [optax.adamw(schedule, b1=adam_beta1, b2=adam_beta2, eps=adam_epsilon, weight_decay=weight_decay)]
+    if max_grad_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(max_grad_norm))
+    return optax.chain(*parts)
+
+
+def actor_critic(
+    policy: optax.GradientTransformation,
+    critic: optax.GradientTransformation,
+    *,
+    critic_warmup: int = 0,
+) -> optax.GradientTransformation:
+    """One optimizer over {"policy", "critic"}; for the first `critic_warmup` steps only the critic learns."""
+    return optax.partition({"policy": freeze_for(policy, critic_warmup), "critic": critic}, {"policy": "policy", "critic": "critic"})
+
+
+def apply_gradients(state: TrainState, grads: Params, optimizer: optax.GradientTransformation) -> tuple[TrainState, Metrics]:
+    """One optimizer step; `step` is left to the caller, who knows what a step is."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    new = TrainState(step=state.step, params=params, opt_state=opt_state, controller=state.controller)
+    return new, {"grad_norm": optax.tree.norm(grads)}
+
+
+def named(prefix: str, metrics: Metrics) -> Metrics:
+    """The bare metric names of a loss under the prefix of whoever logs them."""
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
