@@ -19,25 +19,23 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# (pattern, axes), first match wins; patterns are searched in paths like "layers/0/attention/query/kernel", so the moments of an
+# (pattern, axes), first match wins; patterns are searched in paths like "backbone/layers_0/attention/q/kernel", so the moments of an
 # optimizer and the parts of {"policy": …, "critic": …} follow their parameter by its path's end. Kernels are [in, out].
-_WIDE = r"\b(q|k|v|query|key|value|q_proj|k_proj|v_proj|gate|up|in|wi|gate_proj|up_proj|fc_in|intermediate)"
-_NARROW = r"\b(o|out|output|down|wo|dense|o_proj|down_proj|fc_out)"
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     # Column-parallel: the output width is split, so attention heads and hidden units stay whole on a shard.
-    (_WIDE + r"/kernel$", PartitionSpec("fsdp", "tensor")),
-    (_WIDE + r"/bias$", PartitionSpec("tensor")),
+    (r"\b(q|k|v|up|gate)/kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"\b(q|k|v|up|gate)/bias$", PartitionSpec("tensor")),
     # Row-parallel: the input width is split; XLA adds the partial results.
-    (_NARROW + r"/kernel$", PartitionSpec("tensor", "fsdp")),
-    # Vocabulary: tables are [V, D], the output head is [D, V].
-    (r"(embed\w*|wte|wpe|tokens|positions)/(embedding|table|kernel)$", PartitionSpec("tensor", "fsdp")),
-    (r"\b(lm_head|head|unembed\w*)/kernel$", PartitionSpec("fsdp", "tensor")),
-    # Norms, the remaining biases, scalar heads, counters.
-    (r"(scale|bias|weight)$", PartitionSpec()),
+    (r"\b(out|down)/kernel$", PartitionSpec("tensor", "fsdp")),
+    # Vocabulary (or positions): tables are [V, D], the output head is [D, V] or [D, 1].
+    (r"/embedding$", PartitionSpec("tensor", "fsdp")),
+    (r"\bhead/kernel$", PartitionSpec("fsdp", "tensor")),
+    # Norms, the remaining biases, counters: replicated.
+    (r"(\bscale|\bbias|\bcount)$", PartitionSpec()),
 )
 
 _log = logging.getLogger(__name__)
-Step = Callable[[Any, Any], tuple[Any, Any]]
+Step = Callable[..., tuple[Any, Any]]  # (state, batch, *rest) → (state, metrics); `rest` (a key) is the same on every device
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -69,7 +67,7 @@ def data_shards(mesh: Mesh) -> int:
 
 
 def path_of(path: tuple[Any, ...]) -> str:
-    """A tree path as "layers/0/attention/query/kernel"."""
+    """A tree path as "backbone/layers_0/attention/q/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -88,7 +86,10 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     kept = []
     for axis, size in zip(spec, shape, strict=False):
         if axis is not None and size % mesh.shape[axis]:
-            _say_once(f"{path} {list(shape)}: {size} does not divide over {mesh.shape[axis]} {axis} shards; replicated along that axis.")
+            if size > 1:
+                _say_once(
+                    f"{path} {list(shape)}: {size} does not divide over {mesh.shape[axis]} {axis} shards; replicated along that axis."
+                )
             axis = None
         kept.append(axis)
     return PartitionSpec(*kept)
@@ -184,10 +185,10 @@ def jit(step: Step, mesh: Mesh | None, *, donate: bool = True) -> Step:
     whole = NamedSharding(mesh, PartitionSpec())
     compiled: list[Step] = []
 
-    def run(state: Any, batch: Any) -> tuple[Any, Any]:
-        if not compiled:
+    def run(state: Any, batch: Any, *rest: Any) -> tuple[Any, Any]:
+        if not compiled:  # the layout is that of the first state
             compiled.append(jax.jit(step, donate_argnums=donated, out_shardings=(shardings(state, mesh), whole)))
-        return compiled[0](state, batch)
+        return compiled[0](state, batch, *rest)
 
     return run
 
@@ -202,21 +203,18 @@ def pmap(make_step: Callable[..., Step], *, devices: Sequence[Any] | None = None
     `jit` over a mesh does the same and more. Raises ValueError where the batch does not divide over the devices.
     """
     devices = list(jax.local_devices() if devices is None else devices)
-    count = len(devices)
-    mapped = jax.pmap(
-        make_step(axis_name="data"),
-        axis_name="data",
-        in_axes=(None, 0),
-        out_axes=(None, None),
-        devices=devices,
-        donate_argnums=(0,) if donate else (),
-    )
+    step = make_step(axis_name="data")
+
+    @functools.cache
+    def mapped(rest: int) -> Step:
+        axes = (None, 0) + (None,) * rest
+        return jax.pmap(step, "data", in_axes=axes, out_axes=(None, None), devices=devices, donate_argnums=(0,) if donate else ())
 
     def cut(leaf: Any) -> Any:
-        check_batch_size(np.shape(leaf)[0], count)
-        return leaf.reshape(count, -1, *leaf.shape[1:])
+        check_batch_size(np.shape(leaf)[0], len(devices))
+        return leaf.reshape(len(devices), -1, *leaf.shape[1:])
 
-    def run(state: Any, batch: Any) -> tuple[Any, Any]:
-        return mapped(state, jax.tree.map(cut, batch))
+    def run(state: Any, batch: Any, *rest: Any) -> tuple[Any, Any]:
+        return mapped(len(rest))(state, jax.tree.map(cut, batch), *rest)
 
     return run
