@@ -1,0 +1,78 @@
+"""A scorer of the user's own: `module:attribute`, a function f(prompts, responses) -> one number a response."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrlhf.scorers import Scorer
+
+
+def function_scorer(name: str) -> Scorer:
+    """The scorer named by `module:attribute`, its every answer checked.
+
+    The function is called with two lists of N strings and must return N finite real numbers (list, NumPy, JAX or CPU tensor).
+    Raises ValueError for a malformed name or a wrong answer, ImportError for a module or attribute that is not there, TypeError for
+    something that cannot be called.
+    """
+    return checked(_resolve(name), name)
+
+
+def checked(function: Callable[[list[str], list[str]], Any], name: str) -> Scorer:
+    """`function` as a scorer whose answers are float32 [N] and finite, or a ValueError that names `name`, the row and the text."""
+
+    def score(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        if len(prompts) != len(responses):
+            raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses; give one response a prompt.")
+        return _check(function(list(prompts), list(responses)), responses, name)
+
+    return score
+
+
+def _resolve(name: str) -> Callable[..., Any]:
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute) or module_name.startswith("."):
+        raise ValueError(f"{name!r} names no function; write `module:attribute`, as in `my_package.rewards:score`.")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there; something that it imports is not
+        raise ImportError(f"{name!r}: no module {error.name!r}; install it or put its folder on PYTHONPATH.") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = ", ".join(n for n in dir(found) if not n.startswith("_")) or "nothing public"
+            raise ImportError(f"{name!r}: no {part!r} there; it has {public}.")
+        found = getattr(found, part)
+    if not callable(found):
+        raise TypeError(f"{name!r} is a {type(found).__name__}, which cannot be called; name a function f(prompts, responses) -> scores.")
+    return found
+
+
+def _check(answer: Any, responses: Sequence[str], name: str) -> np.ndarray:
+    count = len(responses)
+    try:
+        raw = np.asarray(answer)
+    except Exception as error:  # ragged lists, tensors on a device or with a gradient
+        kind = type(answer).__name__
+        raise ValueError(f"{name} returned a {kind} that is no array ({error}); return {count} numbers.") from error
+    if raw.shape != (count,):
+        raise ValueError(f"{name} returned shape {raw.shape} for {count} responses; return shape ({count},), one score each.")
+    try:
+        # bfloat16 and other floats from outside NumPy are kind "V" and convert; strings, objects and complex numbers are refused
+        if raw.dtype.kind not in "fiubV" and raw.size:
+            raise TypeError(f"dtype {raw.dtype}")
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is reported below
+            scores = raw.astype(np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} returned dtype {raw.dtype}, not real numbers; return floats.") from error
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if bad.size:
+        raise ValueError(
+            f"{name} returned {raw[bad[0]]} for response {bad[0]} ({responses[bad[0]][:80]!r}), and {bad.size} of {count} scores "
+            "are not finite float32 numbers; give every response, the empty one too, a finite score."
+        )
+    return scores
