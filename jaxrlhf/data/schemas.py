@@ -1,0 +1,216 @@
+"""One raw row → the fields of a pair, a demonstration or a prompt, or `BadRow` with the reason. No file, no id, no loop in here."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from jaxrlhf.data.chat import BadRow, Messages, check_messages, render_prompt, render_response, require_template, special_strings
+from jaxrlhf.data.report import DataError
+
+ASSISTANT = "\n\nAssistant:"
+_RESPONSES = ("completion", "response")
+Row = dict[str, Any]
+
+
+@dataclass
+class Reading:
+    """What every row of one pass is read with; `source` is the row at hand."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    implicit_prompt: str
+    prompt_format: str
+    response_format: str
+    counts: Counter[str]
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.implicit_prompt not in ("assistant", "common_prefix"):
+            raise DataError(f"implicit_prompt is {self.implicit_prompt!r}; it must be 'assistant' or 'common_prefix'.")
+        for name in ("prompt_format", "response_format"):
+            if getattr(self, name).count("{}") != 1:
+                raise DataError(f"{name} is {getattr(self, name)!r}; it must contain {{}} once, where the text goes.")
+
+    @cached_property
+    def specials(self) -> tuple[str, ...]:
+        return special_strings(self.template)
+
+    @property
+    def template(self) -> PreTrainedTokenizerBase:
+        return require_template(self.tokenizer, self.source)
+
+    def frame_prompt(self, text: str) -> str:
+        return self.prompt_format.replace("{}", text)  # not str.format: data contains braces
+
+    def frame_response(self, text: str) -> str:
+        return self.response_format.replace("{}", text)
+
+    def messages(self, row: Row, field: str) -> Messages:
+        return check_messages(row[field], field, self.specials if isinstance(row[field], list) else ())
+
+
+def _text(row: Row, field: str) -> str:
+    value = row.get(field)
+    if not isinstance(value, str):
+        raise BadRow(f"mistyped field: {field} must be text, not {'null' if value is None else type(value).__name__}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRow(f"not valid Unicode: {field} contains a lone surrogate") from None
+    return value
+
+
+def _reply(text: str, field: str) -> str:
+    if not text.strip():
+        raise BadRow(f"empty response: {field}")
+    return text
+
+
+def _unknown(row: Row, expected: str) -> BadRow:
+    return BadRow(f"unknown schema: fields {', '.join(map(str, row)) or '(none)'}; expected {expected}")
+
+
+def _options(row: Row) -> dict[str, Any]:
+    """TRL lets a row carry `tools` and `chat_template_kwargs` for its template."""
+    options = dict(row.get("chat_template_kwargs") or {})
+    return options | ({"tools": row["tools"]} if row.get("tools") else {})
+
+
+def pair_fields(row: Row, reading: Reading) -> dict[str, Any]:
+    """prompt, chosen, rejected, margin, templated of a preference row."""
+    if "chosen" not in row or "rejected" not in row:
+        raise _unknown(row, "{prompt, chosen, rejected} or {chosen, rejected}")
+    if isinstance(row["chosen"], list):
+        found = _conversational_pair(row, reading)
+    elif "prompt" in row:
+        found = _explicit_pair(row, reading)
+    else:
+        prompt, chosen, rejected = cut_prompt(_text(row, "chosen"), _text(row, "rejected"), reading.implicit_prompt)
+        found = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    _reply(found["chosen"], "chosen")
+    _reply(found["rejected"], "rejected")
+    if found["chosen"] == found["rejected"]:
+        raise BadRow("identical sides: chosen equals rejected")
+    return {"margin": _margin(row), "templated": bool(row.get("templated", False))} | found
+
+
+def _margin(row: Row) -> float | None:
+    value = row.get("margin")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadRow(f"mistyped field: margin must be a finite number, not {value!r}")
+    return float(value)
+
+
+def _explicit_pair(row: Row, reading: Reading) -> dict[str, Any]:
+    prompt, chosen, rejected = _text(row, "prompt"), _text(row, "chosen"), _text(row, "rejected")
+    if prompt.strip() and chosen.startswith(prompt) and rejected.startswith(prompt):
+        reading.counts["pairs whose responses repeat the prompt (kept as they are)"] += 1
+    _reply(chosen, "chosen")
+    _reply(rejected, "rejected")
+    return {"prompt": reading.frame_prompt(prompt), "chosen": reading.frame_response(chosen), "rejected": reading.frame_response(rejected)}
+
+
+def cut_prompt(chosen: str, rejected: str, rule: str = "assistant") -> tuple[str, str, str]:
+    """(prompt, chosen, rejected) of two texts that both begin with the prompt.
+
+    "assistant": cut the longest common prefix after its last "\\n\\nAssistant:", so the sides always share one prompt. "common_prefix":
+    cut at the common prefix itself, a trailing space going to the responses.
+    """
+    prefix = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 - by character is what is wanted: these are texts
+    if rule == "assistant":
+        at = prefix.rfind(ASSISTANT)
+        if at < 0:
+            raise BadRow(
+                f"no prompt: chosen and rejected share no {ASSISTANT!r}; add a prompt field, or set implicit_prompt to 'common_prefix' "
+                "to cut wherever they part"
+            )
+        at += len(ASSISTANT)
+    else:
+        at = len(prefix.removesuffix(" "))
+    return chosen[:at], chosen[at:], rejected[at:]
+
+
+def _conversational_pair(row: Row, reading: Reading) -> dict[str, Any]:
+    chosen, rejected = reading.messages(row, "chosen"), reading.messages(row, "rejected")
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) and chosen[0]["role"] != "assistant":
+        prompt = None  # the sides hold the whole conversation and the field repeats its first message
+    if prompt is None:
+        same = 0
+        while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
+            same += 1
+        if same == len(chosen) == len(rejected):
+            raise BadRow("identical sides: chosen equals rejected")
+        prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+        if not prompt:
+            raise BadRow("no prompt: chosen and rejected share no first message")
+    elif isinstance(prompt, str):
+        raise BadRow("mistyped field: prompt is text but chosen is a conversation; make both conversations")
+    else:
+        prompt = reading.messages(row, "prompt")
+    for side, messages in (("chosen", chosen), ("rejected", rejected)):
+        _reply(messages[-1]["content"] if messages else "", side)
+    options = _options(row)
+    head, chosen_text = render_response(reading.template, prompt, chosen, **options)
+    _, rejected_text = render_response(reading.template, prompt, rejected, **options)
+    return {"prompt": head, "chosen": chosen_text, "rejected": rejected_text, "templated": True}
+
+
+def demonstration_fields(row: Row, reading: Reading) -> dict[str, Any]:
+    """prompt, response, templated of a row to imitate."""
+    if row.get("label") is False:
+        raise BadRow("labelled false: an unpaired preference that is no demonstration")
+    if "messages" in row:
+        messages = reading.messages(row, "messages")
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise BadRow("no reply: messages must end with an assistant message after a prompt")
+        return _conversational_demonstration(messages[:-1], messages[-1:], row, reading)
+    field = next((f for f in _RESPONSES if f in row), None)
+    if field is None and "chosen" in row and "rejected" in row:
+        pair = pair_fields(row, reading)
+        return {"prompt": pair["prompt"], "response": pair["chosen"], "templated": pair["templated"]}
+    if field is None and "text" in row and "prompt" not in row:
+        return {"prompt": "", "response": _reply(_text(row, "text"), "text"), "templated": False}
+    field = field or ("chosen" if "chosen" in row else None)
+    if field is None or "prompt" not in row:
+        raise _unknown(row, "{prompt, completion}, {prompt, chosen}, {chosen, rejected}, {messages} or {text}")
+    if isinstance(row["prompt"], list):
+        return _conversational_demonstration(reading.messages(row, "prompt"), reading.messages(row, field), row, reading)
+    prompt, response = reading.frame_prompt(_text(row, "prompt")), reading.frame_response(_reply(_text(row, field), field))
+    return {"prompt": prompt, "response": response, "templated": bool(row.get("templated", False))}
+
+
+def _conversational_demonstration(prompt: Messages, response: Messages, row: Row, reading: Reading) -> dict[str, Any]:
+    _reply(response[-1]["content"], "response")
+    head, text = render_response(reading.template, prompt, response, **_options(row))
+    return {"prompt": head, "response": text, "templated": True}
+
+
+def prompt_fields(row: Row, reading: Reading) -> dict[str, Any]:
+    """prompt, reference, templated of a row to sample from; the reference is the row's own good response, if it has one."""
+    if "prompt" in row and not any(f in row for f in (*_RESPONSES, "chosen")):
+        if isinstance(row["prompt"], list):
+            text = render_prompt(reading.template, reading.messages(row, "prompt"), **_options(row))
+            return {"prompt": text, "templated": True}
+        text = _text(row, "prompt")
+        if not text.strip():
+            raise BadRow("empty prompt: nothing to answer")
+        return {"prompt": reading.frame_prompt(text), "templated": bool(row.get("templated", False))}
+    if "text" in row and "prompt" not in row:
+        raise _unknown(row, "a row with a prompt")
+    found = demonstration_fields({k: v for k, v in row.items() if k != "label"}, reading)
+    if not found["prompt"].strip():
+        raise BadRow("empty prompt: nothing to answer")
+    return {
+        "prompt": found["prompt"],
+        "reference": None if row.get("label") is False else found["response"],
+        "templated": found["templated"],
+    }

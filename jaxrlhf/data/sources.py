@@ -1,0 +1,152 @@
+"""Raw rows, each with the place it came from, out of JSONL(.gz), JSON, Parquet, folders of shards and hub ids.
+
+A row that cannot be read is yielded as a `Fault` in its place, so that the caller decides between dropping and stopping, and no row
+disappears between two others. Local paths never touch the network.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.data.report import DataError
+
+Source = str | Path
+SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz", ".parquet")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a row could not be read."""
+
+    reason: str
+
+
+Row = dict[str, Any]
+Located = tuple[str, Row | Fault]  # ("file:line", row); lines and rows are numbered from 1
+
+
+def iter_rows(source: Source | Sequence[Source], *, split: str = "train", subset: str | None = None) -> Iterator[Located]:
+    """Rows of one source or of several in turn. `split` and `subset` matter to hub ids only.
+
+    Raises FileNotFoundError for a missing file and DataError for a source that is neither a file nor looks like a hub id.
+    """
+    for one in [source] if isinstance(source, str | Path) else source:
+        path = Path(one)
+        if path.is_dir():
+            for shard in _shards(path):
+                yield from _iter_file(shard)
+        elif path.exists():
+            yield from _iter_file(path)
+        else:
+            yield from _iter_hub(str(one), split, subset)
+
+
+def _iter_file(path: Path) -> Iterator[Located]:
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        return _iter_parquet(path)
+    if not name.endswith(SUFFIXES):
+        raise DataError(f"{path} is not a data file known here; the name must end in one of {', '.join(SUFFIXES)}.")
+    return _iter_array(path) if ".json" in name and ".jsonl" not in name and _first_byte(path) == b"[" else _iter_lines(path)
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The data files of a folder, if they are the shards of one set (train-00000-of-00002.parquet, …); an error if they mix sets."""
+    files = sorted(p for p in folder.iterdir() if p.name.lower().endswith(SUFFIXES) and not p.name.startswith("."))
+    sets = {re.sub(r"[-_]?\d+(-of-\d+)?$", "", p.name.split(".")[0]) for p in files}
+    if len(sets) != 1:
+        listed = ", ".join(p.name for p in files[:8]) or "no data file"
+        raise DataError(f"{folder} is a folder and not the shards of one set; it holds {listed}. Name the file to read.")
+    return files
+
+
+def _open(path: Path) -> Any:
+    """Binary reader; gzip is recognised by its magic bytes, not by the name."""
+    with path.open("rb") as file:
+        magic = file.read(2)
+    return gzip.open(path, "rb") if magic == b"\x1f\x8b" else path.open("rb")
+
+
+def _first_byte(path: Path) -> bytes:
+    with _open(path) as file:
+        return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+
+
+def _decode(raw: bytes) -> Row | Fault:
+    try:
+        row = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Fault(f"not UTF-8: byte {raw[error.start]:#04x} at position {error.start} of the line")
+    except (ValueError, RecursionError) as error:
+        return Fault(f"not JSON: {error}")
+    return row if isinstance(row, dict) else Fault(f"not a JSON object: a {type(row).__name__}")
+
+
+def _iter_lines(path: Path) -> Iterator[Located]:
+    number = 0
+    with _open(path) as file:
+        while True:
+            number += 1
+            try:
+                raw = file.readline()
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                yield f"{path}:{number}", Fault(f"damaged gzip: the stream breaks here and whatever followed is lost ({error})")
+                return
+            if not raw:
+                return
+            raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            if raw.strip():  # a blank line is no row
+                yield f"{path}:{number}", _decode(raw)
+
+
+def _iter_array(path: Path) -> Iterator[Located]:
+    try:
+        with _open(path) as file:
+            rows = json.loads(file.read().decode("utf-8-sig"))
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"{path} starts as a JSON array but cannot be read: {error}. JSON lines survive one bad row; an array does not."
+        ) from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}:{number}", row if isinstance(row, dict) else Fault(f"not a JSON object: a {type(row).__name__}")
+
+
+def _iter_parquet(path: Path) -> Iterator[Located]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:{number}", row
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a readable Parquet file (after row {number}): {error}. Write or download it again.") from error
+
+
+def _iter_hub(name: str, split: str, subset: str | None) -> Iterator[Located]:
+    if name.lower().endswith(SUFFIXES):
+        raise FileNotFoundError(f"{name}: no such file.")
+    if not _HUB_ID.fullmatch(name):
+        raise DataError(f"{name!r} is neither an existing file or folder nor a hub id of the form org/name.")
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # the library raises a dozen kinds; all of them mean that there are no rows
+        raise DataError(
+            f"{name!r} is no existing path, and as a hub id (subset {subset!r}, split {split!r}) it could not be loaded: "
+            f"{type(error).__name__}: {error}. Check the spelling, or download it and give the file."
+        ) from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}[{split}]:{number}", dict(row) if isinstance(row, dict) else Fault(f"not an object: a {type(row).__name__}")

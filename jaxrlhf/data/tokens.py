@@ -1,0 +1,255 @@
+"""The one place where text becomes ids and masks; supervised training, rewards, PPO, DPO, scoring and evaluation all come through here.
+
+Prompt and response are tokenised separately and concatenated, so a response has the same ids in training and after sampling.
+Prompts are left-padded to `max_prompt_length`, responses right-padded to `max_response_length`: shapes follow from the limits
+alone (`batches.trim` cuts padding). Masks are made from lengths and carried, so PAD may equal EOS.
+
+- BOS (whatever the tokenizer puts in front of a text) stands once at the start of the prompt. A prompt of no tokens becomes one
+  start token.
+- A response from data ends in EOS unless it was truncated; EOS or PAD spelled at its end is taken off first: there are never two.
+- Special tokens spelled inside text stay text: `<|endoftext|>` in a prompt does not end it. `specials="parse"` turns them into
+  control tokens, for data that was rendered beforehand. Rows marked `templated` are always parsed, and their responses end in the
+  chat template's end token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from jaxrlhf.data.chat import eos_ids_of
+from jaxrlhf.data.encode import Encoder, Ids, Specials
+from jaxrlhf.data.pairs import Demonstration, Pair, Prompt
+from jaxrlhf.data.report import DataError, ReadReport
+from jaxrlhf.types import PairBatch, PromptBatch, TextBatch
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long prompts and responses may be, in tokens (BOS and EOS included), and what happens to longer ones.
+
+    long_prompt: "drop" the row, or "truncate" from the left, keeping BOS. long_response: "truncate" from the right, then without EOS,
+    or "drop".
+    """
+
+    max_prompt_length: int
+    max_response_length: int
+    long_prompt: Literal["drop", "truncate"] = "drop"
+    long_response: Literal["drop", "truncate"] = "truncate"
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_length", "max_response_length"):
+            if getattr(self, name) < 1:
+                raise DataError(f"{name} is {getattr(self, name)}; it must be at least 1 token.")
+        for name in ("long_prompt", "long_response"):
+            if getattr(self, name) not in ("drop", "truncate"):
+                raise DataError(f"{name} is {getattr(self, name)!r}; it must be 'drop' or 'truncate'.")
+
+
+def tokenize_pairs(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, limits: Limits, *, eos_ids: Sequence[int], specials: Specials = "text"
+) -> tuple[PairBatch, ReadReport]:
+    """Pairs as one PairBatch of numpy arrays with leading N (weights 1, index_B = 0..N-1), and what was dropped or cut.
+
+    `report.rows[i]` is the position in `pairs` of table row i. A pair whose sides become equal by truncation is dropped: it says nothing.
+    Where any pair has a margin, `columns["margin"]` holds them, 0 for pairs without. Raises DataError if no row is left.
+    """
+    encode = Encoder(tokenizer, eos_ids, specials, [p.templated for p in pairs])
+    prompts = encode.prompts([p.prompt for p in pairs])
+    sides = [encode.responses([p.chosen for p in pairs]), encode.responses([p.rejected for p in pairs])]
+    report = ReadReport(counts=encode.counts)
+    kept = []
+    for i, pair in enumerate(pairs):
+        reason = _fit(i, prompts, sides, encode.bos, limits, report.counts)
+        if reason is None and sides[0][i] == sides[1][i]:
+            reason = "identical sides as tokens: after truncation chosen equals rejected"
+        _account(i, pair.source, reason, kept, report)
+    _finish(kept, report, limits)
+    pad = pad_id_of(tokenizer)
+    prompt, prompt_mask = pad_left([prompts[i] for i in kept], limits.max_prompt_length, pad)
+    (chosen, chosen_mask), (rejected, rejected_mask) = (
+        pad_right([side[i] for i in kept], limits.max_response_length, pad) for side in sides
+    )
+    columns, margins = {}, [pairs[i].margin for i in kept]
+    if any(m is not None for m in margins):
+        columns["margin"] = np.array([m or 0.0 for m in margins], np.float32)
+        report.counts["pairs without a margin (taken as 0)"] = sum(m is None for m in margins)
+    n = len(kept)
+    weights, row_mask, index = np.ones(n, np.float32), np.ones(n, bool), np.arange(n, dtype=np.int32)
+    table = (prompt, prompt_mask, chosen, chosen_mask, rejected, rejected_mask, weights, row_mask, index)
+    return PairBatch(*table, columns), report  # type: ignore[arg-type]
+
+
+def tokenize_demonstrations(
+    rows: Sequence[Demonstration],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    *,
+    eos_ids: Sequence[int],
+    specials: Specials = "text",
+) -> tuple[TextBatch, ReadReport]:
+    """Demonstrations as one TextBatch with leading N; otherwise as `tokenize_pairs`."""
+    encode = Encoder(tokenizer, eos_ids, specials, [r.templated for r in rows])
+    prompts, responses = encode.prompts([r.prompt for r in rows]), encode.responses([r.response for r in rows])
+    report, kept = ReadReport(counts=encode.counts), []
+    for i, row in enumerate(rows):
+        _account(i, row.source, _fit(i, prompts, [responses], encode.bos, limits, report.counts), kept, report)
+    _finish(kept, report, limits)
+    return _text_batch([prompts[i] for i in kept], [responses[i] for i in kept], tokenizer, limits), report
+
+
+def tokenize_prompts(
+    rows: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, limits: Limits, *, eos_ids: Sequence[int] = (), specials: Specials = "text"
+) -> tuple[PromptBatch, ReadReport]:
+    """Prompts as one PromptBatch with leading N; otherwise as `tokenize_pairs` (`eos_ids` is not needed)."""
+    encode = Encoder(tokenizer, eos_ids or None, specials, [r.templated for r in rows])
+    prompts = encode.prompts([r.prompt for r in rows])
+    report, kept = ReadReport(counts=encode.counts), []
+    for i, row in enumerate(rows):
+        _account(i, row.source, _fit(i, prompts, [], encode.bos, limits, report.counts), kept, report)
+    _finish(kept, report, limits)
+    tokens, mask = pad_left([prompts[i] for i in kept], limits.max_prompt_length, pad_id_of(tokenizer))
+    n = len(kept)
+    return PromptBatch(tokens, mask, np.ones(n, bool), np.arange(n, dtype=np.int32)), report  # type: ignore[arg-type]
+
+
+def retokenize_responses(
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    *,
+    eos_ids: Sequence[int],
+    finished: Sequence[bool] | np.ndarray | None = None,
+    specials: Specials = "text",
+    templated: bool = False,
+) -> tuple[TextBatch, ReadReport]:
+    """Sampled text for a model with another tokenizer: row i in is row i out, nothing is dropped whatever the limits say.
+
+    Over-long prompts lose their left, over-long responses their right end. `finished[i]` False (the sampler hit its length limit)
+    leaves EOS off; an empty response still gets one, so that every row has a last token to read a score at.
+    """
+    if len(prompts) != len(responses):
+        raise DataError(f"{len(prompts)} prompts but {len(responses)} responses; give one prompt a response.")
+    encode = Encoder(tokenizer, eos_ids, specials, [templated] * len(prompts))
+    heads, bodies = encode.prompts(prompts), encode.responses(responses)
+    if finished is not None:
+        bodies = [ids if done or len(ids) == 1 else ids[:-1] for ids, done in zip(bodies, finished, strict=True)]
+    keep = Limits(limits.max_prompt_length, limits.max_response_length, "truncate", "truncate")
+    report = ReadReport(kept=len(heads), counts=encode.counts, rows=list(range(len(heads))))
+    for i in range(len(heads)):
+        _fit(i, heads, [bodies], encode.bos, keep, report.counts)
+    return _text_batch(heads, bodies, tokenizer, limits), report
+
+
+def decode_responses(tokens_BT: np.ndarray, mask_BT: np.ndarray, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> list[str]:
+    """The text of each response: tokens under the mask and before the first EOS, special tokens left out.
+
+    Decoded behind a fixed letter that is then cut off, because a sentencepiece decoder strips a leading space.
+    """
+    tokens, mask, ends = np.asarray(tokens_BT), np.asarray(mask_BT, bool), np.asarray(list(eos_ids))
+    anchor = [int(i) for i in tokenizer("a", add_special_tokens=False)["input_ids"]]
+    rows = []
+    for row, keep in zip(tokens, mask, strict=True):
+        ids = row[keep]
+        stops = np.flatnonzero(np.isin(ids, ends))
+        rows.append(anchor + [int(i) for i in (ids[: stops[0]] if len(stops) else ids)])
+    decode = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    cut = len(tokenizer.decode(anchor, **decode))
+    return [text[cut:] for text in tokenizer.batch_decode(rows, **decode)] if rows else []
+
+
+def finished_responses(tokens_BT: np.ndarray, mask_BT: np.ndarray, eos_ids: Sequence[int]) -> np.ndarray:
+    """bool_B: does the response contain an EOS under its mask (rather than having hit the length limit)?"""
+    return np.any(np.isin(np.asarray(tokens_BT), list(eos_ids)) & np.asarray(mask_BT, bool), axis=1)
+
+
+def pad_left(rows: Sequence[Ids], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """(int32 tokens, bool mask), each [len(rows), width], tokens at the right edge."""
+    tokens, mask = pad_right([ids[::-1] for ids in rows], width, pad_id)
+    return np.ascontiguousarray(tokens[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
+
+
+def pad_right(rows: Sequence[Ids], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """(int32 tokens, bool mask), each [len(rows), width], tokens at the left edge. A row longer than `width` is a ValueError."""
+    lengths = np.array([len(ids) for ids in rows], np.int32)
+    if len(rows) and lengths.max() > width:
+        raise ValueError(f"row {int(lengths.argmax())} has {int(lengths.max())} tokens and the width is {width}; truncate before padding.")
+    mask = np.arange(width)[None, :] < lengths[:, None]
+    tokens = np.full((len(rows), width), pad_id, np.int32)
+    tokens[mask] = np.fromiter((i for ids in rows for i in ids), np.int32, int(lengths.sum()))
+    return tokens, mask
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills padding: PAD, else EOS, else 0. Masks never depend on it."""
+    given: tuple[Any, ...] = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return int(next((i for i in given if i is not None), 0))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Equal for tokenizers that give a text the same ids: vocabulary, merges, normalisation, BOS, EOS, and what its chat template uses.
+
+    Special tokens that are in no use do not count, so a copy that only gained a padding token is still the same tokenizer.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    used = {str(tokenizer.bos_token), str(tokenizer.eos_token)}
+    added = [t for t in backend.get("added_tokens", []) if not t["special"] or t["content"] in used or t["content"] in template]
+    parts = [backend.get(k) for k in ("normalizer", "pre_tokenizer", "post_processor", "model")]
+    facts = [parts, sorted(added, key=lambda t: t["id"]), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8")).hexdigest()[:32]
+
+
+def _fit(i: int, prompts: list[Ids], sides: list[list[Ids]], bos: Ids, limits: Limits, counts: Counter[str]) -> str | None:
+    """Bring row i within the limits, in place; or the reason to drop it."""
+    long = len(prompts[i])
+    if long > limits.max_prompt_length and limits.long_prompt == "drop":
+        return f"prompt too long: {long} tokens, limit {limits.max_prompt_length}"
+    for side in sides:
+        if len(side[i]) == 1:
+            counts["responses of one token"] += 1
+        if len(side[i]) > limits.max_response_length and limits.long_response == "drop":
+            return f"response too long: {len(side[i])} tokens with EOS, limit {limits.max_response_length}"
+    if long > limits.max_prompt_length:
+        room = limits.max_prompt_length
+        lead = bos if bos and room > len(bos) and prompts[i][: len(bos)] == bos else []
+        prompts[i] = lead + prompts[i][long - (room - len(lead)) :]
+        counts["prompts truncated"] += 1
+    for side in sides:
+        if len(side[i]) > limits.max_response_length:
+            side[i] = side[i][: limits.max_response_length]
+            counts["responses truncated"] += 1
+    return None
+
+
+def _account(i: int, source: str, reason: str | None, kept: list[int], report: ReadReport) -> None:
+    if reason is None:
+        kept.append(i)
+    else:
+        report.dropped.append((source, reason))
+
+
+def _finish(kept: list[int], report: ReadReport, limits: Limits) -> None:
+    report.kept, report.rows = len(kept), kept
+    if not kept:
+        raise DataError(f"no row is left within {limits}:\n{report.summary()}")
+
+
+def _text_batch(prompts: list[Ids], responses: list[Ids], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> TextBatch:
+    pad, n = pad_id_of(tokenizer), len(prompts)
+    head, body = pad_left(prompts, limits.max_prompt_length, pad), pad_right(responses, limits.max_response_length, pad)
+    return TextBatch(*head, *body, np.ones(n, bool), np.arange(n, dtype=np.int32))  # type: ignore[arg-type]
+
+
+__all__ = [
+    "Limits", "decode_responses", "eos_ids_of", "finished_responses", "pad_id_of", "pad_left", "pad_right", "retokenize_responses",
+    "tokenize_demonstrations", "tokenize_pairs", "tokenize_prompts", "tokenizer_fingerprint",
+]  # fmt: skip
