@@ -37,7 +37,8 @@ def build_model(config: DecoderConfig, *, head: str = "lm", dtype: str = "float3
     def init(key: Array) -> Params:
         body, top = jax.random.split(key)
         dummy = jnp.zeros((1, 1), jnp.int32)
-        params = {"backbone": backbone.init(body, dummy, dummy == 0)["params"]}
+        variables: Any = backbone.init(body, dummy, dummy == 0)  # pyright: ignore[reportCallIssue]
+        params = {"backbone": variables["params"]}
         if head == "scalar":
             params["head"] = init_scalar_head(top, config.hidden_size)
         elif not config.tied_head:

@@ -203,7 +203,7 @@ class Backbone(_Layer):
         init = nn.initializers.normal(c.initializer_range)
         self.embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=jnp.float32, embedding_init=init)
         if c.positions == "learned":
-            self.position = nn.Embed(c.max_positions, c.hidden_size, dtype=self.dtype, param_dtype=jnp.float32, embedding_init=init)
+            self.positions = nn.Embed(c.max_positions, c.hidden_size, dtype=self.dtype, param_dtype=jnp.float32, embedding_init=init)
         block = nn.remat(Block, static_argnums=(5,)) if self.remat else Block
         self.layers = [block(c, self.dtype) for _ in range(c.num_layers)]
         self.final_norm = self.normalisation()
@@ -222,11 +222,12 @@ class Backbone(_Layer):
 
         x_BTd = self.embed(jnp.where(mask_BT, tokens_BT, 0))  # so that no padding id, in range or not, reaches a result
         if c.positions == "learned":
-            x_BTd, rope = x_BTd + self.position(positions_BT), None
+            x_BTd, rope = x_BTd + self.positions(positions_BT), None
         else:
             rope = gather_rope(rope_table(length, c.rotary_dim, c.rope_theta, c.rope_scaling), positions_BT)
         bias_BTS = attention_bias(mask_BS, slots_T)
-        sliding = attention_bias(mask_BS, slots_T, c.sliding_window) if c.sliding_layers else bias_BTS
+        slides = c.sliding_window is not None and length > c.sliding_window
+        sliding = attention_bias(mask_BS, slots_T, c.sliding_window) if slides else bias_BTS
 
         keys, values = [], []
         for n, layer in enumerate(self.layers):

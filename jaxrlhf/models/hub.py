@@ -1,0 +1,221 @@
+"""Hugging Face folder ↔ (model, parameters, tokenizer, config): safetensors only, in both directions."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from jaxrlhf import sharding
+from jaxrlhf.models.families import config_from_hf
+from jaxrlhf.models.files import MAX_SHARD_BYTES, TensorReader, finished_folder, read_json, write_json, write_tensors
+from jaxrlhf.models.heads import check_head, with_head
+from jaxrlhf.models.model import build_model
+from jaxrlhf.models.names import CLASSES, SCORE, Entry, is_ignored, layout, leaf, lm_head_names, prefix_of, put
+from jaxrlhf.models.transformer import DecoderConfig
+from jaxrlhf.types import Model, Params
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+# What config.json says about a classification head; a language model saved from it says nothing of the kind.
+_SCORE_FIELDS = ("reward_bias", "id2label", "label2id", "num_labels", "problem_type")
+PAD_TOKEN = "<|pad|>"
+
+
+class Loaded(NamedTuple):
+    """A model in use: its functions, parameters, tokenizer (None where the folder has none) and config."""
+
+    model: Model
+    params: Params
+    tokenizer: Any
+    config: DecoderConfig
+
+
+def load(source: str | Path, *, head: str = "lm", key: Array | None = None, dtype: str | None = None, mesh: Any = None) -> Loaded:
+    """Read a model from a Hugging Face folder, or from a hub id through its cache.
+
+    `head="scalar"` reads a reward model's head, and on a language model puts a new random one, which needs `key`. `dtype` is that of
+    the computation (default float32); parameters are always float32. `mesh` places them by the sharding table.
+
+    ValueError: a family, setting or dtype that is not supported; tensors missing, unknown or of another shape; a new head without key.
+    """
+    check_head(head)
+    folder = resolve(source)
+    generation = folder / "generation_config.json"
+    config = config_from_hf(read_json(folder / "config.json"), read_json(generation) if generation.is_file() else None)
+    params = _read_params(folder, config, head, key)
+    return Loaded(build_model(config, head=head, dtype=dtype or "float32"), sharding.place(params, mesh), read_tokenizer(folder), config)
+
+
+def initialise(
+    config: DecoderConfig, *, key: Array, tokenizer: Any = None, head: str = "lm", dtype: str | None = None, mesh: Any = None
+) -> Loaded:
+    """A model from scratch, with random parameters."""
+    model = build_model(config, head=head, dtype=dtype or "float32")
+    return Loaded(model, sharding.place(model.init(key), mesh), tokenizer, config)
+
+
+def rehead(loaded: Loaded, *, head: str, key: Array | None = None, dtype: str | None = None) -> Loaded:
+    """The same backbone (its arrays shared) under a new head: how a reward model starts from a language model."""
+    params = with_head(loaded.params, key, loaded.config, head)
+    return loaded._replace(model=build_model(loaded.config, head=head, dtype=dtype or "float32"), params=params)
+
+
+def resolve(source: str | Path) -> Path:
+    """A local folder as it is; anything else is a hub id, fetched into or found in the hub's cache."""
+    folder = Path(source).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    text = str(source)
+    if folder.exists() or text.startswith(("/", "./", "../", "~")) or text.count("/") > 1:
+        raise FileNotFoundError(f"{source} is not a model folder: it has no config.json.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except Exception as error:
+        raise FileNotFoundError(f"{text} is neither a local folder nor a hub id that can be reached: {error}") from error
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, or None where it has no tokenizer files. Never runs code from the folder."""
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
+def head_of(params: Params) -> str:
+    """ "scalar" or "lm", from the shape of the parameters."""
+    return "scalar" if "head" in params and params["head"]["kernel"].shape[-1] == 1 else "lm"
+
+
+def eos_ids(loaded: Loaded) -> tuple[int, ...]:
+    """Every id that ends a response: of generation_config.json, config.json and the tokenizer, in this order, each once.
+
+    A chat model's end-of-turn token is in the first or the last of them.
+    """
+    found: list[int] = []
+    tokenizer_eos = None if loaded.tokenizer is None else loaded.tokenizer.eos_token_id
+    for value in (loaded.config.generation.get("eos_token_id"), loaded.config.hf.get("eos_token_id"), tokenizer_eos):
+        found += [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    return tuple(dict.fromkeys(found))
+
+
+def reward_bias(loaded: Loaded) -> float:
+    """The mean score of reference responses: score = scalar − reward_bias. 0 where none was set."""
+    return float(loaded.config.hf.get("reward_bias", 0.0))
+
+
+def with_reward_bias(loaded: Loaded, bias: float) -> Loaded:
+    return loaded._replace(config=replace(loaded.config, hf={**loaded.config.hf, "reward_bias": float(bias)}))
+
+
+def _read_params(folder: Path, config: DecoderConfig, head: str, key: Array | None) -> Params:
+    """The parameter tree from a folder's tensors, in numpy float32."""
+    read = TensorReader(folder)
+    prefix = prefix_of(config)
+    # Some files hold the bare backbone, without the family's prefix.
+    bare = not any(name.startswith(prefix) for name in read.files)
+    heads = (SCORE, *lm_head_names(config))
+    stored = {prefix + name if bare and name not in heads else name: name for name in read.files}
+    if head == "lm" and not config.tied_head:
+        first, *others = lm_head_names(config)
+        for other in others:
+            if other in stored:
+                stored[first] = stored.pop(other)
+
+    entries = layout(config, head)
+    new_head = "head" in {path[0] for entry in entries for path in entry.paths} and entries[-1].name not in stored
+    if new_head:
+        entries = entries[:-1]
+        if key is None:
+            raise ValueError(f"{folder} has no {head!r} head; a new one is random, pass key= to load it with one.")
+    _check_names(folder, {entry.name for entry in entries}, stored, config, head)
+    # Shapes of the model that the config describes, without computing anything.
+    wanted = jax.eval_shape(build_model(config, head=head).init, jax.random.key(0))
+    params: dict[str, Any] = {}
+    for entry in entries:
+        _fill(params, entry, read(stored[entry.name]), wanted, folder)
+    return with_head(params, key, config, head) if new_head else params
+
+
+def _check_names(folder: Path, wanted: set[str], stored: dict[str, str], config: DecoderConfig, head: str) -> None:
+    missing = sorted(wanted - stored.keys())
+    unknown = sorted(name for name in stored.keys() - wanted if not is_ignored(name, config, head))
+    if missing or unknown:
+        parts = [f"{label} {', '.join(names)}" for label, names in (("missing:", missing), ("unknown:", unknown)) if names]
+        raise ValueError(
+            f"the tensors in {folder} are not those of the {config.family} model its config.json describes; {'; '.join(parts)}."
+        )
+
+
+def _fill(params: dict[str, Any], entry: Entry, tensor: np.ndarray, wanted: Params, folder: Path) -> None:
+    try:
+        leaves = entry.split(tensor)
+    except ValueError:  # a fused tensor whose rows are no multiple of the heads
+        leaves = ()
+    shapes = [leaf(wanted, path).shape for path in entry.paths]
+    if [part.shape for part in leaves] != shapes:
+        raise ValueError(f"{entry.name} in {folder} has shape {list(tensor.shape)}, which does not fit the shape that config.json gives.")
+    for path, part in zip(entry.paths, leaves, strict=True):
+        put(params, path, np.ascontiguousarray(part))
+
+
+def save(loaded: Loaded, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write a folder that `transformers` and `load` open: float32 safetensors, config, tokenizer.
+
+    A scalar head becomes `…ForSequenceClassification` with one label and a pad token that is not EOS, because transformers finds the
+    last token by it: the tokenizer's own, else a spare row of the vocabulary, else one appended row. All fields of the config that was
+    read are kept. The folder appears whole or not at all; one of the same name is replaced.
+    """
+    folder = Path(folder)
+    params, config, tokenizer = sharding.gather(loaded.params), loaded.config, loaded.tokenizer
+    head = head_of(params)
+    hf = {name: value for name, value in config.hf.items() if head == "scalar" or name not in _SCORE_FIELDS}
+    hf |= {"model_type": config.family, "dtype": "float32"} | ({"torch_dtype": "float32"} if "torch_dtype" in hf else {})
+    if head == "scalar":
+        hf |= {"architectures": [f"{CLASSES[config.family]}ForSequenceClassification"], "reward_bias": reward_bias(loaded)}
+        hf |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        params, tokenizer, hf["pad_token_id"] = _with_pad(loaded._replace(params=params))
+        hf["vocab_size"] = params["backbone"]["embed"]["embedding"].shape[0]
+    else:
+        hf["architectures"] = [f"{CLASSES[config.family]}ForCausalLM"]
+    if jax.process_index() != 0:
+        return  # gathering was collective; one process writes
+    with finished_folder(folder) as work:
+        write_json(hf, work / "config.json")
+        if config.generation:
+            write_json(dict(config.generation), work / "generation_config.json")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(work))
+        tensors = ((entry.name, entry.fuse(tuple(leaf(params, path) for path in entry.paths))) for entry in layout(config, head))
+        write_tensors(tensors, work, max_shard_bytes)
+
+
+def _with_pad(loaded: Loaded) -> tuple[Params, Any, int]:
+    """Parameters, tokenizer and pad id of a reward model whose padding cannot be taken for the end of a text."""
+    tokenizer, rows = loaded.tokenizer, loaded.params["backbone"]["embed"]["embedding"].shape[0]
+    text_ids = {*eos_ids(loaded), loaded.config.hf.get("bos_token_id")}
+    if tokenizer is None:
+        pad = loaded.config.hf.get("pad_token_id")
+        pad = rows if pad is None or pad in text_ids else pad
+    else:
+        text_ids |= {tokenizer.bos_token_id, tokenizer.unk_token_id}
+        if tokenizer.pad_token_id is None or tokenizer.pad_token_id in text_ids:
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+        pad = tokenizer.pad_token_id
+    if pad > rows:
+        raise ValueError(f"the tokenizer's pad id {pad} lies beyond the {rows} rows of the embedding; its vocabulary is not this model's.")
+    if pad < rows:
+        return loaded.params, tokenizer, pad
+    backbone = dict(loaded.params["backbone"])
+    table = np.asarray(backbone["embed"]["embedding"])
+    backbone["embed"] = {"embedding": np.concatenate([table, table.mean(axis=0, keepdims=True)])}
+    return {**loaded.params, "backbone": backbone}, tokenizer, pad
