@@ -145,25 +145,35 @@ def retokenize_responses(
     keep = Limits(limits.max_prompt_length, limits.max_response_length, "truncate", "truncate")
     report = ReadReport(kept=len(heads), counts=encode.counts, rows=list(range(len(heads))))
     for i in range(len(heads)):
-        _fit(i, heads, [bodies], encode.bos, keep, report.counts)
+        _fit(i, heads, [bodies], encode.bos, keep, report.counts, empty=True)
     return _text_batch(heads, bodies, tokenizer, limits), report
 
 
 def decode_responses(tokens_BT: np.ndarray, mask_BT: np.ndarray, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> list[str]:
     """The text of each response: tokens under the mask and before the first EOS, special tokens left out.
 
-    Decoded behind a fixed letter that is then cut off, because a sentencepiece decoder strips a leading space.
+    A sentencepiece decoder strips the space in front of a text that stands alone; `_anchor` prevents it.
     """
     tokens, mask, ends = np.asarray(tokens_BT), np.asarray(mask_BT, bool), np.asarray(list(eos_ids))
-    anchor = [int(i) for i in tokenizer("a", add_special_tokens=False)["input_ids"]]
+    anchor, cut = _anchor(tokenizer)
     rows = []
     for row, keep in zip(tokens, mask, strict=True):
         ids = row[keep]
         stops = np.flatnonzero(np.isin(ids, ends))
         rows.append(anchor + [int(i) for i in (ids[: stops[0]] if len(stops) else ids)])
-    decode = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    cut = len(tokenizer.decode(anchor, **decode))
-    return [text[cut:] for text in tokenizer.batch_decode(rows, **decode)] if rows else []
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False) if rows else []
+    return [text[cut:] for text in texts]
+
+
+def _anchor(tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, int]:
+    """Ids of a letter to decode in front of a response, and the length of text to cut off afterwards.
+
+    None where tokens are joined by spaces (no decoder) or the letter is not in the vocabulary: decoding is plain there.
+    """
+    ids = [int(i) for i in tokenizer("a", add_special_tokens=False)["input_ids"]]
+    joined_by_spaces = tokenizer.backend_tokenizer.decoder is None  # type: ignore[attr-defined]
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return ([], 0) if joined_by_spaces or text != "a" else (ids, 1)
 
 
 def finished_responses(tokens_BT: np.ndarray, mask_BT: np.ndarray, eos_ids: Sequence[int]) -> np.ndarray:
@@ -208,14 +218,16 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8")).hexdigest()[:32]
 
 
-def _fit(i: int, prompts: list[Ids], sides: list[list[Ids]], bos: Ids, limits: Limits, counts: Counter[str]) -> str | None:
-    """Bring row i within the limits, in place; or the reason to drop it."""
+def _fit(
+    i: int, prompts: list[Ids], sides: list[list[Ids]], bos: Ids, limits: Limits, counts: Counter[str], *, empty: bool = False
+) -> str | None:
+    """Bring row i within the limits, in place; or the reason to drop it. `empty`: a response may be EOS alone."""
     long = len(prompts[i])
     if long > limits.max_prompt_length and limits.long_prompt == "drop":
         return f"prompt too long: {long} tokens, limit {limits.max_prompt_length}"
     for side in sides:
-        if len(side[i]) == 1:
-            counts["responses of one token"] += 1
+        if len(side[i]) == 1 and not empty:
+            return "empty response: nothing but EOS"
         if len(side[i]) > limits.max_response_length and limits.long_response == "drop":
             return f"response too long: {len(side[i])} tokens with EOS, limit {limits.max_response_length}"
     if long > limits.max_prompt_length:
