@@ -1,6 +1,7 @@
 """The embedded task: its posts, splits, demonstrations and tokenizer."""
 
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,7 +139,7 @@ def test_references_are_clean_by_hand():
     assert row.reference == reference_response(ToyTask(), read_post(row.prompt))
 
 
-NOISELESS = {
+NOISELESS: dict[str, Any] = {
     "demo_one_fact": 0.0, "demo_drop": 0.0, "demo_keep_detail": 0.0, "demo_invent": 0.0,
     "demo_misbind": 0.0, "demo_repeat": 0.0, "demo_filler": 0.0, "demo_ramble": 0.0,
 }  # fmt: skip
@@ -224,6 +225,7 @@ def test_bad_values_are_named(name):
 
 
 def test_more_bad_values():
+    bad: dict[str, Any]
     for bad in ({"demo_drop": 1.5}, {"overlong_penalty": float("nan")}, {"max_words": 7}, {"reference_facts": 3}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             ToyTask(**bad)

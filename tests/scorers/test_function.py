@@ -2,6 +2,7 @@
 
 import sys
 import types
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ def lengths(prompts, responses):
 
 @pytest.fixture
 def module(monkeypatch):
-    made = types.ModuleType("a_users_rewards")
+    made: Any = types.ModuleType("a_users_rewards")
     made.lengths = lengths
     made.version = "1"
     made.Nested = types.SimpleNamespace(lengths=lengths)
