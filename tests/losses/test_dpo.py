@@ -1,0 +1,88 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.losses import dpo_loss, ipo_loss, sequence_logp, token_logp
+from jaxrlhf.losses.dpo import dpo_pair_loss, ipo_pair_loss
+
+H_CHOSEN, H_REJECTED = jnp.array([1.0, -2.0, 0.3]), jnp.array([0.5, 1.0, 0.3])
+
+
+def test_by_hand():
+    for beta in (0.01, 0.5, 2):
+        assert dpo_loss(jnp.full(2, 3.0), jnp.full(2, 3.0), beta=beta) == pytest.approx(math.log(2))
+    # β h = log 3: σ = 3/4
+    one, zero = jnp.array([2 * math.log(3)]), jnp.zeros(1)
+    assert dpo_loss(one, zero, beta=0.5) == pytest.approx(-math.log(0.75))
+    assert dpo_loss(one, zero, beta=0.5, label_smoothing=0.1) == pytest.approx(-0.9 * math.log(0.75) - 0.1 * math.log(0.25))
+    # the target gap is 1/(2β) = 2.5
+    assert ipo_loss(jnp.array([2.5]), zero, beta=0.2) == 0
+    assert ipo_loss(jnp.array([0.5]), zero, beta=0.2) == pytest.approx(4)
+
+
+def test_against_a_loop_with_weights_and_fillers():
+    weights, rows = jnp.array([2.0, 0.5, jnp.nan]), jnp.array([True, True, False])
+    chosen, rejected = H_CHOSEN.at[2].set(jnp.nan), H_REJECTED.at[2].set(jnp.inf)
+    gaps = [(float(c - r), float(w)) for c, r, w in zip(H_CHOSEN[:2], H_REJECTED[:2], weights[:2], strict=True)]
+    expected_dpo = sum(w * math.log1p(math.exp(-0.3 * g)) for g, w in gaps) / 2
+    expected_ipo = sum(w * (g - 1 / 0.6) ** 2 for g, w in gaps) / 2
+    for loss, expected in ((dpo_loss, expected_dpo), (ipo_loss, expected_ipo)):
+        value, gradient = jax.value_and_grad(loss)(chosen, rejected, weights, beta=0.3, row_mask=rows)
+        assert float(value) == pytest.approx(expected, rel=1e-5)
+        assert bool(jnp.all(jnp.isfinite(gradient))) and gradient[2] == 0
+        assert bool(jnp.all(jax.grad(loss, argnums=2)(chosen, rejected, weights, beta=0.3, row_mask=rows) == 0))
+        empty = jax.value_and_grad(loss)(chosen, rejected, weights, beta=0.3, row_mask=jnp.zeros(3, bool))
+        assert empty[0] == 0 and bool(jnp.all(empty[1] == 0))
+
+
+@pytest.mark.parametrize("loss", [dpo_loss, ipo_loss])
+def test_microbatches_and_order(loss):
+    whole = float(loss(H_CHOSEN, H_REJECTED, beta=0.4))
+    parts = [loss(H_CHOSEN[s], H_REJECTED[s], beta=0.4, total=3) for s in (slice(0, 1), slice(1, 3))]
+    assert float(sum(parts)) == pytest.approx(whole, rel=1e-6)
+    assert float(loss(H_CHOSEN[::-1], H_REJECTED[::-1], beta=0.4)) == pytest.approx(whole, rel=1e-6)
+
+
+def test_label_smoothing_must_stay_below_a_half():
+    with pytest.raises(ValueError, match=r"label_smoothing 0\.5"):
+        dpo_loss(H_CHOSEN, H_REJECTED, beta=0.1, label_smoothing=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        ("dpo", lambda c, r: dpo_loss(c, r, beta=0.1)),
+        ("dpo_smoothed", lambda c, r: dpo_loss(c, r, beta=0.05, label_smoothing=0.2)),
+        ("ipo", lambda c, r: ipo_loss(c, r, beta=0.2)),
+    ],
+)
+def test_against_torch_from_logits(golden, name, loss):
+    inputs = {
+        key: [jnp.array(side) for side in golden("preference_losses")["inputs"][key]] for key in ("logits", "tokens", "masks", "reference")
+    }
+
+    def from_logits(*logits):
+        sides = [
+            sequence_logp(token_logp(logits[i], inputs["tokens"][i]), inputs["masks"][i]) - inputs["reference"][i] for i in range(2)
+        ]  # fmt: skip
+        return loss(*sides)
+
+    value, gradients = jax.value_and_grad(from_logits, argnums=(0, 1))(*inputs["logits"])
+    expected = golden("preference_losses")["losses"][name]
+    assert float(value) == pytest.approx(expected["loss"], rel=1e-5)
+    np.testing.assert_allclose(gradients, expected["gradients"], rtol=2e-4, atol=1e-6)
+
+
+def test_pair_losses_subtract_the_reference_and_report_implicit_rewards(pairs):
+    outputs, batch = pairs
+    h = [
+        outputs.chosen_B - batch.columns["reference_chosen_logp"],
+        outputs.rejected_B - batch.columns["reference_rejected_logp"],
+    ]
+    for pair_loss, loss in ((dpo_pair_loss, dpo_loss), (ipo_pair_loss, ipo_loss)):
+        value, metrics = pair_loss(outputs, batch, beta=0.3)
+        assert float(value) == pytest.approx(float(loss(h[0][:4], h[1][:4], batch.weights_B[:4], beta=0.3)), rel=1e-6)
+        assert float(metrics["margin"]) == pytest.approx(0.3 * float(jnp.mean((h[0] - h[1])[:4])), rel=1e-5)
