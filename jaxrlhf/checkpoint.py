@@ -129,9 +129,9 @@ class Checkpoints:
         flat = {name: _flat(tree) for name, tree in templates.items()}
         with _clear_errors(self.folder / str(step), "read"):
             wanted = [name for name, table in flat.items() if table]
-            described = self._manager.item_metadata(step)
+            described = dict(self._manager.item_metadata(step).items())
             for name in wanted:
-                _compare(self.folder / str(step) / name, flat[name], _stored(described[name]))
+                _compare(self.folder / str(step) / name, flat[name], _stored(described.get(name)))
             reads = {name: _args.StandardRestore({k: _struct(v) for k, v in flat[name].items()}) for name in wanted}
             got = self._manager.restore(step, args=_args.Composite(meta=_args.JsonRestore(), **reads))
         return {name: _unflat(tree, got[name] if name in wanted else {}) for name, tree in templates.items()}, got["meta"]

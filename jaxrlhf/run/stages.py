@@ -175,7 +175,7 @@ class Store:
         record = read_record(folder)
         if record.get("hash") != hash:
             raise StageError(
-                f"{folder / RECORD} is of stage {record.get('hash')!r}: the folder was moved; delete {folder} to build it again."
+                f"{folder / RECORD} is of stage {record.get('hash')!r}: the folder was renamed; delete {folder} to build it again."
             )
         return Done(stage.name, folder, hash, record, cached)
 

@@ -1,0 +1,210 @@
+import logging
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxrlhf import sharding
+from jaxrlhf.types import TrainState
+
+WIDTH = 8
+
+
+@pytest.fixture
+def params():
+    rng = np.random.default_rng(0)
+
+    def dense(rows, columns):
+        return {"kernel": rng.normal(size=(rows, columns)).astype(np.float32), "bias": np.zeros(columns, np.float32)}
+
+    layer = {
+        "attention": {n: dense(WIDTH, WIDTH) for n in ("q", "k", "v", "out")},
+        "mlp": {"up": dense(WIDTH, 16), "down": dense(16, WIDTH)},
+    }
+    layer["mlp_norm"] = {"scale": np.ones(WIDTH, np.float32)}
+    embed = {"embedding": rng.normal(size=(12, WIDTH)).astype(np.float32)}
+    return {"backbone": {"embed": embed, "layers_0": layer}, "head": {"kernel": rng.normal(size=(WIDTH, 1)).astype(np.float32)}}
+
+
+def make_step(optimizer=None, axis_name=None):
+    """A small regression through every kind of parameter; the mean is over the global batch."""
+
+    optimizer = optimizer or optax.adam(1e-2)
+
+    def loss_fn(params, batch, total):
+        layer = params["backbone"]["layers_0"]
+        x = params["backbone"]["embed"]["embedding"][batch["tokens"]] * layer["mlp_norm"]["scale"]
+        for name in ("q", "out"):
+            x = jnp.tanh(x @ layer["attention"][name]["kernel"] + layer["attention"][name]["bias"])
+        x = jnp.tanh(x @ layer["mlp"]["up"]["kernel"]) @ layer["mlp"]["down"]["kernel"]
+        return (((x @ params["head"]["kernel"])[:, 0] - batch["target"]) ** 2).sum() / total
+
+    def step(state, batch):
+        total = jnp.float32(batch["target"].shape[0])
+        total = total if axis_name is None else jax.lax.psum(total, axis_name)
+        loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, total)
+        if axis_name is not None:
+            loss, grads = jax.lax.psum((loss, grads), axis_name)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), {"loss": loss}
+
+    return step
+
+
+def make_state(params):
+    params = jax.tree.map(jnp.array, params)
+    return TrainState(jnp.int32(0), params, optax.adam(1e-2).init(params))
+
+
+BATCH = {"tokens": np.arange(8) % 12, "target": np.linspace(-1, 1, 8).astype(np.float32)}
+
+
+def trained(step, state, put=lambda batch: batch):
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, put(BATCH))
+        losses.append(float(metrics["loss"]))
+    return losses, sharding.gather(state)
+
+
+@pytest.mark.parametrize("axes", [(-1, 1, 1), (1, -1, 1), (1, 2, 2), (2, 1, 2)])
+def test_a_mesh_gives_what_one_device_gives(params, axes):
+    expected, end = trained(sharding.jit(make_step(), None), make_state(params))
+    mesh = sharding.make_mesh(*axes)
+    step = sharding.jit(make_step(), mesh)
+    losses, state = trained(step, sharding.place(make_state(params), mesh), lambda batch: sharding.place_batch(batch, mesh))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), state, end)
+
+
+def test_pmap_gives_what_one_device_gives_and_keeps_an_ordinary_state(params):
+    expected, end = trained(sharding.jit(make_step(), None), make_state(params))
+    step = sharding.pmap(make_step)
+    losses, state = trained(step, make_state(params))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), state, end)
+    with pytest.raises(ValueError, match="batch_size 6 does not divide over 4 data shards; try 4"):
+        step(state, jax.tree.map(lambda x: x[:6], BATCH))
+
+
+def test_further_arguments_of_a_step_are_the_same_on_every_device():
+    def make(axis_name=None):
+        def step(state, batch, key):
+            return state, {"bits": jax.random.bits(key, (), jnp.uint32) + state}
+
+        return step
+
+    key, state = jax.random.key(3), jnp.uint32(0)
+    expected = int(jax.random.bits(key, (), jnp.uint32))
+    assert int(sharding.pmap(make, donate=False)(state, BATCH, key)[1]["bits"]) == expected
+    mesh = sharding.make_mesh()
+    assert int(sharding.jit(make(), mesh)(sharding.place(state, mesh), sharding.place_batch(BATCH, mesh), key)[1]["bits"]) == expected
+
+
+def test_the_table_covers_parameters_and_their_moments(params):
+    mesh = sharding.make_mesh(1, 2, 2)
+    specs = jax.tree.map(lambda s: s.spec, sharding.shardings(make_state(params), mesh))
+    layer = specs.params["backbone"]["layers_0"]
+    assert layer["attention"]["q"] == {"kernel": P("fsdp", "tensor"), "bias": P("tensor")}
+    assert layer["attention"]["out"] == {"kernel": P("tensor", "fsdp"), "bias": P()}
+    assert layer["mlp"]["down"]["kernel"] == P("tensor", "fsdp") and layer["mlp_norm"]["scale"] == P()
+    assert specs.params["backbone"]["embed"]["embedding"] == P("tensor", "fsdp")
+    assert specs.params["head"]["kernel"] == P("fsdp", None)  # one column does not split
+    assert specs.opt_state[0].mu == specs.params and specs.opt_state[0].nu == specs.params
+    assert specs.step == P() and specs.opt_state[0].count == P()
+    both = jax.tree.map(lambda s: s.spec, sharding.shardings({"policy": params, "critic": params}, mesh))
+    assert both["policy"] == both["critic"] == specs.params
+
+
+def test_fsdp_keeps_its_layout_and_splits_the_memory(params):
+    mesh = sharding.make_mesh(1, -1, 1)
+    state = sharding.place(make_state(params), mesh)
+    after, _ = sharding.jit(make_step(), mesh)(state, sharding.place_batch(BATCH, mesh))
+    kernel = after.params["backbone"]["layers_0"]["mlp"]["up"]["kernel"]
+    assert kernel.sharding.spec == P("fsdp", "tensor")
+    assert kernel.addressable_shards[0].data.shape == (WIDTH // 4, 16)
+    assert state.params["backbone"]["layers_0"]["mlp"]["up"]["kernel"].is_deleted()  # donated
+
+
+def test_what_does_not_divide_is_replicated_and_said_once(caplog):
+    mesh = sharding.make_mesh(1, 2, 2)
+    tree = {"odd_one": {"q": {"kernel": np.ones((8, 7), np.float32)}, "mystery": np.ones((4, 4), np.float32)}}
+    with caplog.at_level(logging.WARNING):
+        specs = [jax.tree.map(lambda s: s.spec, sharding.shardings(tree, mesh)) for _ in range(2)]
+    assert specs[0] == {"odd_one": {"q": {"kernel": P("fsdp", None)}, "mystery": P()}}
+    assert [r.message for r in caplog.records] == [
+        "odd_one/mystery [4, 4]: no rule in the sharding table fits; it is replicated.",
+        "odd_one/q/kernel [8, 7]: 7 does not divide over 2 tensor shards; replicated along that axis.",
+    ]
+
+
+def test_factored_moments_are_replicated():
+    """adafactor keeps one vector a side under the parameter's name: the rule of the matrix does not fit it."""
+    specs = sharding.shardings({"q": {"kernel": np.ones(8, np.float32)}}, sharding.make_mesh(1, 2, 2))
+    assert specs["q"]["kernel"].spec == P()
+
+
+@pytest.mark.parametrize(
+    "axes, message",
+    [
+        ((3, 1, 1), "data=3, fsdp=1, tensor=1 wants 3 devices and there are 4"),
+        ((-1, 3, 1), "3 does not divide the 4 devices"),
+        ((-1, -1, 1), "only one axis may be -1"),
+        ((0, 1, 1), "an axis is a positive number"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(axes, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(*axes)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match=r"^batch_size 66 does not divide over 4 data shards; try 64\.$"):
+        sharding.place_batch({"x": np.zeros((66, 2))}, sharding.make_mesh(2, 2, 1))
+    with pytest.raises(ValueError, match="try 4"):
+        sharding.check_batch_size(3, 4)
+
+
+def test_one_device_costs_nothing(params):
+    """Arrays stay where and what they are, uncommitted, so that jit compiles once and passes no layouts."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    array = jnp.ones((3, 3))
+    assert sharding.place(array, mesh) is array and sharding.place(array, None) is array
+    placed = sharding.place(params, mesh)
+    assert isinstance(placed["head"]["kernel"].sharding, jax.sharding.SingleDeviceSharding) and not placed["head"]["kernel"].committed
+    sharding.place_batch({"x": np.zeros((67, 2))}, mesh)
+    elsewhere = sharding.make_mesh(devices=jax.devices()[2:3])
+    assert sharding.place(params, elsewhere)["head"]["kernel"].devices() == {jax.devices()[2]}
+
+
+WORKER = """
+import sys, jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+from jaxrlhf import sharding
+mesh = sharding.make_mesh(2, 2, 1)
+tree = sharding.place({"q": {"kernel": np.arange(32.0).reshape(8, 4)}}, mesh)
+batch = sharding.place_batch({"x": np.arange(8.0)}, mesh)
+step = sharding.jit(lambda s, b: (jax.tree.map(lambda k: k + b["x"].sum(), s), {"sum": b["x"].sum()}), mesh)
+tree, metrics = step(tree, batch)
+assert float(metrics["sum"]) == 28.0
+assert (sharding.gather(tree)["q"]["kernel"] == np.arange(32.0).reshape(8, 4) + 28).all()
+"""
+
+
+def test_two_processes_share_a_mesh():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    env = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")} | {"JAX_PLATFORMS": "cpu"}
+    workers = [subprocess.Popen([sys.executable, "-c", WORKER, port, str(n)], env=env, stderr=subprocess.PIPE, text=True) for n in range(2)]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=120)
+        assert worker.returncode == 0, errors[-2000:]
