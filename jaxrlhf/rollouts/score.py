@@ -1,0 +1,236 @@
+"""Sampled text → `Rollout`: the forward passes of four models, then rewards, values and advantages as pure arithmetic."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.losses import gae, kl_estimate, masked_count, masked_mean, masked_whiten, shaped_rewards, value_mask
+from jaxrlhf.losses.masked import masked_fill
+from jaxrlhf.steps.accumulate import global_sum
+from jaxrlhf.steps.ppo import critic_values
+from jaxrlhf.types import Array, Completion, Metrics, Model, Params, PromptBatch, Rollout
+
+
+class RolloutModels(NamedTuple):
+    """The models that read a rollout. Without a critic values are 0; without a reward model scores are given from outside."""
+
+    policy: Model
+    reference: Model
+    critic: Model | None = None
+    reward: Model | None = None
+
+
+class Readings(NamedTuple):
+    """What the models say about a rollout. Entries outside the response mask mean nothing."""
+
+    logp_BT: Array
+    entropy_BT: Array | None  # None where the sampler's own log-probs are used: the policy has not been run again
+    reference_logp_BT: Array
+    values_BT: Array
+    scores_B: Array
+
+
+def score_rollout(
+    models: RolloutModels,
+    params: dict[str, Params],
+    prompts: PromptBatch,
+    completion: Completion,
+    *,
+    temperature: float | Array,
+    eos_ids: tuple[int, ...],
+    kl_coef: float | Array,
+    gamma: float,
+    lam: float,
+    scores_B: Array | None = None,
+    reward_bias: float | Array = 0.0,
+    value_bias: float | Array = 0.0,
+    old_logp: Literal["score", "sampler"] = "score",
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1",
+    score_placement: Literal["after_eos", "at_eos"] = "after_eos",
+    missing_eos_penalty: float | None = None,
+    missing_eos_score: float | None = None,
+    whiten_rewards: bool = False,
+    sft_logp_BT: Array | None = None,
+    microbatch: int | None = None,
+    axis_name: str | None = None,
+) -> tuple[Rollout, Metrics]:
+    """Everything a PPO update needs about sampled responses, and the metrics of the rollout.
+
+    `params` has the keys of `models` that are not None. Scores are `scores_B` where given (a gold scorer, an ensemble),
+    else the reward model's minus `reward_bias`; values are the critic's minus `value_bias` (a critic that starts as a copy
+    of the reward model starts from its bias too). Old and reference log-probs are both taken at `temperature`; "sampler"
+    keeps the sampler's old ones and saves a forward pass (then no entropy and no decode_mismatch are reported; under top-k
+    or top-p decode_mismatch also holds the truncation). `microbatch` is the number of rows a forward pass takes at once:
+    it changes memory, not results.
+
+    Pure: jit it whole with `models` and the options closed over; `kl_coef`, `temperature` and the biases may be traced.
+    Under pmap give `axis_name`: whitening and metrics are over the global batch.
+    """
+    readings = read_rollout(
+        models, params, prompts, completion,
+        temperature=temperature, scores_B=scores_B, reward_bias=reward_bias, value_bias=value_bias, old_logp=old_logp,
+        microbatch=microbatch,
+    )  # fmt: skip
+    return assemble_rollout(
+        prompts, completion, readings,
+        eos_ids=eos_ids, kl_coef=kl_coef, gamma=gamma, lam=lam, kl_estimator=kl_estimator, score_placement=score_placement,
+        missing_eos_penalty=missing_eos_penalty, missing_eos_score=missing_eos_score, whiten_rewards=whiten_rewards,
+        sft_logp_BT=sft_logp_BT, axis_name=axis_name,
+    )  # fmt: skip
+
+
+def read_rollout(
+    models: RolloutModels,
+    params: dict[str, Params],
+    prompts: PromptBatch,
+    completion: Completion,
+    *,
+    temperature: float | Array,
+    scores_B: Array | None = None,
+    reward_bias: float | Array = 0.0,
+    value_bias: float | Array = 0.0,
+    old_logp: Literal["score", "sampler"] = "score",
+    microbatch: int | None = None,
+) -> Readings:
+    """The forward passes. Masks are the caller's: rows that fill the batch are read like any other."""
+    if old_logp not in ("score", "sampler"):
+        raise ValueError(f'old_logp {old_logp!r} is not one of "score", "sampler".')
+    if (scores_B is None) == (models.reward is None):
+        raise ValueError("scores must come from exactly one place: give scores_B, or a reward model in `models`.")
+    start = prompts.prompt_BL.shape[1]
+
+    def read(rows: tuple[PromptBatch, Completion]) -> Readings:
+        prompt, text = rows
+        pieces = (prompt.prompt_BL, prompt.prompt_mask_BL, text.tokens_BT, text.mask_BT)
+        tokens, mask = jnp.concatenate(pieces[::2], axis=1), jnp.concatenate(pieces[1::2], axis=1)
+        options = {"start": start, "temperature": temperature}
+        logp_BT, entropy_BT = text.logp_BT, None
+        if old_logp == "score":
+            stats = models.policy.score_tokens(params["policy"], tokens, mask, **options)
+            logp_BT, entropy_BT = stats.logp_BT, stats.entropy_BT
+        reference = models.reference.score_tokens(params["reference"], tokens, mask, **options)
+        values_BT, scores = jnp.zeros(text.tokens_BT.shape), jnp.zeros(tokens.shape[0])
+        if models.critic is not None:
+            values_BT = critic_values(models.critic, params["critic"], *pieces, value_bias)
+        if models.reward is not None:
+            scores = reward_scores(models.reward, params["reward"], *pieces, reward_bias)
+        return Readings(logp_BT, entropy_BT, reference.logp_BT, values_BT, scores)
+
+    readings = _by_microbatch(read, (prompts, completion), microbatch)
+    return readings if scores_B is None else readings._replace(scores_B=scores_B)
+
+
+def reward_scores(
+    model: Model,
+    params: Params,
+    prompt_BL: Array,
+    prompt_mask_BL: Array,
+    tokens_BT: Array,
+    mask_BT: Array,
+    bias: float | Array = 0.0,
+) -> Array:
+    """The scalar head at the last token of the response (EOS, where there is one) less `bias`: [B]; 0 for an empty response."""
+    tokens = jnp.concatenate([prompt_BL, tokens_BT], axis=1)
+    mask = jnp.concatenate([prompt_mask_BL, mask_BT], axis=1)
+    scalars_BT = model.apply(params, tokens, mask, start=prompt_BL.shape[1]).scalars
+    assert scalars_BT is not None, "a reward model has head 'scalar'"
+    last_B = mask_BT.shape[1] - 1 - jnp.argmax(mask_BT[:, ::-1], axis=1)
+    read_B = jnp.take_along_axis(scalars_BT, last_B[:, None], axis=1)[:, 0]
+    return jnp.where(jnp.any(mask_BT, axis=1), read_B - bias, 0.0)
+
+
+def assemble_rollout(
+    prompts: PromptBatch,
+    completion: Completion,
+    readings: Readings,
+    *,
+    eos_ids: tuple[int, ...],
+    kl_coef: float | Array,
+    gamma: float,
+    lam: float,
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1",
+    score_placement: Literal["after_eos", "at_eos"] = "after_eos",
+    missing_eos_penalty: float | None = None,
+    missing_eos_score: float | None = None,
+    whiten_rewards: bool = False,
+    sft_logp_BT: Array | None = None,
+    axis_name: str | None = None,
+) -> tuple[Rollout, Metrics]:
+    """Readings → rewards → advantages, whitened once over the global batch. Everything outside its mask is 0."""
+    rows_B = prompts.row_mask_B
+    mask_BT = completion.mask_BT & rows_B[:, None]
+    value_mask_BT = value_mask(mask_BT, score_placement)
+    logp_BT, reference_BT = masked_fill(readings.logp_BT, mask_BT), masked_fill(readings.reference_logp_BT, mask_BT)
+    ended_B = has_ended(completion.tokens_BT, mask_BT, eos_ids)
+    scores_B = _penalise(readings.scores_B, ended_B, eos_ids, missing_eos_penalty, missing_eos_score)
+    scores_B = masked_fill(scores_B, rows_B)
+
+    kl_BT = kl_estimate(logp_BT, reference_BT, estimator=kl_estimator)
+    shaped_BT = shaped_rewards(scores_B, kl_BT, mask_BT, kl_coef=kl_coef, placement=score_placement)
+    rewards_BT = shaped_BT
+    if whiten_rewards:
+        rewards_BT = masked_whiten(shaped_BT, value_mask_BT, shift_mean=False, axis_name=axis_name)
+    values_BT = masked_fill(readings.values_BT, value_mask_BT)
+    advantages_BT, returns_BT = gae(rewards_BT, values_BT, value_mask_BT, gamma=gamma, lam=lam)
+    rollout = Rollout(
+        prompt_BL=prompts.prompt_BL, prompt_mask_BL=prompts.prompt_mask_BL, tokens_BT=completion.tokens_BT, mask_BT=mask_BT,
+        value_mask_BT=value_mask_BT, logp_BT=logp_BT, reference_logp_BT=reference_BT, values_BT=values_BT,
+        advantages_BT=masked_whiten(advantages_BT, mask_BT, axis_name=axis_name), returns_BT=returns_BT,
+        scores_B=scores_B, row_mask_B=rows_B,
+    )  # fmt: skip
+
+    def mean(values: Array, mask: Array) -> Array:
+        return global_sum(masked_mean(values, mask, total=global_sum(masked_count(mask), axis_name)), axis_name)
+
+    def of_response(values_BT: Array) -> Array:
+        """Summed over tokens, mean over responses."""
+        return mean(jnp.sum(masked_fill(values_BT, mask_BT), axis=1), rows_B)
+
+    metrics = {
+        "rollout/score": mean(scores_B, rows_B),
+        "rollout/score_raw": mean(readings.scores_B, rows_B),
+        "rollout/reward": mean(shaped_BT.sum(axis=1), rows_B),
+        "rollout/kl": of_response(logp_BT - reference_BT),
+        "rollout/kl_k3": of_response(kl_estimate(logp_BT, reference_BT, estimator="k3")),
+        "kl/penalty": of_response(kl_BT),
+        "rollout/length": of_response(jnp.ones_like(logp_BT)),
+        "rollout/eos_rate": mean(ended_B.astype(jnp.float32), rows_B),
+        "rollout/value": mean(values_BT, value_mask_BT),
+    }
+    if readings.entropy_BT is not None:
+        metrics["rollout/entropy"] = mean(readings.entropy_BT, mask_BT)
+        metrics["rollout/decode_mismatch"] = mean(jnp.abs(logp_BT - masked_fill(completion.logp_BT, mask_BT)), mask_BT)
+    if sft_logp_BT is not None:
+        metrics["kl/sft"] = of_response(logp_BT - masked_fill(sft_logp_BT, mask_BT))
+    return rollout, metrics
+
+
+def has_ended(tokens_BT: Array, mask_BT: Array, eos_ids: tuple[int, ...]) -> Array:
+    """Whether a response closed with an EOS of its own (one inside the mask): bool [B]. Padding never counts, though it may be EOS."""
+    return jnp.any(jnp.isin(tokens_BT, jnp.asarray(tuple(eos_ids), jnp.int32)) & mask_BT, axis=1)
+
+
+def _penalise(scores_B: Array, ended_B: Array, eos_ids: tuple[int, ...], penalty: float | None, score: float | None) -> Array:
+    """The score of a response without EOS: less `penalty` (TRL's rule), or `score` in its place (the papers')."""
+    if penalty is not None and score is not None:
+        raise ValueError(f"missing_eos_penalty {penalty} and missing_eos_score {score} exclude each other; set one.")
+    if not eos_ids and (penalty is not None or score is not None):
+        raise ValueError("a rule for responses without EOS needs eos_ids; they are empty.")
+    if penalty is not None:
+        return jnp.where(ended_B, scores_B, scores_B - penalty)
+    return scores_B if score is None else jnp.where(ended_B, scores_B, score)
+
+
+def _by_microbatch(read, rows, size: int | None):
+    """`read(rows)`, `size` rows at a time. Chunk i takes rows i, i + n, …: a batch sharded over devices stays sharded."""
+    count = jax.tree.leaves(rows)[0].shape[0]
+    if size is None or size >= count:
+        return read(rows)
+    if size < 1 or count % size:
+        fits = max(d for d in range(1, max(size, 1) + 1) if count % d == 0)
+        raise ValueError(f"microbatch {size} does not divide {count} rows; try {fits}.")
+    chunks = jax.tree.map(lambda x: x.reshape(size, count // size, *x.shape[1:]).swapaxes(0, 1), rows)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(count, *x.shape[2:]), jax.lax.map(read, chunks))
