@@ -17,7 +17,7 @@ import functools
 import inspect
 from typing import Any, TypeVar
 
-from jaxrlhf.losses.advantages import gae, value_mask
+from jaxrlhf.losses.advantages import gae, rloo_advantages, value_mask
 from jaxrlhf.losses.bradley_terry import bradley_terry_loss, bradley_terry_margin_pair_loss, bradley_terry_pair_loss
 from jaxrlhf.losses.dpo import dpo_loss, dpo_pair_loss, ipo_loss, ipo_pair_loss
 from jaxrlhf.losses.kl import adaptive_kl, kl_estimate, shaped_rewards
@@ -43,7 +43,7 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
     "ppo": PolicyLoss((), ppo_rollout_loss),
 }
 
-_Entry = TypeVar("_Entry", PairLoss, PolicyLoss)
+_Entry = TypeVar("_Entry", bound=PairLoss | PolicyLoss)
 
 
 def bind(entry: _Entry, **hyperparameters: Any) -> _Entry:
@@ -64,6 +64,6 @@ def hyperparameter_names(entry: PairLoss | PolicyLoss) -> tuple[str, ...]:
 __all__ = [
     "PAIR_LOSSES", "POLICY_LOSSES", "adaptive_kl", "bind", "bradley_terry_loss", "dpo_loss", "effective_sample_size", "eta_for_ess", "gae",
     "hyperparameter_names", "importance_weights", "ipo_loss", "kl_estimate", "masked_count", "masked_mean", "masked_sum", "masked_whiten",
-    "ppo_policy_loss", "ppo_policy_stats", "ppo_value_loss", "ppo_value_stats", "relative_log_ratio", "response_mask", "sequence_logp",
-    "sft_loss", "shaped_rewards", "token_logp", "token_stats", "value_mask", "weight_summary", "wpo_weights",
+    "ppo_policy_loss", "ppo_policy_stats", "ppo_value_loss", "ppo_value_stats", "relative_log_ratio", "response_mask",
+    "rloo_advantages", "sequence_logp",     "sft_loss", "shaped_rewards", "token_logp", "token_stats", "value_mask", "weight_summary", "wpo_weights",
 ]  # fmt: skip

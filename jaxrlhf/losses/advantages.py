@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Num
 
-from jaxrlhf.losses.masked import AnyArray, Scalar, masked_fill
+from jaxrlhf.losses.masked import AnyArray, Scalar, as_float, masked_fill
 
 Placement: TypeAlias = Literal["after_eos", "at_eos"]
 
@@ -48,6 +48,21 @@ def gae(
     _, advantages = jax.lax.scan(back, jnp.zeros_like(deltas[:, 0]), deltas.T, reverse=True)
     advantages = masked_fill(advantages.T, value_mask)
     return advantages, advantages + values
+
+
+def rloo_advantages(returns: Num[AnyArray, " B"], *, samples: int) -> Float[Array, " B"]:
+    """Leave-one-out advantages: each response against the mean of the other responses to its prompt.
+
+        A_i = R_i − 1/(k−1) Σ_{j≠i} R_j,   k = samples, R = score minus the KL penalty of the whole response
+
+    Rows of one prompt must be neighbours: rows 0 … k−1 belong to the first prompt, and so on. One number a response: every
+    token of it gets the same. Needs no critic. Kool et al. (2019); Ahmadian et al. (2024), "Back to basics".
+    """
+    if samples < 2 or returns.shape[0] % samples:
+        raise ValueError(f"{returns.shape[0]} rows do not form groups of {samples}; samples must be 2 or more and divide the rows.")
+    groups = as_float(returns).reshape(-1, samples)
+    others = (jnp.sum(groups, axis=1, keepdims=True) - groups) / (samples - 1)
+    return (groups - others).reshape(-1)
 
 
 def check_placement(placement: str) -> None:

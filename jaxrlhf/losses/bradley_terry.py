@@ -25,7 +25,7 @@ def bradley_terry_loss(
 
     The mean is over rows, not over Σw: normalise weights where they are made. Weights carry no gradient.
     Likelihood: Ouyang et al. (2022), eq. 1. Margin m: Touvron et al. (2023, Llama 2), eq. 2. Centring, which pins the
-    otherwise free offset of the scores: Eisenstein et al. (2023), "Helping or Herding?", §2.
+    otherwise free offset of the scores: Eisenstein et al. (2023), "Helping or Herding?".
     """
     row_mask = jnp.ones(chosen.shape, bool) if row_mask is None else row_mask
     chosen, rejected = masked_fill(chosen, row_mask), masked_fill(rejected, row_mask)

@@ -33,7 +33,7 @@ def relative_log_ratio(
     leaves log space: L_π − log(α e^{L_π} + (1−α) e^{L_ref} + floor) in float32, floor = 1e-36. There both exponentials
     vanish below about −83 nats and the result becomes L_π + 82.9, whatever L_ref is; use it for comparison only. At
     α = 0 the published code takes the plain ratio without a floor, and so does this.
-    Relative ratio: Yamada et al. (2013), "Relative density-ratio estimation for robust distribution comparison", eq. 1.
+    Relative ratio: Yamada et al. (2013), "Relative density-ratio estimation for robust distribution comparison".
     """
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha {alpha} must lie in [0, 1); 0 is the plain ratio, 0.1 the published choice.")

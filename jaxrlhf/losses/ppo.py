@@ -28,8 +28,9 @@ def ppo_policy_loss(
         ρ_t = exp(log π(y_t) − log π_old(y_t)),   L = 1/Σm Σ_t m_t max( −A_t ρ_t, −A_t clip(ρ_t, 1−clip, 1+clip_high) )
 
     The mean is over tokens of the whole batch, not over responses. `clip_high` defaults to `clip` (Yu et al., 2025,
-    "DAPO", eq. 8 makes it larger). `dual_clip` c > 1 also bounds the loss by −A c where A < 0: without it a token that
-    became much likelier despite a negative advantage has an unbounded gradient (Ye et al., 2020, eq. 5).
+    "DAPO", §3.1 makes it larger). `dual_clip` c > 1 also bounds the loss by −A c where A < 0: without it a token that
+    became much likelier despite a negative advantage has an unbounded gradient (Ye et al., 2020, "Mastering
+    complex control in MOBA games").
     Schulman et al. (2017), "Proximal policy optimization", eq. 7.
     """
     if dual_clip is not None and not dual_clip > 1:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrlhf.losses import gae, masked_whiten, value_mask
+from jaxrlhf.losses import gae, masked_whiten, rloo_advantages, value_mask
 
 GAE = jax.jit(gae)
 
@@ -86,3 +86,15 @@ def test_against_torch(golden):
     np.testing.assert_allclose(masked_whiten(advantages, inputs["mask"]), expected["whitened_advantages"], rtol=1e-4, atol=1e-5)
     whitened = masked_whiten(expected["rewards"], mask, shift_mean=False)
     np.testing.assert_allclose(whitened, expected["whitened_rewards"], rtol=1e-4, atol=1e-5)
+
+
+def test_leave_one_out_by_hand_and_against_a_loop():
+    np.testing.assert_allclose(rloo_advantages(jnp.array([1.0, 4.0, 1.0, 5.0, 5.0, 5.0]), samples=3), [-1.5, 3, -1.5, 0, 0, 0])
+    returns = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    expected = [[row[i] - np.mean(np.delete(row, i)) for i in range(4)] for row in returns]
+    mine = np.asarray(rloo_advantages(returns.ravel(), samples=4)).reshape(3, 4)
+    np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(mine.sum(axis=1), 0, atol=1e-5)
+    assert rloo_advantages(jnp.array([1, 2]), samples=2).dtype == jnp.float32
+    with pytest.raises(ValueError, match="6 rows do not form groups of 4"):
+        rloo_advantages(jnp.ones(6), samples=4)
