@@ -18,7 +18,7 @@ from jax import Array
 from jaxrlhf.models.activations import ACTIVATIONS
 from jaxrlhf.models.rope import Rope, RopeScaling, gather_rope, rope_table, rotate
 
-# Added to the scores of forbidden keys. Finite, so that a row with no allowed key gives a uniform softmax and not NaN.
+# Added to the scores of forbidden keys: finite, so that no softmax can meet ∞ − ∞.
 _FORBIDDEN = -1e30
 
 
@@ -88,13 +88,17 @@ def position_ids(mask_BT: Array) -> Array:
 
 
 def attention_bias(mask_BS: Array, query_slots_T: Array, window: int | None = None) -> Array:
-    """0 where the query at a slot may look at a key, a large negative number elsewhere; float32 [B, T, S]."""
+    """0 where the query at a slot may look at a key, a large negative number elsewhere; float32 [B, T, S].
+
+    A query may look at real keys up to its own slot, and always at its own: padding then has a finite result that does not depend on
+    the length either.
+    """
     slots_S = jnp.arange(mask_BS.shape[-1])
     distance = query_slots_T[:, None] - slots_S[None, :]
     allowed = distance >= 0
     if window is not None:
         allowed = allowed & (distance < window)
-    return jnp.where(allowed[None] & mask_BS[:, None, :], 0.0, _FORBIDDEN).astype(jnp.float32)
+    return jnp.where((allowed[None] & mask_BS[:, None, :]) | (distance == 0)[None], 0.0, _FORBIDDEN).astype(jnp.float32)
 
 
 def attend(q_BHTD: Array, k_BKSD: Array, v_BKSD: Array, bias_BTS: Array) -> Array:
