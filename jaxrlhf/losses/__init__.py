@@ -64,6 +64,6 @@ def hyperparameter_names(entry: PairLoss | PolicyLoss) -> tuple[str, ...]:
 __all__ = [
     "PAIR_LOSSES", "POLICY_LOSSES", "adaptive_kl", "bind", "bradley_terry_loss", "dpo_loss", "effective_sample_size", "eta_for_ess", "gae",
     "hyperparameter_names", "importance_weights", "ipo_loss", "kl_estimate", "masked_count", "masked_mean", "masked_sum", "masked_whiten",
-    "ppo_policy_loss", "ppo_policy_stats", "ppo_value_loss", "ppo_value_stats", "relative_log_ratio", "response_mask",
-    "rloo_advantages", "sequence_logp",     "sft_loss", "shaped_rewards", "token_logp", "token_stats", "value_mask", "weight_summary", "wpo_weights",
+    "ppo_policy_loss", "ppo_policy_stats", "ppo_value_loss", "ppo_value_stats", "relative_log_ratio", "response_mask", "rloo_advantages",
+    "sequence_logp", "sft_loss", "shaped_rewards", "token_logp", "token_stats", "value_mask", "weight_summary", "wpo_weights",
 ]  # fmt: skip
