@@ -9,6 +9,26 @@ from transformers import PreTrainedTokenizerBase
 from jaxrlhf.data.report import DataError
 
 Messages = list[dict[str, Any]]
+# Arguments of apply_chat_template that are no variables of a template: a row may not set them.
+RENDER_ARGUMENTS = frozenset(
+    [
+        "conversation",
+        "chat_template",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "add_generation_prompt",
+        "continue_final_message",
+        "messages",
+        "tools",
+        "documents",
+    ]
+)
 _PROBE = "zqprobe"
 
 
@@ -54,9 +74,10 @@ def require_template(tokenizer: PreTrainedTokenizerBase | None, source: str) -> 
     return tokenizer
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, options: dict[str, Any], **fixed: bool) -> str:
+    arguments: dict[str, Any] = options | fixed | {"tokenize": False}
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        return str(tokenizer.apply_chat_template(messages, **arguments))
     except Exception as error:  # a template is a program: it refuses rows by raising whatever it likes
         raise BadRow(f"chat template refused the row: {error}") from error
 
@@ -64,8 +85,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: A
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Messages, **options: Any) -> str:
     """The text a response is sampled after. A conversation that ends with the assistant is continued, as in TRL."""
     if prompt[-1]["role"] == "assistant":
-        return _render(tokenizer, prompt, continue_final_message=True, **options)
-    return _render(tokenizer, prompt, add_generation_prompt=True, **options)
+        return _render(tokenizer, prompt, options, continue_final_message=True)
+    return _render(tokenizer, prompt, options, add_generation_prompt=True)
 
 
 def render_response(tokenizer: PreTrainedTokenizerBase, prompt: Messages, response: Messages, **options: Any) -> tuple[str, str]:
@@ -78,8 +99,8 @@ def render_response(tokenizer: PreTrainedTokenizerBase, prompt: Messages, respon
         raise BadRow(f"not one reply: after the prompt there must be exactly one assistant message, found {[m['role'] for m in response]}")
     if prompt[-1]["role"] == "assistant":
         raise BadRow("not one reply: the prompt already ends with an assistant message")
-    head = _render(tokenizer, prompt, add_generation_prompt=True, **options)
-    full = _render(tokenizer, prompt + response, **options)
+    head = _render(tokenizer, prompt, options, add_generation_prompt=True)
+    full = _render(tokenizer, prompt + response, options)
     if not full.startswith(head):
         raise BadRow("chat template is not a prefix: the rendered conversation does not start with the generation prompt")
     rest, content = full[len(head) :], response[0]["content"]
@@ -96,7 +117,7 @@ def chat_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:
-        text = _render(tokenizer, [{"role": "user", "content": "q"}, {"role": "assistant", "content": _PROBE}])
+        text = _render(tokenizer, [{"role": "user", "content": "q"}, {"role": "assistant", "content": _PROBE}], {})
     except BadRow:
         return None
     tail = text[text.rfind(_PROBE) + len(_PROBE) :].strip()

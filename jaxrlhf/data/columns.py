@@ -56,15 +56,19 @@ def write_columns(
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    shards = []
-    for number, start in enumerate(range(0, max(len(ids), 1), _ROWS_PER_SHARD)):
-        window = slice(start, start + _ROWS_PER_SHARD)
-        data = {"id": pa.array(list(ids[window]), pa.string())} | {name: _to_arrow(a[window]) for name, a in arrays.items()}
-        shards.append(f"columns-{number:05d}.parquet")
-        pq.write_table(pa.table(data), partial / shards[-1])
-    kinds = {name: {"dtype": a.dtype.name, "shape": list(a.shape[1:])} for name, a in arrays.items()}
-    body = {"format": FORMAT, "header": _plain(header), "rows": len(ids), "columns": kinds, "shards": shards}
-    (partial / "header.json").write_text(json.dumps(body, indent=1, sort_keys=True), encoding="utf-8")
+    try:
+        shards = []
+        for number, start in enumerate(range(0, max(len(ids), 1), _ROWS_PER_SHARD)):
+            window = slice(start, start + _ROWS_PER_SHARD)
+            data = {"id": pa.array(list(ids[window]), pa.string())} | {name: _to_arrow(a[window]) for name, a in arrays.items()}
+            shards.append(f"columns-{number:05d}.parquet")
+            pq.write_table(pa.table(data), partial / shards[-1])
+        kinds = {name: {"dtype": a.dtype.name, "shape": list(a.shape[1:])} for name, a in arrays.items()}
+        body = {"format": FORMAT, "header": _plain(header), "rows": len(ids), "columns": kinds, "shards": shards}
+        (partial / "header.json").write_text(json.dumps(body, indent=1, sort_keys=True), encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     _replace_folder(partial, folder)
     return folder
 
@@ -129,7 +133,7 @@ def _check_columns(ids: Sequence[str], arrays: Mapping[str, np.ndarray]) -> None
                 "and not be called 'id'."
             )
         if array.dtype.kind == "f":
-            bad = np.flatnonzero(~np.isfinite(array.reshape(len(ids), -1)).all(axis=1))
+            bad = np.flatnonzero(~np.isfinite(array).all(axis=tuple(range(1, array.ndim))))
             if len(bad):
                 raise ColumnError(
                     f"column {name!r} is {array[bad[0]]} for pair id {ids[bad[0]]!r} ({len(bad)} rows in all); it must be finite."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -11,7 +10,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from jaxrlhf.data.chat import BadRow, Messages, check_messages, render_prompt, render_response, require_template, special_strings
+from jaxrlhf.data.chat import (
+    RENDER_ARGUMENTS,
+    BadRow,
+    Messages,
+    check_messages,
+    render_prompt,
+    render_response,
+    require_template,
+    special_strings,
+)
 from jaxrlhf.data.report import DataError
 
 ASSISTANT = "\n\nAssistant:"
@@ -78,7 +86,12 @@ def _unknown(row: Row, expected: str) -> BadRow:
 
 def _options(row: Row) -> dict[str, Any]:
     """TRL lets a row carry `tools` and `chat_template_kwargs` for its template."""
-    options = dict(row.get("chat_template_kwargs") or {})
+    options = row.get("chat_template_kwargs") or {}
+    if not isinstance(options, dict):
+        raise BadRow(f"mistyped field: chat_template_kwargs must be an object, not {type(options).__name__}")
+    taken = sorted(RENDER_ARGUMENTS & set(options))
+    if taken:
+        raise BadRow(f"mistyped field: chat_template_kwargs sets {taken[0]}, which is the reader's to set")
     return options | ({"tools": row["tools"]} if row.get("tools") else {})
 
 
@@ -97,14 +110,15 @@ def pair_fields(row: Row, reading: Reading) -> dict[str, Any]:
     _reply(found["rejected"], "rejected")
     if found["chosen"] == found["rejected"]:
         raise BadRow("identical sides: chosen equals rejected")
-    return {"margin": _margin(row), "templated": bool(row.get("templated", False))} | found
+    return {"margin": _margin(row), "templated": row.get("templated") is True} | found
 
 
 def _margin(row: Row) -> float | None:
     value = row.get("margin")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # the bound is float32's: a margin of 1e39 would become infinite in the table
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e38:
         raise BadRow(f"mistyped field: margin must be a finite number, not {value!r}")
     return float(value)
 
@@ -185,7 +199,7 @@ def demonstration_fields(row: Row, reading: Reading) -> dict[str, Any]:
     if isinstance(row["prompt"], list):
         return _conversational_demonstration(reading.messages(row, "prompt"), reading.messages(row, field), row, reading)
     prompt, response = reading.frame_prompt(_text(row, "prompt")), reading.frame_response(_reply(_text(row, field), field))
-    return {"prompt": prompt, "response": response, "templated": bool(row.get("templated", False))}
+    return {"prompt": prompt, "response": response, "templated": row.get("templated") is True}
 
 
 def _conversational_demonstration(prompt: Messages, response: Messages, row: Row, reading: Reading) -> dict[str, Any]:
@@ -203,7 +217,7 @@ def prompt_fields(row: Row, reading: Reading) -> dict[str, Any]:
         text = _text(row, "prompt")
         if not text.strip():
             raise BadRow("empty prompt: nothing to answer")
-        return {"prompt": reading.frame_prompt(text), "templated": bool(row.get("templated", False))}
+        return {"prompt": reading.frame_prompt(text), "templated": row.get("templated") is True}
     if "text" in row and "prompt" not in row:
         raise _unknown(row, "a row with a prompt")
     found = demonstration_fields({k: v for k, v in row.items() if k != "label"}, reading)

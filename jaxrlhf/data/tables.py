@@ -74,7 +74,9 @@ def read_pair_table(path: Path) -> tuple[list[Pair], PairBatch]:
     return rows, PairBatch(*sides, weights, row_mask, index, extra)  # type: ignore[arg-type]
 
 
-def text_batch(prompt_tokens: list[list[int]], response_tokens: list[list[int]], *, prompt_width: int, response_width: int, pad_id: int) -> TextBatch:
+def text_batch(
+    prompt_tokens: list[list[int]], response_tokens: list[list[int]], *, prompt_width: int, response_width: int, pad_id: int
+) -> TextBatch:
     """Stored tokens as one numpy table."""
     n = len(prompt_tokens)
     sides = (*pad_left(prompt_tokens, prompt_width, pad_id), *pad_right(response_tokens, response_width, pad_id))

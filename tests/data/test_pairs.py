@@ -1,11 +1,14 @@
 """Readers: every schema, every fault by name, ids, splits. Files are made by hand in tmp_path."""
 
+import copy
 import gzip
 import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from jaxrlhf.data import pairs as P
 from jaxrlhf.data.pairs import DataError, Pair, dataset_hash, read_demonstrations, read_pairs, read_prompts, split_by_prompt
@@ -97,6 +100,8 @@ FAULTS = {
     b'{"prompt": ["p"], "chosen": "c", "rejected": "r"}\n': "mistyped field",
     b'{"prompt": "p", "chosen": "c", "rejected": "r", "margin": "big"}\n': "mistyped field",
     b'{"prompt": "p", "chosen": "c", "rejected": "r", "margin": NaN}\n': "mistyped field",
+    b'{"prompt": "p", "chosen": "c", "rejected": "r", "margin": 1e39}\n': "mistyped field",
+    b'{"prompt": "p", "chosen": "c", "rejected": "r", "margin": 1' + b"0" * 400 + b"}\n": "mistyped field",
     b'{"id": [1], "prompt": "p", "chosen": "c", "rejected": "r"}\n': "mistyped field",
     b'{"prompt": "p", "chosen": "c", "rejected": ""}\n': "empty response",
     b'{"prompt": "p", "chosen": " \\n", "rejected": "r"}\n': "empty response",
@@ -343,12 +348,45 @@ def test_conversations_need_a_template(tmp_path):
 
 
 def test_a_template_whose_generation_prompt_differs_is_refused(tmp_path, chat_tokenizer):
-    import copy
-
     tokenizer = copy.deepcopy(chat_tokenizer)
     tokenizer.chat_template = TEMPLATE.replace("assistant\n{% endif", "assistant\n<think>{% endif")
     with pytest.raises(DataError, match="not a prefix"):
         read_pairs(lines(tmp_path / "a.jsonl", {"chosen": say("q", "a"), "rejected": say("q", "b")}), tokenizer=tokenizer)
+
+
+def test_template_options_of_a_row_reach_the_template_and_cannot_break_the_reader(tmp_path, chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = "{{ mood or '' }}" + TEMPLATE
+    good = {"chosen": say("q", "a"), "rejected": say("q", "b")}
+    rows = [{"mood": "glad"}, {"tokenize": True, "add_generation_prompt": True}, "no object", {"messages": 1}]
+    path = lines(tmp_path / "a.jsonl", *[good | {"chat_template_kwargs": k} for k in rows])
+    read, report = read_pairs(path, tokenizer=tokenizer)
+    assert [r.prompt[:4] for r in read] == ["glad"] and [r.split(":")[0] for _, r in report.dropped] == ["mistyped field"] * 3
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from(["\ud800", "\n\nAssistant:", "<|im_end|>"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "user"]), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = ["id", "prompt", "chosen", "rejected", "completion", "messages", "text", "margin", "label", "tools", "chat_template_kwargs"]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.dictionaries(st.sampled_from(FIELDS), JSON | st.just(say("q", "a")), max_size=6) | JSON, max_size=4), st.binary(max_size=20)
+)
+def test_no_content_of_a_file_does_anything_but_be_kept_or_named(tmp_path, chat_tokenizer, rows, noise):
+    path = lines(tmp_path / "a.jsonl", *rows, noise.replace(b"\r", b"") + b"\n", GOOD)
+    total = sum(1 for line in path.read_bytes().split(b"\n") if line.strip())
+    for reader in (read_pairs, read_demonstrations, read_prompts):
+        read, report = reader(path, tokenizer=chat_tokenizer)
+        assert len(read) + len(report.dropped) == total and len({r.id for r in read}) == len(read)
 
 
 # ---- real data
