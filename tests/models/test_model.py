@@ -5,7 +5,8 @@ import pytest
 import tiny_models
 
 from jaxrlhf.losses.logp import token_logp
-from jaxrlhf.models import build_model, config_from_hf, config_from_shape, model as model_file, with_head
+from jaxrlhf.models import build_model, config_from_hf, config_from_shape, with_head
+from jaxrlhf.models import model as model_file
 from jaxrlhf.models.heads import init_scalar_head
 
 CONFIG = config_from_hf({**tiny_models.VARIANTS["gpt_neox-old-spelling"], "initializer_range": 0.3})
@@ -47,7 +48,7 @@ def test_chunks_change_neither_values_nor_gradients():
 
     grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
     expected_gradient, expected = grad(params, None)
-    for chunk in (1, 2, 3):  # 5 positions: even, uneven, one at a time
+    for chunk in (1, 3):  # 5 positions: one at a time, and uneven
         gradient, stats = grad(params, chunk)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), stats, expected)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), gradient, expected_gradient)
@@ -93,7 +94,7 @@ def test_unused_statistics_cost_nothing():
 
 def test_start_zero_has_no_prediction():
     tokens, mask = inputs()
-    with pytest.raises(ValueError, match="start 0 must lie in 1..7"):
+    with pytest.raises(ValueError, match=r"start 0 must lie in 1\.\.7"):
         MODEL.score_tokens(MODEL.init(jax.random.key(0)), tokens, mask, start=0)
     with pytest.raises(ValueError, match="chunk 0"):
         MODEL.score_tokens(MODEL.init(jax.random.key(0)), tokens, mask, start=1, chunk=0)

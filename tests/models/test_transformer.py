@@ -52,7 +52,9 @@ def test_batch_mates_change_nothing():
     expected = apply(params, tokens, mask).logits[1]
     shuffled = tokens.copy()
     shuffled[[0, 2]] = 3
-    np.testing.assert_allclose(apply(params, shuffled, np.where([[True], [False], [True]], True, mask)).logits[1, -3:], expected[-3:], atol=1e-6)
+    np.testing.assert_allclose(
+        apply(params, shuffled, np.where([[True], [False], [True]], True, mask)).logits[1, -3:], expected[-3:], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mistral-window"])
