@@ -5,7 +5,8 @@ Argument names are TRL's where the meaning is equal. Every default of the librar
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from pydantic import ConfigDict
@@ -15,16 +16,52 @@ _STRICT = ConfigDict(extra="forbid")  # without it a dataclass drops unknown key
 
 @dataclass(frozen=True)
 class ToyTask:
-    """The embedded summarisation task (see data/toy.py, which explains every term).
+    """The task's numbers. The knob that makes a reward model stale is `overlong_penalty`, beyond `length_turn`.
 
-    `overlong_penalty` and `length_turn` are the knob that makes a reward model go stale: under π_SFT hardly any
-    response is longer than `length_turn`, so "longer is better" is what its samples teach; beyond it gold falls.
+    Gold, in units of reward; every count is per response, a word is what stands between spaces (a full stop is a word, EOS is not):
     """
 
     __pydantic_config__ = _STRICT
 
-    length_turn: int = 8  # tokens; gold falls beyond this response length
-    overlong_penalty: float = 0.25  # gold lost per (tokens beyond the turn)²
+    length_turn: int = 8  # words up to which length is free; 8 = both facts' main words and two full stops
+    overlong_penalty: float = 0.25  # THE KNOB: reward lost per squared word beyond length_turn
+    main_reward: float = 0.7  # per subject, verb or object of either fact that the response contains (at most 6)
+    detail_reward: float = 0.2  # per place or time of either fact that the response contains (at most 4)
+    foreign_penalty: float = 0.5  # per word that is not in the post
+    repeat_penalty: float = 0.4  # per occurrence of a word, full stops aside, after its first
+    grammar_penalty: float = 0.25  # per step between neighbours that no sentence `S V O [P] [T] .` takes, both ends of the text included
+    binding_penalty: float = 0.2  # per pair of neighbours that belong to different facts
+
+    # Demonstrations: probabilities in [0, 1].
+    demo_one_fact: float = 0.6  # tell one fact, not both
+    demo_drop: float = 0.25  # leave out a main word (each)
+    demo_keep_detail: float = 0.15  # keep a place or time (each)
+    demo_invent: float = 0.03  # replace a told word by one of its class that is not in the post (each)
+    demo_misbind: float = 0.03  # replace a told word by the other fact's (each)
+    demo_repeat: float = 0.02  # say a told word twice (each)
+    demo_filler: float = 0.02  # follow a told word by one of the post's filler words (each)
+    demo_ramble: float = 0.03  # say the whole text twice: all that pairs can tell about lengths far beyond the turn
+
+    max_words: int = 13  # longest demonstration in words (the rest is cut); with EOS one token more
+    reference_facts: int = 1  # reference response: 1 = the first fact in full, a yardstick that can be beaten; 2 = both facts' main words
+
+    def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if name.startswith("demo_") and not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} {value} is not a probability; give a number in [0, 1].")
+            if name.endswith(("_penalty", "_reward")) and not (math.isfinite(value) and value >= 0.0):
+                raise ValueError(f"{name} {value} must be finite and ≥ 0: penalties are subtracted, rewards added.")
+        if self.demo_invent + self.demo_misbind > 1.0:
+            raise ValueError(
+                f"demo_invent {self.demo_invent} + demo_misbind {self.demo_misbind} exceed 1: a word is replaced once; lower one of them."
+            )
+        if self.length_turn < 0:
+            raise ValueError(f"length_turn {self.length_turn} must be ≥ 0 words.")
+        if self.max_words < 8:
+            raise ValueError(f"max_words {self.max_words} must be ≥ 8: the reference responses have up to 8 words.")
+        if self.reference_facts not in (1, 2):
+            raise ValueError(f"reference_facts {self.reference_facts} must be 1 or 2: a post has two facts.")
 
 
 @dataclass(frozen=True)
@@ -54,6 +91,9 @@ class DataConfig:
     num_prompts: int = 20_000  # toy only
     max_pairs: int | None = None  # read at most so many training pairs
     on_bad_row: Literal["drop", "error"] = "drop"
+    prompt_format: str = "{}"  # a frame for bare instructions, "\n\nHuman: {}\n\nAssistant:"
+    response_format: str = "{}"  # and for their answers, " {}"
+    bucket: int = 0  # batches are cut to multiples of so many tokens (few shapes, few compilations); 0: full width
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     toy: ToyTask = field(default_factory=ToyTask)
 
@@ -155,6 +195,7 @@ class RewardConfig(OptimizerConfig):
     center_rewards_coefficient: float = 0.0
     use_margin: bool = False
     eval_batch_size: int = 128
+    num_reference_rows: int | None = None  # reference responses behind `reward_bias`; None: all demonstrations
 
 
 @dataclass(frozen=True)

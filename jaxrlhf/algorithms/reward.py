@@ -7,18 +7,18 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxrlhf import sharding
 from jaxrlhf.algorithms.supervised import optimizer_of
 from jaxrlhf.config import RewardConfig
-from jaxrlhf.data.batches import evaluation_batches
 from jaxrlhf.losses import PAIR_LOSSES, bind
-from jaxrlhf.steps.pair import make_pair_step, response_scores
-from jaxrlhf.types import Array, Model, PairBatch, PairLoss, Params, TextBatch
+from jaxrlhf.scorers.reward_model import score_responses
+from jaxrlhf.steps.pair import make_pair_step
+from jaxrlhf.types import Model, PairBatch, PairLoss, Params, TextBatch
 
 
+@lru_cache(maxsize=16)
 def reward_loss(config: RewardConfig, plugin: Callable[[str], PairLoss]) -> PairLoss:
     """The section's pair loss with its hyperparameters bound. Raises ValueError where it is not one for scalar heads."""
     name = config.loss
@@ -48,22 +48,6 @@ def with_weights(tokens: PairBatch, weights_N: np.ndarray) -> PairBatch:
     if not np.isfinite(weights).all() or (weights < 0).any():
         raise ValueError(f"weight {weights[~np.isfinite(weights) | (weights < 0)][0]} is not a finite number ≥ 0; look at eta and alpha.")
     return replace(tokens, weights_B=weights)
-
-
-@lru_cache(maxsize=16)
-def _scorer(model: Model):
-    return jax.jit(lambda params, *sides: response_scores(model, params, *sides))
-
-
-def score_responses(model: Model, params: Params, texts: TextBatch, *, batch_size: int, mesh: Any, bias: float = 0.0) -> np.ndarray:
-    """Scores of all N responses, in order, minus `bias`; float32 [N]."""
-    score = _scorer(model)
-    parts: list[Array] = []
-    for batch in evaluation_batches(texts, min(batch_size, max(len(texts.index_B), 1))):
-        batch = sharding.place_batch(batch, mesh)
-        parts.append(score(params, batch.prompt_BL, batch.prompt_mask_BL, batch.response_BT, batch.response_mask_BT))
-    scores = np.concatenate([np.asarray(sharding.gather(part)) for part in parts]) if parts else np.zeros(0, np.float32)
-    return scores[: len(texts.index_B)] - np.float32(bias)
 
 
 def sides(pairs: PairBatch) -> Iterator[TextBatch]:

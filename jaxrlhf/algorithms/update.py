@@ -5,10 +5,12 @@ OCRM re-weights the offline pairs, FRFT selects among them, RLP adds to them; wh
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -54,6 +56,12 @@ class RoundContext:
     columns: Path
     policy_hash: str
     sft_hash: str
+    mesh: Any = None
+
+    @staticmethod
+    def fingerprint(header: dict[str, Any]) -> str:
+        """A short name for what a folder of columns was computed from."""
+        return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:20]
 
 
 RewardUpdate = Callable[[RoundContext, Pairs], "tuple[Pairs, np.ndarray]"]

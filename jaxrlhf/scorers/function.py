@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxrlhf.plugins import plugin
 from jaxrlhf.scorers import Scorer
 
 
@@ -18,7 +18,10 @@ def function_scorer(name: str) -> Scorer:
     Raises ValueError for a malformed name or a wrong answer, ImportError for a module or attribute that is not there, TypeError for
     something that cannot be called.
     """
-    return checked(_resolve(name), name)
+    found = plugin(name)
+    if not callable(found):
+        raise TypeError(f"{name!r} is a {type(found).__name__}, which cannot be called; name a function f(prompts, responses) -> scores.")
+    return checked(found, name)
 
 
 def checked(function: Callable[[list[str], list[str]], Any], name: str) -> Scorer:
@@ -30,26 +33,6 @@ def checked(function: Callable[[list[str], list[str]], Any], name: str) -> Score
         return _check(function(list(prompts), list(responses)), responses, name)
 
     return score
-
-
-def _resolve(name: str) -> Callable[..., Any]:
-    module_name, colon, attribute = name.partition(":")
-    if not (module_name and colon and attribute) or module_name.startswith("."):
-        raise ValueError(f"{name!r} names no function; write `module:attribute`, as in `my_package.rewards:score`.")
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there; something that it imports is not
-        raise ImportError(f"{name!r}: no module {error.name!r}; install it or put its folder on PYTHONPATH.") from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            public = ", ".join(n for n in dir(found) if not n.startswith("_")) or "nothing public"
-            raise ImportError(f"{name!r}: no {part!r} there; it has {public}.")
-        found = getattr(found, part)
-    if not callable(found):
-        raise TypeError(f"{name!r} is a {type(found).__name__}, which cannot be called; name a function f(prompts, responses) -> scores.")
-    return found
 
 
 def _check(answer: Any, responses: Sequence[str], name: str) -> np.ndarray:

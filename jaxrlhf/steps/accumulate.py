@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def own_rows(index: Array, axis_name: str | None) -> Array:
 
 
 def accumulate_gradients(
-    loss_fn: Callable[[Params, object], tuple[Array, Metrics]],
+    loss_fn: Callable[[Params, Any], tuple[Array, Metrics]],
     params: Params,
     batch,
     *,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -82,13 +81,3 @@ def make_pair_step(
         return replace(state, step=state.step + 1), {"loss/pair": loss, **named("pair", metrics), **norms}
 
     return step
-
-
-def make_score_step(model: Model) -> Callable[[Params, PairBatch], tuple[Array, Array]]:
-    """(params, PairBatch) → (chosen_B, rejected_B) scalar scores; for evaluation and the bias pass."""
-
-    def score(params: Params, batch: PairBatch) -> tuple[Array, Array]:
-        outputs = pair_outputs(model, params, batch, head="scalar")
-        return outputs.chosen_B, outputs.rejected_B
-
-    return jax.jit(score)

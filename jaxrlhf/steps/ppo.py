@@ -24,13 +24,24 @@ def minibatch_indices(key: Array, rows: int, *, epochs: int, minibatches: int) -
     return permutations.reshape(epochs * minibatches, rows // minibatches)
 
 
-def critic_values(model: Model, params: Params, prompt_BL: Array, prompt_mask_BL: Array, tokens_BT: Array, mask_BT: Array) -> Array:
-    """V_t, the value before token t, read at position L − 1 + t; [B, T]."""
+def critic_values(
+    model: Model,
+    params: Params,
+    prompt_BL: Array,
+    prompt_mask_BL: Array,
+    tokens_BT: Array,
+    mask_BT: Array,
+    bias: float | Array = 0.0,
+) -> Array:
+    """V_t, the value before token t, read at position L − 1 + t, less `bias`; [B, T].
+
+    The critic starts as a copy of the reward model and so inherits its `reward_bias`: without it every value would start off by that much.
+    """
     tokens = jnp.concatenate([prompt_BL, tokens_BT], axis=1)
     mask = jnp.concatenate([prompt_mask_BL, mask_BT], axis=1)
     scalars = model.apply(params, tokens, mask, start=prompt_BL.shape[1] - 1).scalars
     assert scalars is not None
-    return scalars[:, :-1]
+    return scalars[:, :-1] - bias
 
 
 def ppo_loss(
@@ -44,6 +55,7 @@ def ppo_loss(
     temperature: float,
     cliprange_value: float,
     vf_coef: float,
+    value_bias: float | Array,
 ) -> tuple[Array, Metrics]:
     """L = L_policy + vf_coef · L_value, each divided by its own total over the global minibatch."""
     policy_total, value_total = totals
@@ -56,7 +68,7 @@ def ppo_loss(
     stats = policy.score_tokens(params["policy"], tokens, token_mask, start=rows.prompt_BL.shape[1], temperature=temperature)
     loss_policy, metrics = policy_loss(stats, rows, total=policy_total)
 
-    values = critic_values(critic, params["critic"], rows.prompt_BL, rows.prompt_mask_BL, rows.tokens_BT, mask)
+    values = critic_values(critic, params["critic"], rows.prompt_BL, rows.prompt_mask_BL, rows.tokens_BT, mask, value_bias)
     targets = (values, rows.values_BT, rows.returns_BT, value_mask)
     loss_value = ppo_value_loss(*targets, clip=cliprange_value, total=value_total)
     metrics |= ppo_value_stats(*targets, clip=cliprange_value, total=value_total)
@@ -80,7 +92,8 @@ def make_ppo_step(
 ) -> PPOStep:
     """A step (state, Rollout, key) → (state, metrics).
 
-    `state.params` is {"policy", "critic"} and `state.step` counts rollouts. The key (derived by the caller from
+    `state.params` is {"policy", "critic"} and `state.step` counts rollouts; `state.controller` may hold `kl_coef` and
+    `value_bias`. The key (derived by the caller from
     seed and step) shuffles rows over the *global* batch, so one device, a mesh and pmap take the same minibatches.
     `adaptive` ({"target", "horizon"}) moves the KL coefficient in `state.controller` after the update.
     Metrics are means over all minibatches; `…_first` is the first minibatch, where the ratio must be 1.
@@ -107,7 +120,7 @@ def make_ppo_step(
             live = minibatch.row_mask_B[:, None]
             masks = (minibatch.mask_BT & live, minibatch.value_mask_BT & live)
             totals = global_sum(tuple(mask.sum().astype(jnp.float32) for mask in masks), axis_name)
-            loss_fn = partial(loss_of, totals=totals)
+            loss_fn = partial(loss_of, totals=totals, value_bias=state.controller.get("value_bias", 0.0))
 
             grads, loss, metrics = accumulate_gradients(loss_fn, state.params, minibatch, steps=accumulate, axis_name=axis_name)
             state, norms = apply_gradients(state, grads, optimizer)

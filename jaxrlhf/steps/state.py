@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,20 +35,30 @@ def learning_rate_schedule(kind: str, learning_rate: float, *, steps: int, warmu
     return optax.join_schedules([ramp, main], [warmup_steps])
 
 
+class Frozen(NamedTuple):
+    """State of `freeze_for`: calls so far, and the state of what is frozen."""
+
+    count: Array
+    inner: Any
+
+
+_COUNTED = (optax.ScaleByScheduleState,)
+
+
 def freeze_for(inner: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
     """`inner`, but for its first `steps` calls nothing moves: not the parameters, not the moments, not the decay."""
     if steps == 0:
         return inner
 
     def init(params):
-        return jnp.zeros((), jnp.int32), inner.init(params)
+        return Frozen(jnp.zeros((), jnp.int32), inner.init(params))
 
     def update(updates, state, params=None):
-        count, inner_state = state
+        count, inner_state = state.count, state.inner
         moved, moved_state = inner.update(updates, inner_state, params)
         frozen = count < steps
         updates = jax.tree.map(lambda u: jnp.where(frozen, jnp.zeros_like(u), u), moved)
-        return updates, (count + 1, jax.tree.map(lambda old, new: jnp.where(frozen, old, new), inner_state, moved_state))
+        return updates, Frozen(count + 1, jax.tree.map(lambda old, new: jnp.where(frozen, old, new), inner_state, moved_state))
 
     return optax.GradientTransformation(init, update)
 
@@ -62,7 +73,7 @@ def adamw(
     max_grad_norm: float | None = None,
 ) -> optax.GradientTransformation:
     """AdamW in torch's form (ε is added after the bias correction), optionally after clipping the global gradient norm."""
-    parts = [optax.adamw(schedule, b1=adam_beta1, b2=adam_beta2, eps=adam_epsilon, weight_decay=weight_decay)]
+    parts: list[optax.GradientTransformation] = [optax.adamw(schedule, b1=adam_beta1, b2=adam_beta2, eps=adam_epsilon, weight_decay=weight_decay)]
     if max_grad_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(max_grad_norm))
     return optax.chain(*parts)
@@ -84,6 +95,15 @@ def apply_gradients(state: TrainState, grads: Params, optimizer: optax.GradientT
     params = optax.apply_updates(state.params, updates)
     new = TrainState(step=state.step, params=params, opt_state=opt_state, controller=state.controller)
     return new, {"grad_norm": optax.tree.norm(grads)}
+
+
+def restarted_schedules(opt_state):
+    """The optimizer state with its moments kept and every learning-rate schedule at its beginning."""
+
+    def restart(node):
+        return node._replace(count=jnp.zeros_like(node.count)) if isinstance(node, _COUNTED) else node
+
+    return jax.tree.map(restart, opt_state, is_leaf=lambda node: isinstance(node, _COUNTED))
 
 
 def named(prefix: str, metrics: Metrics) -> Metrics:

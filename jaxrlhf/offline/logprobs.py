@@ -1,0 +1,84 @@
+"""Sequence log-probs of stored responses under a model: computed once, kept on disk by pair id."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf import sharding
+from jaxrlhf.data.batches import batches_per_epoch, evaluation_batches
+from jaxrlhf.data.columns import ColumnError, join_columns, write_columns
+from jaxrlhf.losses import sequence_logp
+from jaxrlhf.types import Array, Model, PairBatch, Params, TextBatch
+
+NAMES = ("chosen_logp", "rejected_logp")
+
+
+@lru_cache(maxsize=16)
+def _scorer(model: Model, temperature: float):
+    def score(params: Params, batch: TextBatch) -> Array:
+        tokens = jnp.concatenate([batch.prompt_BL, batch.response_BT], axis=1)
+        mask = jnp.concatenate([batch.prompt_mask_BL, batch.response_mask_BT], axis=1)
+        stats = model.score_tokens(params, tokens, mask, start=batch.prompt_BL.shape[1], temperature=temperature)
+        return sequence_logp(stats.logp_BT, batch.response_mask_BT)
+
+    return jax.jit(score)
+
+
+def response_logps(
+    model: Model,
+    params: Params,
+    texts: TextBatch,
+    *,
+    temperature: float,
+    batch_size: int,
+    mesh: Any = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Σ_t log π(y_t | x, y_<t) of every response, EOS included, at `temperature`; float32 [N] in nats."""
+    score = _scorer(model, temperature)
+    n = len(texts.index_B)
+    batch_size = min(batch_size, n)
+    total, parts = batches_per_epoch(texts, batch_size), []
+    for number, batch in enumerate(evaluation_batches(texts, batch_size), start=1):
+        parts.append(score(params, sharding.place_batch(batch, mesh)))
+        if progress:
+            progress(number, total)
+    return np.concatenate([np.asarray(sharding.gather(part)) for part in parts])[:n]
+
+
+def pair_logps(
+    model: Model, params: Params, pairs: PairBatch, *, temperature: float, batch_size: int, max_tokens: int | None = None, mesh: Any = None
+) -> dict[str, np.ndarray]:
+    """{"chosen_logp", "rejected_logp"}, each float32 [N]; over the first `max_tokens` response tokens only where it is given."""
+    columns = {}
+    for name, response, mask in zip(
+        NAMES, (pairs.chosen_BT, pairs.rejected_BT), (pairs.chosen_mask_BT, pairs.rejected_mask_BT), strict=True
+    ):
+        texts = TextBatch(pairs.prompt_BL, pairs.prompt_mask_BL, response, mask, pairs.row_mask_B, pairs.index_B)
+        if max_tokens is not None:
+            texts = replace(texts, response_BT=response[:, :max_tokens], response_mask_BT=mask[:, :max_tokens])
+        columns[name] = response_logps(model, params, texts, temperature=temperature, batch_size=batch_size, mesh=mesh)
+    return columns
+
+
+def cached_pair_logps(
+    folder: Path, ids: list[str], header: dict[str, Any], compute: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """The log-prob columns in `folder`, computed and written there first if they are missing.
+
+    Raises ColumnError where the folder holds columns of another data set, model, tokenizer or temperature.
+    """
+    if not folder.exists():
+        write_columns(folder, ids, compute(), header)
+    return join_columns(ids, folder, NAMES, expect=header)
+
+
+__all__ = ["NAMES", "ColumnError", "cached_pair_logps", "pair_logps", "response_logps"]

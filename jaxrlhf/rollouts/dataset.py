@@ -1,0 +1,72 @@
+"""One response to every prompt of a table: for preference pairs, evaluation and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrlhf import sharding
+from jaxrlhf.data.batches import batches_per_epoch, evaluation_batches
+from jaxrlhf.rollouts.generate import generate
+from jaxrlhf.types import Model, Params, PromptBatch, TextBatch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How text is drawn; `max_new_tokens` includes EOS."""
+
+    max_new_tokens: int
+    eos_ids: tuple[int, ...]
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    vocab_size: int | None = None
+    pad_id: int | None = None
+
+
+def sample_dataset(
+    model: Model,
+    params: Params,
+    prompts: PromptBatch,
+    key: jax.Array,
+    sampling: Sampling,
+    *,
+    batch_size: int,
+    mesh: Any = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> TextBatch:
+    """Prompts and sampled responses as one numpy table [N, …], in the order of the prompts.
+
+    A row's text depends on (key, its `index_B`) alone. `progress(done, total)` is called after every batch.
+    """
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    n = len(prompts.index_B)
+    batch_size = min(batch_size, n)
+    total = batches_per_epoch(prompts, batch_size)
+    for number, batch in enumerate(evaluation_batches(prompts, batch_size), start=1):
+        batch = sharding.place_batch(batch, mesh)
+        completion = generate(
+            model,
+            params,
+            batch.prompt_BL,
+            batch.prompt_mask_BL,
+            key,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_ids=sampling.eos_ids,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            index_B=batch.index_B,
+            vocab_size=sampling.vocab_size,
+            pad_id=sampling.pad_id,
+        )
+        host = sharding.gather(completion)
+        parts.append((host.tokens_BT, host.mask_BT))
+        if progress:
+            progress(number, total)
+    tokens, mask = (np.concatenate(side)[:n] for side in zip(*parts, strict=True))
+    return TextBatch(prompts.prompt_BL, prompts.prompt_mask_BL, tokens, mask, prompts.row_mask_B, prompts.index_B)

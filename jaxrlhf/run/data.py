@@ -1,0 +1,205 @@
+"""The stages that make data: preference pairs, and what a reward update makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxrlhf import rng
+from jaxrlhf.algorithms.rounds import Round, reward_update_named
+from jaxrlhf.algorithms.update import Pairs, RoundContext
+from jaxrlhf.data.batches import take
+from jaxrlhf.data.pairs import Prompt
+from jaxrlhf.data.tables import read_pair_table, write_pair_table
+from jaxrlhf.data.tokens import decode_responses, eos_ids_of, pad_id_of, tokenize_pairs, tokenize_prompts
+from jaxrlhf.models.hub import Loaded, eos_ids, read_tokenizer
+from jaxrlhf.offline.label import label_pairs
+from jaxrlhf.plugins import plugin
+from jaxrlhf.rollouts.dataset import Sampling, sample_dataset
+from jaxrlhf.run import inputs
+from jaxrlhf.run.models import report_rows
+from jaxrlhf.run.setting import Setting
+from jaxrlhf.run.stages import Done, Stage
+from jaxrlhf.types import PairBatch, PromptBatch, TextBatch
+
+TRAIN, VALID, UPDATED, WEIGHTS = "train.parquet", "valid.parquet", "pairs.parquet", "weights.npy"
+
+
+def sampling_of(loaded: Loaded, *, max_new_tokens: int, temperature: float) -> Sampling:
+    """Untruncated sampling from a policy, up to the run's response length (the same for every method)."""
+    return Sampling(
+        max_new_tokens=max_new_tokens,
+        eos_ids=eos_ids(loaded),
+        temperature=temperature,
+        vocab_size=len(loaded.tokenizer),
+        pad_id=pad_id_of(loaded.tokenizer),
+    )
+
+
+def pairs_stage(setting: Setting, tokenizer_done: Done, sft: Done) -> Done:
+    """Training pairs (and held-out ones) with their tokens: as the data has them, or sampled from π_SFT and labelled by gold."""
+    config = setting.config
+    sampled = config.pairs.source == "sample"
+
+    def build(folder: Path) -> dict[str, Any]:
+        return sampled_pairs(setting, folder, setting.load(sft, head="lm")) if sampled else stored_pairs(setting, folder, tokenizer_done)
+
+    slice_ = {
+        "pairs": asdict(config.pairs) if sampled else "data",
+        "data": inputs.identity(config),
+        "limits": asdict(config.data.limits),
+        "gold": asdict(config.gold) if sampled else None,
+        "response_length": config.ppo.response_length if sampled else None,
+        "seed": config.seed,
+    }
+    sources = {"tokenizer": tokenizer_done} | ({"sft": sft} if sampled else {})
+    return setting.build(Stage("pairs", "data", "pairs", slice_, sources), build)
+
+
+def stored_pairs(setting: Setting, folder: Path, tokenizer_done: Done) -> dict[str, Any]:
+    """The data's own pairs, tokenised."""
+    tokenizer, limits = read_tokenizer(tokenizer_done.folder), inputs.limits_of(setting.config)
+    train, valid, read = inputs.pairs_of(setting.config, tokenizer)
+    counts = {}
+    for name, rows in ((TRAIN, train), (VALID, valid)):
+        table, cut = tokenize_pairs(rows, tokenizer, limits, eos_ids=eos_ids_of(tokenizer))
+        report_rows(setting, folder, name.removesuffix(".parquet"), read if name == TRAIN else type(read)(), cut)
+        write_pair_table(folder / name, [rows[i] for i in cut.rows], table, pad_id=pad_id_of(tokenizer))
+        counts[name.removesuffix(".parquet")] = cut.kept
+    return {**counts, "dropped": len(read.dropped), "sampled_from_sft": False}
+
+
+def sampled_pairs(setting: Setting, folder: Path, sft: Loaded) -> dict[str, Any]:
+    """Two responses of π_SFT to each prompt, labelled by gold."""
+    config, tokenizer = setting.config, sft.tokenizer
+    gold = inputs.gold_of(config, setting.mesh)
+    assert gold is not None, "a config that samples pairs names a gold scorer"
+    rows = _cycled(inputs.prompts_of(config, tokenizer)[0], config.pairs.num_pairs)
+    table, cut = tokenize_prompts(rows, tokenizer, inputs.limits_of(config))
+    rows = [rows[i] for i in cut.rows]
+    sampling = sampling_of(sft, max_new_tokens=config.ppo.response_length, temperature=config.pairs.temperature)
+    key = rng.stream(setting.key, "pairs")
+    sides = [
+        _sampled(
+            setting,
+            f"pairs, response {number} of 2",
+            sft,
+            renumbered(table, number),
+            rng.stream(key, "side", number),
+            sampling,
+            config.pairs.batch_size,
+        )
+        for number in (1, 2)
+    ]
+    texts = [decode_responses(side.response_BT, side.response_mask_BT, tokenizer, sampling.eos_ids) for side in sides]  # type: ignore[arg-type]
+    prompts = [row.prompt for row in rows]
+    scores = [gold(prompts, text) for text in texts]
+    pairs, first, kept = label_pairs(
+        rows, texts[0], texts[1], scores[0], scores[1], rule=config.pairs.label, label_flip=config.pairs.label_flip, seed=config.seed
+    )
+    write_pair_table(folder / TRAIN, pairs, pair_batch(sides[0], sides[1], first, kept), pad_id=pad_id_of(tokenizer))
+    equal = len(rows) - len(kept)
+    if equal:
+        setting.log.note(f"pairs: {equal} of {len(rows)} prompts got the same text twice; they say nothing and are left out")
+    return {"train": len(kept), "identical": equal, "gold_mean": float(np.mean(np.concatenate(scores))), "sampled_from_sft": True}
+
+
+def _cycled(rows: list[Prompt], n: int) -> list[Prompt]:
+    """The first n prompts, from the start again where there are fewer (every turn is another sampling epoch)."""
+    return [rows[i % len(rows)] for i in range(n)]
+
+
+def renumbered(table: PromptBatch, number: int) -> PromptBatch:
+    """The same prompts under row numbers of their own, so that no two samples share random numbers."""
+    n = len(table.index_B)
+    return replace(table, index_B=np.arange(n, dtype=np.int32) + number * n)
+
+
+def _sampled(setting: Setting, name: str, loaded: Loaded, table: PromptBatch, key: Any, sampling: Sampling, batch_size: int) -> TextBatch:
+    with setting.log.stage(name, total_steps=-(-len(table.index_B) // min(batch_size, len(table.index_B)))) as stage:
+        stage.phase("compiling")
+        tokens = batch_size * sampling.max_new_tokens
+        return sample_dataset(
+            loaded.model,
+            loaded.params,
+            table,
+            key,
+            sampling,
+            batch_size=batch_size,
+            mesh=setting.mesh,
+            progress=lambda done, total: stage.step(done, {}, tokens=tokens),
+        )
+
+
+def pair_batch(first: TextBatch, second: TextBatch, first_is_chosen: np.ndarray, kept: np.ndarray) -> PairBatch:
+    """Two tables of responses as pairs: the kept rows, chosen side by label."""
+    a, b = take(first, kept), take(second, kept)
+    wins = first_is_chosen[:, None]
+    return PairBatch(
+        a.prompt_BL,
+        a.prompt_mask_BL,
+        *(np.where(wins, x, y) for x, y in ((a.response_BT, b.response_BT), (a.response_mask_BT, b.response_mask_BT))),  # type: ignore[arg-type]
+        *(np.where(wins, y, x) for x, y in ((a.response_BT, b.response_BT), (a.response_mask_BT, b.response_mask_BT))),  # type: ignore[arg-type]
+        np.ones(len(kept), np.float32),  # type: ignore[arg-type]
+        np.ones(len(kept), bool),  # type: ignore[arg-type]
+        np.arange(len(kept), dtype=np.int32),  # type: ignore[arg-type]
+    )
+
+
+def update_stage(setting: Setting, round: Round, *, pairs: Done, sft: Done, policy: Done, reward: Done) -> Done:
+    """A reward update: which pairs the next reward model is fitted on, and with which weights."""
+    config = setting.config
+    name = round.reward_update or ""
+
+    def build(folder: Path) -> dict[str, Any]:
+        rows, tokens = read_pair_table(pairs.folder / TRAIN)
+        given = Pairs(rows, tokens)
+        context = RoundContext(
+            round=round.number,
+            policy=setting.load(policy, head="lm"),
+            sft=setting.load(sft, head="lm"),
+            reward=setting.load(reward, head="scalar"),
+            key=rng.stream(setting.key, "update", round.number),
+            folder=folder,
+            config=config,
+            columns=setting.columns,
+            policy_hash=policy.hash,
+            sft_hash=sft.hash,
+            mesh=setting.mesh,
+        )
+        update: Callable = reward_update_named(name, plugin)
+        setting.log.note(f"round {round.number} update: {name} on {len(rows)} pairs")
+        chosen, weights_N = update(context, given)
+        np.save(folder / WEIGHTS, np.asarray(weights_N, np.float32), allow_pickle=False)
+        if chosen is not given:
+            write_pair_table(folder / UPDATED, chosen.rows, chosen.tokens, pad_id=pad_id_of(context.sft.tokenizer))
+        return {"update": name, "pairs": len(chosen.rows), "of": len(rows)}
+
+    slice_ = {
+        "update": name,
+        "round": round.number,
+        "seed": config.seed,
+        "weights": asdict(config.weights) if name != "unweighted" else None,
+    }
+    slice_["plugin"] = _source(name) if ":" in name else None
+    sources = {"pairs": pairs, "sft": sft, "policy": policy, "reward": reward}
+    return setting.build(Stage(f"r{round.number}-update", "data", "update", slice_, sources, parent="policy"), build, round=round.number)
+
+
+def _source(name: str) -> str:
+    """The source text of a user's update: changing the code makes the stage a new one."""
+    import inspect
+
+    return inspect.getsource(plugin(name))
+
+
+def updated_pairs(update: Done | None, pairs: Done) -> tuple[PairBatch, np.ndarray]:
+    """(tokens, weights_N) a reward model is fitted on: all pairs with weight 1 where nothing was updated."""
+    folder = pairs.folder / TRAIN if update is None or not (update.folder / UPDATED).exists() else update.folder / UPDATED
+    _, tokens = read_pair_table(folder)
+    weights = np.ones(len(tokens.index_B), np.float32) if update is None else np.load(update.folder / WEIGHTS, allow_pickle=False)
+    return tokens, weights

@@ -1,0 +1,188 @@
+"""The stage at the end of every round: what the policy writes, what gold and the reward model say of it, how far it has moved."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrlhf import rng
+from jaxrlhf.data.pairs import Prompt
+from jaxrlhf.data.tables import read_table, text_batch, unpadded, write_table
+from jaxrlhf.data.tokens import decode_responses, finished_responses, pad_id_of, tokenize_prompts
+from jaxrlhf.evaluation.diagnostics import agreement_with_gold
+from jaxrlhf.evaluation.winrate import win_rate
+from jaxrlhf.models.hub import Loaded, eos_ids, reward_bias
+from jaxrlhf.offline.logprobs import response_logps
+from jaxrlhf.rollouts.dataset import sample_dataset
+from jaxrlhf.run import inputs
+from jaxrlhf.run.data import pair_batch, renumbered, sampling_of
+from jaxrlhf.run.setting import Setting
+from jaxrlhf.run.stages import Done, Stage
+from jaxrlhf.scorers import Scorer
+from jaxrlhf.scorers.reward_model import score_responses
+from jaxrlhf.types import PairBatch, TextBatch
+
+SAMPLES = "samples.parquet"
+
+
+class Samples(NamedTuple):
+    """Two responses of one policy to every evaluation prompt, as text and tokens, with gold where there is gold."""
+
+    rows: list[Prompt]
+    tables: tuple[TextBatch, TextBatch]
+    texts: tuple[list[str], list[str]]
+    gold: tuple[np.ndarray, np.ndarray] | None
+
+
+def evaluation_stage(setting: Setting, number: int, *, policy: Done, sft: Done, reward: Done | None, before: Done | None) -> Done:
+    """`before` is the evaluation of the policy the round started from; `reward` the reward model of the round. Round 0 is π_SFT."""
+    config = setting.config
+
+    def build(folder: Path) -> dict[str, Any]:
+        setting.log.note(f"{'SFT' if number == 0 else f'round {number}'} evaluation on {config.evaluation.num_prompts} prompts")
+        loaded = setting.load(policy, head="lm")
+        gold = inputs.gold_of(config, setting.mesh)
+        samples = draw(setting, loaded, gold)
+        kl = np.zeros(len(samples.rows), np.float32) if policy.hash == sft.hash else kl_to(setting, loaded, sft, samples.tables[0])
+        result = {**gold_figures(samples, gold), "kl_sft": float(kl.mean()), **length_figures(samples, loaded)}
+        proxy = None
+        if reward is not None:
+            earlier = read_samples(before, loaded) if before is not None else samples
+            figures, proxy = proxy_figures(setting, reward, samples, earlier)
+            result |= figures
+        write_samples(folder, samples, kl, proxy)
+        return result
+
+    slice_ = {
+        "evaluation": asdict(config.evaluation),
+        "gold": asdict(config.gold),
+        "data": inputs.identity(config),
+        "limits": asdict(config.data.limits),
+        "response_length": config.ppo.response_length,
+        "dtype": config.model.dtype,
+    }
+    sources = {"policy": policy, "sft": sft}
+    sources |= {"reward": reward} if reward is not None else {}
+    sources |= {"before": before} if before is not None else {}
+    name = "sft-evaluation" if number == 0 else f"r{number}-evaluation"
+    return setting.build(Stage(name, "data", "evaluation", slice_, sources, parent="policy"), build, round=number)
+
+
+def draw(setting: Setting, loaded: Loaded, gold: Scorer | None) -> Samples:
+    """Two responses to every evaluation prompt, from the same random numbers for every policy: differences are the policies'."""
+    config = setting.config
+    rows = inputs.evaluation_prompts_of(config, loaded.tokenizer)
+    table, cut = tokenize_prompts(rows, loaded.tokenizer, inputs.limits_of(config))
+    rows = [rows[i] for i in cut.rows]
+    sampling = sampling_of(loaded, max_new_tokens=config.ppo.response_length, temperature=config.evaluation.temperature)
+    key = rng.stream(setting.key, "evaluation")
+    tables = tuple(
+        sample_dataset(
+            loaded.model,
+            loaded.params,
+            renumbered(table, number),
+            key,
+            sampling,
+            batch_size=config.evaluation.batch_size,
+            mesh=setting.mesh,
+        )
+        for number in (0, 1)
+    )
+    texts = tuple(decode_responses(t.response_BT, t.response_mask_BT, loaded.tokenizer, sampling.eos_ids) for t in tables)  # type: ignore[arg-type]
+    prompts = [row.prompt for row in rows]
+    scores = None if gold is None else tuple(gold(prompts, text) for text in texts)
+    return Samples(rows, tables, texts, scores)  # type: ignore[arg-type]
+
+
+def gold_figures(samples: Samples, gold: Scorer | None) -> dict[str, float | None]:
+    """Mean gold of the first responses, and how often they beat their references."""
+    if gold is None or samples.gold is None:
+        return {"gold": None, "win_rate": None, "win_rate_low": None, "win_rate_high": None, "tie_rate": None}
+    scores = samples.gold[0]
+    with_reference = np.array([i for i, row in enumerate(samples.rows) if row.reference is not None], np.int64)
+    prompts = [samples.rows[i].prompt for i in with_reference]
+    reference = gold(prompts, [samples.rows[i].reference or "" for i in with_reference]) if len(prompts) else np.zeros(0, np.float32)
+    won = win_rate(scores[with_reference], reference)
+    return {"gold": float(scores.mean()), **{name: value for name, value in won._asdict().items() if name != "n"}}
+
+
+def length_figures(samples: Samples, loaded: Loaded) -> dict[str, float]:
+    first = samples.tables[0]
+    ended = finished_responses(first.response_BT, first.response_mask_BT, eos_ids(loaded))  # type: ignore[arg-type]
+    return {"length": float(np.asarray(first.response_mask_BT).sum(axis=1).mean()), "eos_rate": float(ended.mean())}
+
+
+def kl_to(setting: Setting, loaded: Loaded, sft: Done, texts: TextBatch) -> np.ndarray:
+    """log π(y) − log π_SFT(y) of every response, nats [N] (k1), at the temperature the responses were sampled at."""
+    options = {
+        "temperature": setting.config.evaluation.temperature,
+        "batch_size": setting.config.evaluation.batch_size,
+        "mesh": setting.mesh,
+    }
+    reference = setting.load(sft, head="lm")
+    return response_logps(loaded.model, loaded.params, texts, **options) - response_logps(
+        reference.model, reference.params, texts, **options
+    )
+
+
+def proxy_figures(setting: Setting, reward: Done, samples: Samples, earlier: Samples) -> tuple[dict[str, float | None], np.ndarray]:
+    """The reward model on what the round's policy writes (`proxy`) and on what it wrote before the round (`proxy_start`).
+
+    `reward_accuracy` is taken on the latter: on text of the policy that it produced, selection puts even a perfect fit below one half.
+    """
+    loaded = setting.load(reward, head="scalar")
+    options = {"batch_size": setting.config.reward.eval_batch_size, "mesh": setting.mesh, "bias": reward_bias(loaded)}
+
+    def scores(table: TextBatch) -> np.ndarray:
+        return score_responses(loaded.model, loaded.params, table, **options)
+
+    proxy, start = scores(samples.tables[0]), (scores(earlier.tables[0]), scores(earlier.tables[1]))
+    accuracy = None if earlier.gold is None else agreement_with_gold(start, earlier.gold)
+    return {"proxy": float(proxy.mean()), "proxy_start": float(start[0].mean()), "reward_accuracy": accuracy}, proxy
+
+
+def write_samples(folder: Path, samples: Samples, kl: np.ndarray, proxy: np.ndarray | None) -> None:
+    columns: dict[str, Any] = {
+        "id": [row.id for row in samples.rows],
+        "prompt": [row.prompt for row in samples.rows],
+        "reference": [row.reference for row in samples.rows],
+        "prompt_tokens": unpadded(samples.tables[0].prompt_BL, samples.tables[0].prompt_mask_BL),  # type: ignore[arg-type]
+        "kl_sft": kl.tolist(),
+    }
+    if proxy is not None:
+        columns["proxy"] = proxy.tolist()
+    for side, (table, text) in enumerate(zip(samples.tables, samples.texts, strict=True), start=1):
+        columns[f"response_{side}"] = text
+        columns[f"response_{side}_tokens"] = unpadded(table.response_BT, table.response_mask_BT)  # type: ignore[arg-type]
+        if samples.gold is not None:
+            columns[f"gold_{side}"] = samples.gold[side - 1].tolist()
+    L, T = samples.tables[0].prompt_BL.shape[1], samples.tables[0].response_BT.shape[1]
+    write_table(folder / SAMPLES, columns, prompt_width=L, response_width=T)
+
+
+def read_samples(done: Done, loaded: Loaded) -> Samples:
+    columns, facts = read_table(done.folder / SAMPLES)
+    widths = int(facts["prompt_width"]), int(facts["response_width"])
+    pad = pad_id_of(loaded.tokenizer)
+    rows = [Prompt(i, p, "", r) for i, p, r in zip(columns["id"], columns["prompt"], columns["reference"], strict=True)]
+    tables = tuple(
+        text_batch(
+            columns["prompt_tokens"], columns[f"response_{side}_tokens"], prompt_width=widths[0], response_width=widths[1], pad_id=pad
+        )
+        for side in (1, 2)
+    )
+    gold = tuple(np.array(columns[f"gold_{side}"], np.float32) for side in (1, 2)) if "gold_1" in columns else None
+    return Samples(rows, tables, (columns["response_1"], columns["response_2"]), gold)  # type: ignore[arg-type]
+
+
+def held_out_pairs(done: Done, loaded: Loaded) -> PairBatch | None:
+    """π_SFT's evaluation samples as preference pairs labelled by gold (argmax), for the accuracy of reward models; None without gold."""
+    samples = read_samples(done, loaded)
+    if samples.gold is None:
+        return None
+    a, b = samples.gold
+    kept = np.flatnonzero(a != b)
+    return pair_batch(samples.tables[0], samples.tables[1], (a > b)[kept], kept) if len(kept) else None

@@ -1,0 +1,120 @@
+"""What a run reads: demonstrations, pairs and prompts, from files or from the task the package generates, and the gold scorer."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.config import Config
+from jaxrlhf.data import toy
+from jaxrlhf.data.pairs import Demonstration, Pair, Prompt, ReadReport, read_demonstrations, read_pairs, read_prompts, split_by_prompt
+from jaxrlhf.data.tokens import Limits
+from jaxrlhf.scorers import Scorer
+from jaxrlhf.scorers.function import function_scorer
+from jaxrlhf.scorers.reward_model import reward_model_scorer
+from jaxrlhf.scorers.toy import toy_gold
+
+TOY = "toy"
+
+
+def limits_of(config: Config) -> Limits:
+    limits = config.data.limits
+    return Limits(limits.max_prompt_length, limits.max_response_length, limits.long_prompt, limits.long_response)
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What the text of a run depends on, contents of files included: equal identities, equal rows."""
+    data = config.data
+    section = asdict(data)
+    if data.train == TOY:
+        return {"toy": section["toy"], "num_demonstrations": data.num_demonstrations, "num_prompts": data.num_prompts, "seed": config.seed}
+    for name in ("train", "valid", "demonstrations", "prompts"):
+        section[name] = _content(section[name])
+    del section["toy"], section["num_demonstrations"], section["num_prompts"], section["limits"]
+    return section | {"seed": config.seed}
+
+
+def _content(source: str | None) -> str | None:
+    """A file by its bytes, a folder by its files', anything else (a hub id) by its name."""
+    if source is None or not Path(source).exists():
+        return source
+    path = Path(source)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:20]
+
+
+def _options(config: Config, tokenizer: Any) -> dict[str, Any]:
+    data = config.data
+    return {
+        "tokenizer": tokenizer,
+        "on_bad_row": data.on_bad_row,
+        "prompt_format": data.prompt_format,
+        "response_format": data.response_format,
+    }
+
+
+def demonstrations_of(config: Config, tokenizer: Any = None) -> tuple[list[Demonstration], ReadReport]:
+    """Text for SFT: its own file, else the chosen responses of the training pairs (less the prompts held out)."""
+    data = config.data
+    if data.train == TOY:
+        rows = toy.demonstrations(data.toy, data.num_demonstrations, config.seed)
+        return rows, ReadReport(kept=len(rows))
+    rows, report = read_demonstrations(data.demonstrations or data.train, **_options(config, tokenizer))
+    if data.demonstrations is None and data.valid is None:
+        held = {pair.prompt for pair in pairs_of(config, tokenizer)[1]}
+        rows = [row for row in rows if row.prompt not in held]
+        report.kept = len(rows)
+    return rows, report
+
+
+def pairs_of(config: Config, tokenizer: Any = None) -> tuple[list[Pair], list[Pair], ReadReport]:
+    """(train, valid, report): the valid file, or training pairs held out by prompt."""
+    data, options = config.data, _options(config, tokenizer)
+    train, report = read_pairs(data.train, limit=data.max_pairs, **options)
+    if data.valid is None:
+        return *split_by_prompt(train, data.valid_fraction, config.seed), report
+    valid, valid_report = read_pairs(data.valid, **options)
+    report.dropped += valid_report.dropped
+    report.counts += valid_report.counts
+    return train, valid, report
+
+
+def prompts_of(config: Config, tokenizer: Any = None) -> tuple[list[Prompt], ReadReport]:
+    """Prompts for PPO and for sampled pairs, each once."""
+    data = config.data
+    if data.train == TOY:
+        rows = toy.prompts(data.toy, data.num_prompts, config.seed, "train")
+        return rows, ReadReport(kept=len(rows))
+    if data.prompts is None and data.valid is None:
+        rows = [Prompt(p.id, p.prompt, p.source, p.chosen, p.templated) for p in pairs_of(config, tokenizer)[0]]
+        rows = list({row.prompt: row for row in reversed(rows)}.values())[::-1]
+        return rows, ReadReport(kept=len(rows))
+    return read_prompts(data.prompts or data.train, unique=True, **_options(config, tokenizer))
+
+
+def evaluation_prompts_of(config: Config, tokenizer: Any = None) -> list[Prompt]:
+    """Held-out prompts with a reference response (the chosen one); as many as `evaluation.num_prompts`."""
+    n = config.evaluation.num_prompts
+    if config.data.train == TOY:
+        return toy.prompts(config.data.toy, n, config.seed, "evaluation")
+    rows = [Prompt(p.id, p.prompt, p.source, p.chosen, p.templated) for p in pairs_of(config, tokenizer)[1]]
+    return list({row.prompt: row for row in reversed(rows)}.values())[::-1][:n]
+
+
+def gold_of(config: Config, mesh: Any = None) -> Scorer | None:
+    """The true reward, or None where the config names none."""
+    gold = config.gold
+    if gold.kind == "toy":
+        return toy_gold(config.data.toy)
+    if gold.kind == "function":
+        return function_scorer(gold.source or "")
+    if gold.kind == "model":
+        limits = Limits(2 * config.data.limits.max_prompt_length, 2 * config.data.limits.max_response_length, "truncate", "truncate")
+        return reward_model_scorer(gold.source or "", batch_size=gold.batch_size, limits=limits, mesh=mesh)
+    return None

@@ -1,0 +1,280 @@
+"""The stages that make models: tokenizer, π_SFT, reward models, policies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf import rng, sharding
+from jaxrlhf.algorithms.ppo import RoundModels, num_updates, ppo_trainer, train_ppo
+from jaxrlhf.algorithms.reward import reward_loss, reward_trainer, score_pairs, with_weights
+from jaxrlhf.algorithms.rounds import Round
+from jaxrlhf.algorithms.supervised import num_steps, own_copy, sft_trainer, train
+from jaxrlhf.checkpoint import Checkpoints
+from jaxrlhf.data import toy
+from jaxrlhf.data.batches import batches
+from jaxrlhf.data.tokenizer import train_tokenizer
+from jaxrlhf.data.tokens import eos_ids_of, pad_id_of, tokenize_demonstrations, tokenize_prompts
+from jaxrlhf.evaluation.diagnostics import pair_accuracy
+from jaxrlhf.models.families import config_from_shape
+from jaxrlhf.models.hub import Loaded, eos_ids, initialise, load, read_tokenizer, resolve, reward_bias, save, with_reward_bias
+from jaxrlhf.plugins import plugin
+from jaxrlhf.run import inputs
+from jaxrlhf.run.setting import Setting
+from jaxrlhf.run.stages import Done, Stage
+from jaxrlhf.scorers.reward_model import score_responses
+from jaxrlhf.steps.state import init_state, restarted_schedules
+from jaxrlhf.types import PairBatch, PromptBatch, TextBatch, TrainState
+
+
+def tokenizer_stage(setting: Setting) -> Done:
+    """The run's tokenizer: the one named, the model's own, the toy task's words, or a byte-level BPE of the run's own text."""
+    config = setting.config
+    trained = config.tokenizer.source is None and config.model.source is None and config.data.train != inputs.TOY
+
+    def build(folder: Path) -> dict[str, Any]:
+        if config.tokenizer.source or config.model.source:
+            source = config.tokenizer.source or config.model.source or ""
+            tokenizer = read_tokenizer(resolve(source) if Path(source).exists() or config.tokenizer.source is None else Path(source))
+            if tokenizer is None:
+                raise ValueError(f"{source} has no tokenizer files; name a folder that has in tokenizer.source.")
+        elif not trained:
+            tokenizer = toy.toy_tokenizer()
+        else:
+            rows, _ = inputs.demonstrations_of(config)
+            tokenizer = train_tokenizer((row.prompt + row.response for row in rows), config.tokenizer.vocab_size)
+        tokenizer.save_pretrained(str(folder))
+        return {"vocabulary": len(tokenizer)}
+
+    slice_ = {
+        "tokenizer": asdict(config.tokenizer),
+        "model": config.model.source,
+        "data": inputs.identity(config) if trained else config.data.train,
+    }
+    return setting.build(Stage("tokenizer", "data", "tokenizer", slice_), build)
+
+
+def base_model(setting: Setting, tokenizer: Any) -> Loaded:
+    """The model SFT starts from: read, or made from `model.shape` for this tokenizer."""
+    config = setting.config
+    if config.model.source is not None:
+        return load(config.model.source, head="lm", dtype=config.model.dtype, mesh=setting.mesh)._replace(tokenizer=tokenizer)
+    longest = config.data.limits.max_prompt_length + max(config.data.limits.max_response_length, config.ppo.response_length)
+    shape = {name: value for name, value in asdict(config.model.shape).items() if value is not None}
+    decoder, _ = config_from_shape(
+        shape,
+        len(tokenizer),
+        max_positions=longest,
+        pad_id=tokenizer.pad_token_id,
+        bos_id=tokenizer.bos_token_id,
+        eos_id=tokenizer.eos_token_id,
+    )
+    key = rng.stream(setting.key, "model/init")
+    return initialise(decoder, key=key, tokenizer=tokenizer, dtype=config.model.dtype, mesh=setting.mesh)
+
+
+def sft_stage(setting: Setting, tokenizer_done: Done) -> Done:
+    """π_SFT: the base model fitted to the demonstrations; with `sft.max_steps: 0` the base model itself."""
+    config = setting.config
+
+    def build(folder: Path) -> dict[str, Any]:
+        tokenizer = read_tokenizer(tokenizer_done.folder)
+        base = base_model(setting, tokenizer)
+        rows, report = inputs.demonstrations_of(config, tokenizer)
+        table, cut = tokenize_demonstrations(rows, tokenizer, inputs.limits_of(config), eos_ids=eos_ids_of(tokenizer))
+        report_rows(setting, folder, "demonstrations", report, cut)
+        steps = num_steps(
+            len(table.index_B),
+            batch_size=config.sft.batch_size,
+            num_train_epochs=config.sft.num_train_epochs,
+            max_steps=config.sft.max_steps,
+        )
+        optimizer, step = sft_trainer(base.model, config.sft, max(steps, 1), setting.mesh)
+        state = sharding.place(init_state(own_copy(base.params), optimizer), setting.mesh)
+
+        def loop(state: TrainState, start: int) -> Iterator:
+            stream = batches(table, config.sft.batch_size, seed=config.seed, bucket=config.data.bucket, start=start)
+            return train(step, state, placed(setting, islice(stream, steps - start)))
+
+        state = setting.train(folder, "sft", state, loop, steps=steps, tokens=config.sft.batch_size * width(table))
+        save(base._replace(params=state.params), folder)
+        return {"steps": steps, "rows": len(table.index_B)}
+
+    slice_ = {
+        "sft": asdict(config.sft),
+        "model": asdict(config.model),
+        "data": inputs.identity(config),
+        "limits": asdict(config.data.limits),
+        "positions": config.ppo.response_length,
+        "bucket": config.data.bucket,
+    }
+    return setting.build(Stage("sft", "model", "sft", slice_, {"tokenizer": tokenizer_done}), build)
+
+
+def reward_stage(
+    setting: Setting,
+    round: Round,
+    sft: Done,
+    previous: Done | None,
+    pairs: PairBatch,
+    weights_N: np.ndarray,
+    valid: PairBatch | None,
+    sources: dict[str, Done],
+) -> Done:
+    """The reward model of a round: Bradley–Terry on the (weighted) pairs, then the bias that puts reference responses at 0."""
+    config = setting.config
+    start = previous if round.reward_start == "previous" and previous is not None else sft
+
+    def build(folder: Path) -> dict[str, Any]:
+        key = rng.stream(setting.key, "reward/head", round.number)
+        base = setting.load(start, head="scalar", key=None if start is previous else key)
+        loss = reward_loss(config.reward, plugin)
+        table = with_weights(pairs, weights_N)
+        n, section = len(table.index_B), config.reward
+        steps = num_steps(n, batch_size=section.batch_size, num_train_epochs=section.num_train_epochs, max_steps=section.max_steps)
+        optimizer, step = reward_trainer(base.model, loss, section, max(steps, 1), setting.mesh)
+        state = sharding.place(init_state(own_copy(base.params), optimizer), setting.mesh)
+
+        def loop(state: TrainState, start: int) -> Iterator:
+            stream = batches(table, section.batch_size, seed=config.seed + round.number, bucket=config.data.bucket, start=start)
+            return train(step, state, placed(setting, islice(stream, steps - start)))
+
+        tokens = 2 * section.batch_size * (table.prompt_BL.shape[1] + table.chosen_BT.shape[1])
+        state = setting.train(folder, "reward", state, loop, steps=steps, tokens=tokens, round=round.number)
+        options = {"batch_size": section.eval_batch_size, "mesh": setting.mesh}
+        references = reference_responses(setting, base.tokenizer)
+        bias = float(score_responses(base.model, state.params, references, **options).mean())
+        save(with_reward_bias(base._replace(params=state.params), bias), folder)
+        accuracy = None if valid is None else pair_accuracy(*score_pairs(base.model, state.params, valid, **options))
+        return {"steps": steps, "pairs": n, "reward_bias": bias, "accuracy_valid": accuracy}
+
+    slice_ = {
+        "reward": asdict(config.reward),
+        "round": round.number,
+        "seed": config.seed,
+        "start": round.reward_start,
+        "data": inputs.identity(config),
+        "limits": asdict(config.data.limits),
+        "bucket": config.data.bucket,
+        "dtype": config.model.dtype,
+    }
+    parent = {"previous": previous} if start is previous else {"sft": sft}
+    stage = Stage(f"r{round.number}-reward", "model", "reward", slice_, {**parent, **sources}, parent=next(iter(parent)))
+    return setting.build(stage, build, round=round.number)
+
+
+def reference_responses(setting: Setting, tokenizer: Any) -> TextBatch:
+    """The responses whose mean score is 0 by definition: the demonstrations, as many as `reward.num_reference_rows`."""
+    rows, _ = inputs.demonstrations_of(setting.config, tokenizer)
+    limit = setting.config.reward.num_reference_rows
+    table, _ = tokenize_demonstrations(rows[:limit], tokenizer, inputs.limits_of(setting.config), eos_ids=eos_ids_of(tokenizer))
+    return table
+
+
+def prompt_table(setting: Setting, tokenizer: Any) -> PromptBatch:
+    """All PPO prompts as tokens."""
+    rows, _ = inputs.prompts_of(setting.config, tokenizer)
+    return tokenize_prompts(rows, tokenizer, inputs.limits_of(setting.config))[0]
+
+
+def policy_stage(setting: Setting, round: Round, *, sft: Done, start: Done, reference: Done, reward: Done, carries: bool) -> Done:
+    """The policy of a round: PPO from `start` against `reward`, its KL taken to `reference`.
+
+    `carries`: the next round takes over optimizer or critic, so the final training state stays in the folder.
+    """
+    config, number = setting.config, round.number
+    section = config.ppo
+    kl_coef = section.kl_coef_previous if round.moved_reference and section.kl_coef_previous is not None else section.kl_coef
+
+    def build(folder: Path) -> dict[str, Any]:
+        policy, scorer = setting.load(start, head="lm"), setting.load(reward, head="scalar")
+        tokenizer, bias = policy.tokenizer, reward_bias(scorer)
+        # The KL coefficient is data of the compiled step, not part of it: arms that differ in it share their compilations.
+        shared = replace(section, kl_coef=0.0, kl_coef_previous=None)
+        trainer = ppo_trainer(
+            policy.model,
+            scorer.model,
+            shared,
+            plugin,
+            eos_ids=eos_ids(policy),
+            pad_id=pad_id_of(tokenizer),
+            vocab_size=len(tokenizer),
+            mesh=setting.mesh,
+        )
+        controller = {"kl_coef": jnp.float32(kl_coef), "value_bias": jnp.float32(bias)}
+        params = own_copy({"policy": policy.params, "critic": scorer.params})
+        state = sharding.place(init_state(params, trainer.optimizer, controller), setting.mesh)
+        state = taken_over(setting, round, state, start)
+        fixed = RoundModels(
+            reference=setting.load(reference, head="lm").params,
+            reward=scorer.params,
+            reward_bias=bias,
+            sft=setting.load(sft, head="lm").params if reference.hash != sft.hash else None,
+        )
+        updates, table = num_updates(section), prompt_table(setting, tokenizer)
+        key = rng.stream(setting.key, "policy", number)
+
+        def loop(state: TrainState, done: int) -> Iterator:
+            first = (number - 1) * updates + done  # every round goes on with fresh prompts
+            stream = batches(table, section.batch_size, seed=config.seed, bucket=config.data.bucket, start=first)
+            return train_ppo(trainer, state, fixed, islice(stream, updates - done), key=key, start=done, mesh=setting.mesh)
+
+        tokens = section.batch_size * section.response_length
+        state = setting.train(folder, "policy", state, loop, steps=updates, tokens=tokens, round=number, keep=carries)
+        save(policy._replace(params=state.params["policy"]), folder)
+        return {"updates": updates, "episodes": updates * section.batch_size, "kl_coef": float(state.controller["kl_coef"])}
+
+    slice_ = {
+        "ppo": asdict(replace(section, kl_coef=kl_coef, kl_coef_previous=None)),
+        "round": number,
+        "seed": config.seed,
+        "data": inputs.identity(config),
+        "limits": asdict(config.data.limits),
+        "bucket": config.data.bucket,
+        "dtype": config.model.dtype,
+        "restart": [round.restart_optimizer, round.restart_critic],
+        "carries": carries,
+    }
+    stage = Stage(
+        f"r{number}-policy", "model", "ppo", slice_, {"start": start, "reference": reference, "reward": reward, "sft": sft}, parent="start"
+    )
+    return setting.build(stage, build, round=number)
+
+
+def taken_over(setting: Setting, round: Round, state: TrainState, previous: Done) -> TrainState:
+    """The state with the previous round's optimizer moments and critic, where the method keeps them; schedules restart."""
+    if round.restart_optimizer and round.restart_critic:
+        return state
+    with Checkpoints(previous.folder / "checkpoint") as checkpoints:
+        found = checkpoints.restore(sharding.template(state, setting.mesh))
+    if found is None:
+        raise FileNotFoundError(f"{previous.folder} holds no training state to go on from; delete it to train that round again.")
+    old = found[0]
+    opt_state = state.opt_state if round.restart_optimizer else restarted_schedules(old.opt_state)
+    if round.restart_critic:
+        return replace(state, opt_state=opt_state)
+    params = {"policy": state.params["policy"], "critic": old.params["critic"]}
+    return replace(state, params=params, opt_state=opt_state, controller={**state.controller, "value_bias": old.controller["value_bias"]})
+
+
+def placed(setting: Setting, stream: Iterator) -> Iterator:
+    return (sharding.place_batch(batch, setting.mesh) for batch in stream)
+
+
+def width(table: TextBatch) -> int:
+    return table.prompt_BL.shape[1] + table.response_BT.shape[1]
+
+
+def report_rows(setting: Setting, folder: Path, what: str, *reports: Any) -> None:
+    """Say what was dropped on the way, and write every dropped row beside the stage."""
+    for kind, report in zip(("read", "tokenised"), reports, strict=False):
+        if report.dropped or any(report.counts.values()):
+            setting.log.note(f"{what} {kind}: {report.summary()}")
+        if report.dropped:
+            report.write(folder / f"dropped-{what}-{kind}.jsonl")

@@ -1,0 +1,95 @@
+"""What every stage of a run is given, and the driver that logs and checkpoints a training loop."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxrlhf import rng, sharding
+from jaxrlhf.checkpoint import Checkpoints
+from jaxrlhf.config import Config
+from jaxrlhf.models.hub import Loaded, load
+from jaxrlhf.run.stages import Done, Stage, Store
+from jaxrlhf.runlog import FILE, RunLog
+from jaxrlhf.types import Metrics, TrainState
+
+Loop = Callable[[TrainState, int], Iterator[tuple[TrainState, Metrics]]]
+
+
+@dataclass
+class Setting:
+    """One run: its config, where finished stages are kept, where it reports, the devices."""
+
+    config: Config
+    store: Store
+    folder: Path
+    log: RunLog
+    mesh: Any
+    stages: list[Done] = field(default_factory=list)
+
+    @property
+    def key(self) -> jax.Array:
+        return rng.root_key(self.config.seed)
+
+    @property
+    def columns(self) -> Path:
+        return self.store.root / "columns"
+
+    def build(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None], *, round: int | None = None) -> Done:
+        """The finished stage, built if need be, linked into the run folder in the order of asking."""
+        done = self.store.build(stage, fn)
+        if done.cached:
+            self.log.note(f"{stage.name}: finished before ({done.record['seconds']:.0f} s), taken from {done.folder}")
+            if (done.folder / FILE).exists():
+                self.log.replay(done.folder / FILE, stage.name, round=round)
+        self.store.link(done, self.folder, len(self.stages), standalone=self.config.standalone)
+        self.stages.append(done)
+        return done
+
+    def load(self, done: Done, *, head: str, key: jax.Array | None = None) -> Loaded:
+        return load(done.folder, head=head, key=key, dtype=self.config.model.dtype, mesh=self.mesh)
+
+    def train(
+        self,
+        folder: Path,
+        name: str,
+        state: TrainState,
+        loop: Loop,
+        *,
+        steps: int,
+        tokens: int,
+        round: int | None = None,
+        keep: bool = False,
+    ) -> TrainState:
+        """Run `loop(state, start)` to `steps`, from its last checkpoint where the stage was stopped before.
+
+        `tokens` is how many a step works on. With `keep` the final state stays in the stage folder, for a method that carries its
+        optimizer or critic into the next round; else the checkpoints go when the stage is done.
+        """
+        checkpoint, where = self.config.checkpoint, folder / "checkpoint"
+        with Checkpoints(where, keep=checkpoint.keep) as checkpoints:
+            found = checkpoints.restore(sharding.template(state, self.mesh))
+            if found is not None:
+                state = found[0]
+            start = int(state.step)
+            if start:
+                self.log.note(f"{name}: goes on from step {start} of {steps}")
+            with self.log.stage(name, round=round, total_steps=steps, start=start, folder=folder) as stage:
+                if start < steps:
+                    stage.phase("compiling")
+                for n, (new, metrics) in enumerate(loop(state, start), start=start + 1):
+                    state = new
+                    if n % self.config.log.every == 0 or n == steps:
+                        stage.step(n, metrics, tokens=tokens * self.config.log.every)
+                    if n % checkpoint.every == 0 and n < steps:
+                        checkpoints.save(n, state)
+            if keep:
+                checkpoints.save(steps, state)
+        if not keep:
+            shutil.rmtree(where, ignore_errors=True)
+        return state

@@ -1,0 +1,67 @@
+"""A reward-model folder as a scorer: ours, or any sequence-classification model whose architecture we load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrlhf import sharding
+from jaxrlhf.data.batches import evaluation_batches
+from jaxrlhf.data.chat import render_response
+from jaxrlhf.data.tokens import Limits, eos_ids_of, retokenize_responses
+from jaxrlhf.models.hub import Loaded, load
+from jaxrlhf.scorers import Scorer
+from jaxrlhf.steps.pair import response_scores
+from jaxrlhf.types import Array, Model, Params, TextBatch
+
+
+@lru_cache(maxsize=16)
+def _compiled(model: Model):
+    return jax.jit(lambda params, *sides: response_scores(model, params, *sides))
+
+
+def score_responses(
+    model: Model, params: Params, texts: TextBatch, *, batch_size: int, mesh: Any = None, bias: float = 0.0, bucket: int = 0
+) -> np.ndarray:
+    """Scores of all N responses, in order, minus `bias`; float32 [N]."""
+    n = len(texts.index_B)
+    if n == 0:
+        return np.zeros(0, np.float32)
+    score = _compiled(model)
+    parts: list[Array] = []
+    for batch in evaluation_batches(texts, min(batch_size, n), bucket=bucket):
+        batch = sharding.place_batch(batch, mesh)
+        parts.append(score(params, batch.prompt_BL, batch.prompt_mask_BL, batch.response_BT, batch.response_mask_BT))
+    return np.concatenate([np.asarray(sharding.gather(part)) for part in parts])[:n] - np.float32(bias)
+
+
+def reward_model_scorer(source: str, *, batch_size: int, limits: Limits, dtype: str = "float32", mesh: Any = None) -> Scorer:
+    """The model in `source` as a scorer of text: its own tokenizer, its chat template where it has one, its `reward_bias` subtracted.
+
+    Prompts and responses over `limits` are cut (prompts on the left), because a scorer must answer for every row.
+    """
+    loaded = load(source, head="scalar", dtype=dtype, mesh=mesh)
+    return loaded_scorer(loaded, batch_size=batch_size, limits=limits, mesh=mesh)
+
+
+def loaded_scorer(loaded: Loaded, *, batch_size: int, limits: Limits, mesh: Any = None) -> Scorer:
+    tokenizer = loaded.tokenizer
+    chat = bool(getattr(tokenizer, "chat_template", None))
+    bias = float(loaded.config.hf.get("reward_bias", 0.0))
+
+    def score(prompts: Sequence[str], responses: Sequence[str], /) -> np.ndarray:
+        heads, bodies = list(prompts), list(responses)
+        if chat:
+            turns = [
+                render_response(tokenizer, [{"role": "user", "content": p}], [{"role": "assistant", "content": r}])
+                for p, r in zip(heads, bodies, strict=True)
+            ]
+            heads, bodies = [t[0] for t in turns], [t[1] for t in turns]
+        texts, _ = retokenize_responses(heads, bodies, tokenizer, limits, eos_ids=eos_ids_of(tokenizer), templated=chat)
+        return score_responses(loaded.model, loaded.params, texts, batch_size=batch_size, mesh=mesh, bias=bias, bucket=64)
+
+    return score
