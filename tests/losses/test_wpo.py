@@ -33,6 +33,17 @@ def test_clip():
     assert float(wpo_weights(likely, mask, likely, mask, clip=1.5)[0]) == pytest.approx(1.5)
 
 
+def test_the_weights_themselves_carry_no_gradient():
+    mask = jnp.ones((1, 2), bool)
+
+    def weight(logp):
+        side = TokenStats(logp, logp, -jnp.ones_like(logp))
+        return jnp.sum(wpo_weights(side, mask, side, mask, clip=None))
+
+    value, gradient = jax.value_and_grad(weight)(jnp.array([[-2.0, -3.0]]))
+    assert value > 0 and bool(jnp.all(gradient == 0))
+
+
 def test_a_uniform_policy_weighs_one():
     uniform = token_stats(jnp.zeros((2, 3, 7)), jnp.zeros((2, 3), jnp.int32))
     mask = jnp.ones((2, 3), bool)
