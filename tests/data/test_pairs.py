@@ -384,7 +384,7 @@ FIELDS = ["id", "prompt", "chosen", "rejected", "completion", "messages", "text"
 def test_no_content_of_a_file_does_anything_but_be_kept_or_named(tmp_path, chat_tokenizer, rows, noise):
     path = lines(
         tmp_path / "a.jsonl", GOOD, *rows, noise.replace(b"\r", b"") + b"\n", GOOD
-    )  # GOOD first: the noise could spell a magic number and would make it gzip
+    )  # GOOD first: the noise could spell the magic number of gzip
     total = sum(1 for line in path.read_bytes().split(b"\n") if line.strip())
     for reader in (read_pairs, read_demonstrations, read_prompts):
         read, report = reader(path, tokenizer=chat_tokenizer)
