@@ -6,6 +6,7 @@ optimizer's state and the parameters can be read alone. Random keys and data pos
 """
 
 import errno
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ import orbax.checkpoint as ocp
 from jaxrlhf.types import Params, TrainState
 
 _args: Any = ocp.args
+
+# Orbax logs a failed background write some ten times with its traceback; it is raised here once, as a CheckpointError.
+logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
 
 
 class CheckpointError(RuntimeError):

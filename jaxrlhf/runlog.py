@@ -112,7 +112,7 @@ class StageLog:
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._step, self._phase, self._said = start, "", 0.0
         self._phases: set[str] = set()
-        self._times: deque[tuple[float, int]] = deque(maxlen=50)  # (clock, tokens) at the end of each recent step
+        self._times: deque[tuple[float, int, int]] = deque(maxlen=50)  # (clock, step, tokens) of the recent calls of `step`
         self._last: dict[str, Any] = {}
         self._closed = False
         paths = [folder / FILE for folder in (log.folder, folder) if log.folder is not None and folder is not None]
@@ -133,16 +133,17 @@ class StageLog:
         self._phases.add(name)
 
     def step(self, n: int, metrics: Mapping[str, Any], *, tokens: int | None = None) -> None:
-        """Step `n` (1 is the first) has been dispatched and gave `metrics`, name → scalar; `tokens` is how many it worked on.
+        """Step `n` (1 is the first) has been dispatched and gave `metrics`, name → scalar.
 
-        Writes the step before it. Raises ValueError for metrics that are no scalars.
+        `tokens` is how many were worked on since the last call; not every step has to be logged. Writes the
+        step before it. Raises ValueError for metrics that are no scalars.
         """
         if any(name in RESERVED for name in metrics):
             raise ValueError(f"metrics of stage {self._name} may not be called {', '.join(RESERVED)}; rename them.")
         self._flush()
         self._pending = (n, metrics)
         first = not self._times
-        self._times.append((time.monotonic(), tokens or 0))
+        self._times.append((time.monotonic(), n, tokens or 0))
         self._step, self._phase = n, ""
         self._show(force=first or n == self._total)
 
@@ -205,7 +206,8 @@ class StageLog:
         if len(self._times) < 2:
             return None
         seconds = max(self._times[-1][0] - self._times[0][0], 1e-9)
-        return (len(self._times) - 1) / seconds, sum(tokens for _, tokens in list(self._times)[1:]) / seconds
+        steps = self._times[-1][1] - self._times[0][1]
+        return steps / seconds, sum(tokens for _, _, tokens in list(self._times)[1:]) / seconds
 
     def _speed(self) -> str:
         rate = self._rate()
@@ -213,7 +215,7 @@ class StageLog:
 
     def _left(self) -> str:
         rate = self._rate()
-        if rate is None or self._total is None or self._step >= self._total:
+        if rate is None or not rate[0] or self._total is None or self._step >= self._total:
             return ""
         seconds = round((self._total - self._step) / rate[0])
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"

@@ -183,12 +183,13 @@ def jit(step: Step, mesh: Mesh | None, *, donate: bool = True) -> Step:
     if _only_device(mesh)[0] or mesh is None:
         return jax.jit(step, donate_argnums=donated)
     whole = NamedSharding(mesh, PartitionSpec())
-    compiled: list[Step] = []
+    compiled: dict[Any, Step] = {}
 
     def run(state: Any, batch: Any, *rest: Any) -> tuple[Any, Any]:
-        if not compiled:  # the layout is that of the first state
-            compiled.append(jax.jit(step, donate_argnums=donated, out_shardings=(shardings(state, mesh), whole)))
-        return compiled[0](state, batch, *rest)
+        kind = jax.tree.structure(state)
+        if kind not in compiled:
+            compiled[kind] = jax.jit(step, donate_argnums=donated, out_shardings=(shardings(state, mesh), whole))
+        return compiled[kind](state, batch, *rest)
 
     return run
 

@@ -119,11 +119,11 @@ def test_the_time_left_does_not_count_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr("jaxrlhf.runlog.time.monotonic", lambda: now[0])
     out = StringIO()
     with RunLog(tmp_path, plain=True, every=0, file=out) as log:
-        stage = log.stage("sft", total_steps=1 + 1 + 1800)
-        for n in (1, 2):
+        stage = log.stage("sft", total_steps=1810)
+        for n in (5, 10):  # every fifth step is logged
             now[0] = 100.0 + 2 * n  # compiling took 100 s, a step takes 2 s
-            stage.step(n, {}, tokens=500)
-    assert "sft: step 2/1802  1:00:00 left  250 tokens/s" in out.getvalue()
+            stage.step(n, {}, tokens=5 * 500)
+    assert "sft: step 10/1810  1:00:00 left  250 tokens/s" in out.getvalue()
 
 
 TERMINAL = """
