@@ -1,0 +1,137 @@
+"""The command line: parses and prints, nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell every user that torch is missing
+
+USAGE = """\
+jaxrlhf run CONFIG.yaml [--section.key value …]     all stages of a run, and its table
+jaxrlhf sft | reward | ppo CONFIG.yaml [--…]        the stages up to that one (of round 1)
+jaxrlhf generate FOLDER [PROMPT …] [--file F]       sample from a policy
+jaxrlhf run CONFIG.yaml --help                      every key of the config
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0, or 1 with one clear message on standard error, or 2 for a command that cannot be parsed."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    commands = {"run": _run, "sft": _run, "reward": _run, "ppo": _run, "generate": _generate}
+    if argv[0] not in commands:
+        print(f"jaxrlhf: no command {argv[0]!r}.\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # the checkpoint library narrates every save
+    try:
+        return commands[argv[0]](argv[0], argv[1:])
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("JAXRLHF_TRACEBACK") or not _is_plain(error):
+            raise
+        print(f"jaxrlhf: {error}", file=sys.stderr)
+        for note in getattr(error, "__notes__", []):
+            print(f"  {note}", file=sys.stderr)
+        return 1
+
+
+def _is_plain(error: Exception) -> bool:
+    """Errors whose message is written for users; anything else is a fault of ours and keeps its traceback."""
+    return isinstance(error, ValueError | OSError | ImportError | TypeError) or type(error).__name__ in ("CheckpointError", "StageError")
+
+
+def _run(command: str, argv: list[str]) -> int:
+    from jaxrlhf.recipe import ConfigError, contradictions, load_config
+
+    if not argv or argv[0].startswith("-"):
+        print(f"jaxrlhf {command} needs a config: jaxrlhf {command} CONFIG.yaml\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    path, overrides = argv[0], argv[1:]
+    config = load_config(path)
+    if overrides:
+        config = _overridden(config, overrides, f"jaxrlhf {command} {path}")
+        faults = list(contradictions(config))
+        if faults:
+            raise ConfigError("\n".join(faults))
+    _cache_compilations()
+    from jaxrlhf.run.run import run
+    from jaxrlhf.run.table import read_summaries, show
+
+    folder = run(config, until=None if command == "run" else command)
+    if command == "run":
+        show(read_summaries(folder))
+        print(f"run folder: {folder}")
+    else:
+        for stage in sorted((folder / "stages").glob("*")) if not config.arms else sorted(folder.glob("*/stages/*")):
+            print(stage)
+    return 0
+
+
+def _overridden(config: Any, overrides: list[str], prog: str) -> Any:
+    import tyro
+
+    from jaxrlhf.config import Config
+
+    # Keys are written as in the YAML; tyro takes underscores and hyphens alike.
+    return tyro.cli(Config, default=config, args=overrides, prog=prog, config=(tyro.conf.FlagConversionOff,))
+
+
+def _cache_compilations() -> None:
+    """Compiled programs are kept between processes, unless the user has set a folder or switched it off."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxrlhf" / "xla"))
+
+
+def _generate(command: str, argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"jaxrlhf {command}", description="Sample responses from a policy folder, one JSON object a line."
+    )
+    parser.add_argument("folder", help="a Hugging Face model folder, such as a policy stage of a run")
+    parser.add_argument("prompts", nargs="*", help="prompts as arguments; none and no --file: one prompt a line from standard input")
+    parser.add_argument("--file", help="prompts from JSONL(.gz) or Parquet with a prompt field")
+    parser.add_argument("--output", help="write JSON lines here instead of printing them")
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--max_prompt_length", type=int, default=512)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    parser.add_argument("--top_k", type=int, default=0)
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--num_samples", type=int, default=1, help="responses to each prompt")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    _cache_compilations()
+    from jaxrlhf.run.generate import generate_texts
+
+    settings = vars(options)
+    rows = generate_texts(**{name: settings[name] for name in settings if name != "output"})
+    _print_rows(rows, options.output)
+    return 0
+
+
+def _print_rows(rows: Any, output: str | None) -> None:
+    import json
+
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if output is None:
+        sys.stdout.writelines(lines)
+        return
+    partial = Path(f"{output}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+    os.replace(partial, output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""The table at the end of a run, and words that follow its numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Summary = dict[str, Any]
+
+COLUMNS: tuple[tuple[str, str], ...] = (
+    ("round", "round"),
+    ("gold", "gold"),
+    ("proxy_start", "proxy before"),
+    ("proxy", "proxy after"),
+    ("kl_sft", "KL to SFT"),
+    ("ess", "ESS"),
+    ("reward_accuracy", "RM accuracy"),
+    ("win_rate", "win rate [95 %]"),
+)
+
+LEGEND = (
+    "gold: true reward of the policy. proxy before / after: the round's reward model on the policy that enters / leaves the round (nats of "
+    "preference; not comparable across rounds that refit). KL to SFT: nats a response. ESS: pairs that still count after weighting. RM accuracy: "
+    "on fresh pairs of the policy that enters the round, labelled by gold. win rate: against the reference responses, strict."
+)
+
+
+def read_summaries(folder: Path) -> dict[str, Summary]:
+    """The summaries of a run folder: of its arms, or its own; in the order of the config."""
+    own = folder / "summary.json"
+    if own.exists():
+        return {folder.name: json.loads(own.read_text(encoding="utf-8"))}
+    found = sorted(folder.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no summary.json: the run has not finished a round; run `jaxrlhf run` on its config first.")
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in found}
+
+
+def show(summaries: dict[str, Summary], console: Console | None = None) -> None:
+    """One table for all arms, a legend, and what the figures say."""
+    console = console or Console()
+    table = Table(title=None, header_style="bold")
+    if len(summaries) > 1:
+        table.add_column("arm")
+    for _, title in COLUMNS:
+        table.add_column(title, justify="right")
+    for arm, summary in summaries.items():
+        for row in summary["rounds"]:
+            cells = [_cell(row, name) for name, _ in COLUMNS]
+            table.add_row(*([arm, *cells] if len(summaries) > 1 else cells), end_section=row is summary["rounds"][-1])
+    console.print(table)
+    console.print(LEGEND, style="dim", highlight=False)
+    for line in findings(summaries):
+        console.print(f"- {line}", highlight=False)
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    value = row.get(name)
+    if name == "round":
+        return "SFT" if value == 0 else str(value)
+    if value is None:
+        return "–"
+    if name == "win_rate":
+        return f"{value:.2f} [{row['win_rate_low']:.2f}, {row['win_rate_high']:.2f}]"
+    return f"{value:.0f}" if name == "ess" else f"{value:.3f}" if name == "reward_accuracy" else f"{value:.2f}"
+
+
+def findings(summaries: dict[str, Summary]) -> list[str]:
+    """Sentences computed from the figures; every one holds whichever way they came out."""
+    lines = [line for arm, summary in summaries.items() for line in _of_arm(arm, summary)]
+    finals = {arm: s["rounds"][-1]["gold"] for arm, s in summaries.items() if s["rounds"][-1]["gold"] is not None}
+    if len(finals) > 1:
+        best = max(finals, key=lambda arm: finals[arm])
+        ranking = ", ".join(f"{arm} {gold:.2f}" for arm, gold in sorted(finals.items(), key=lambda item: -item[1]))
+        lines.append(f"Final gold: {ranking}. {best} ends highest.")
+    seeds = {s["seed"] for s in summaries.values()}
+    if len(seeds) == 1:
+        lines.append(f"This is one seed ({seeds.pop()}); differences between arms need several before they mean anything.")
+    return lines + sorted({note for s in summaries.values() for note in s.get("notes", [])})
+
+
+def _of_arm(arm: str, summary: Summary) -> list[str]:
+    rounds = summary["rounds"]
+    trained = [row for row in rounds if row["proxy"] is not None]
+    lines = []
+    stale = [
+        row
+        for row in trained
+        if row["gold"] is not None and row["proxy"] > row["proxy_start"] and row["gold"] < _before(rounds, row)["gold"]
+    ]
+    if stale:
+        names = ", ".join(str(row["round"]) for row in stale)
+        first = stale[0]
+        before = _before(rounds, first)
+        lines.append(
+            f"{arm}: in round {names} the reward model liked the new policy better and gold did not "
+            f"(round {first['round']}: proxy {first['proxy_start']:+.2f} → {first['proxy']:+.2f}, gold {before['gold']:.2f} → {first['gold']:.2f})."
+        )
+    elif trained and trained[0]["gold"] is not None:
+        lines.append(f"{arm}: gold did not fall in any round in which the proxy rose.")
+    fallen = [row["round"] for row in trained if row["proxy"] <= row["proxy_start"]]
+    if fallen:
+        lines.append(f"{arm}: the proxy did not rise in round {', '.join(map(str, fallen))}; PPO did not learn what it was asked there.")
+    accuracies = [row["reward_accuracy"] for row in trained if row["reward_accuracy"] is not None]
+    if len(accuracies) > 1:
+        verb = "fell" if accuracies[-1] < accuracies[0] else "rose" if accuracies[-1] > accuracies[0] else "stayed"
+        lines.append(
+            f"{arm}: reward-model accuracy on the policy's own text {verb} from {accuracies[0]:.3f} (round {trained[0]['round']}) "
+            f"to {accuracies[-1]:.3f} (round {trained[-1]['round']})."
+        )
+    return lines
+
+
+def _before(rounds: list[dict[str, Any]], row: dict[str, Any]) -> dict[str, Any]:
+    return rounds[rounds.index(row) - 1]
