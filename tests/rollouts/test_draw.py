@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxrlhf.rollouts.draw import draw_token, inverse_cdf, keep_top_k, keep_top_p
+from jaxrlhf.rollouts.draw import draw_token, first_above, inverse_cdf, keep_top_k, keep_top_p
 
 LARGEST = np.float32(1 - 2**-24)  # the largest float32 below 1
 EDGES = np.array([0.0, 2**-24, 0.25, 0.5, 0.75, 1 - 2**-23, LARGEST], np.float32)
@@ -63,6 +63,16 @@ def test_inexact_cumulative_sum_at_50k():
         positive = np.cumsum(row > 0)
         assert np.max(np.abs(positive[place[::50]] - positive[exact])) <= 1  # rounding moves a border by at most one token
     assert np.asarray(inverse(p, np.full(4, LARGEST))).tolist() == [size - 1, size - 2, 25_009, size - 8]
+
+
+def test_a_cumulative_sum_that_is_off_by_rounding():
+    """One that rises at a weight of zero, one that falls there, and one that ends short of the target, as blocked sums may."""
+    up = np.nextafter(np.float32(0.5), np.float32(1))
+    p = jnp.array([[0.5, 0.0, 0.5, 0.0]] * 4)
+    cumulative = jnp.array([[0.5, up, 1.0, 1.0], [up, 0.5, 1.0, 1.0], [0.5, 0.5, 1.0, 1.0], [0.5, up, 1.0, 1.0]], jnp.float32)
+    found, rest = first_above(p, cumulative, jnp.array([0.5, 0.5, 1.0, 0.25], jnp.float32))
+    assert found.tolist() == [2, 0, 2, 0]
+    np.testing.assert_allclose(rest, [0.0, 0.5, 0.5, 0.25], atol=1e-6)
 
 
 def test_agrees_with_float64():
