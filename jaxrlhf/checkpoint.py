@@ -40,7 +40,7 @@ class Checkpoints:
 
     `save` returns once the arrays are off the device and writes in the background; leaving the block (or `wait`) finishes the writing. A
     checkpoint appears under its name by an atomic rename, so one that was half-written when the process died is never seen; what such a
-    death left behind is removed on opening. One process (or one group of JAX processes) at a time may have a folder open.
+    death left behind is removed in the background. One process (or one group of JAX processes) at a time may have a folder open.
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 2):

@@ -152,6 +152,8 @@ def test_a_half_written_checkpoint_is_never_seen(tmp_path):
         assert checkpoints.latest_step() == 1
         back, _ = checkpoints.restore(template)
         assert int(back.step) == 1 and back.params["w"].tolist() == [1, 1]
+    assert {path.name for path in tmp_path.iterdir()} == {"1"}  # the half-written one is gone
+    with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(2, replace(back, step=jnp.int32(2)))  # and the step can be taken again
     with Checkpoints(tmp_path) as checkpoints:
         assert int(checkpoints.restore(template)[0].step) == 2

@@ -165,6 +165,14 @@ def test_a_mesh_that_does_not_fit_is_refused(axes, message):
         sharding.make_mesh(*axes)
 
 
+def test_a_batch_is_cut_over_data_and_fsdp():
+    batch = sharding.place_batch({"x": np.arange(16).reshape(8, 2), "n": np.int32(3)}, sharding.make_mesh(2, 2, 1))
+    assert [shard.data.tolist() for shard in batch["x"].addressable_shards] == np.arange(16).reshape(4, 2, 2).tolist()
+    assert batch["n"].is_fully_replicated
+    wide = sharding.place_batch({"x": np.arange(8)}, sharding.make_mesh(2, 1, 2))
+    assert {shard.data.shape for shard in wide["x"].addressable_shards} == {(4,)}  # tensor shards see the same rows
+
+
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"^batch_size 66 does not divide over 4 data shards; try 64\.$"):
         sharding.place_batch({"x": np.zeros((66, 2))}, sharding.make_mesh(2, 2, 1))
