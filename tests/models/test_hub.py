@@ -158,6 +158,23 @@ def test_settings_that_are_not_computed_are_refused(change, message):
         models.config_from_hf({**tiny_models.VARIANTS["llama"], **change})
 
 
+@pytest.mark.parametrize(
+    ("settings", "theta", "rotary_dim"),
+    [
+        ({}, 10_000.0, 2),  # GPT-NeoX's own defaults: a quarter of a head of 8
+        ({"rotary_pct": 0.5, "rotary_emb_base": 500}, 500.0, 4),
+        ({"partial_rotary_factor": 0.5, "rope_theta": 500}, 500.0, 4),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0}, "rotary_pct": 0.5}, 500.0, 8),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rotary_pct": 1.0}, 10_000.0, 8),
+    ],
+)
+def test_every_spelling_of_rotary_settings(settings, theta, rotary_dim):
+    bare = {name: value for name, value in tiny_models.VARIANTS["gpt_neox-old-spelling"].items() if not name.startswith("rotary")}
+    config = models.config_from_hf({**bare, **settings})
+    assert (config.rope_theta, config.rotary_dim) == (theta, rotary_dim)
+    assert (config.rope_scaling is not None) == ("rope_scaling" in settings)
+
+
 def test_a_window_is_read_as_each_family_means_it():
     mistral, qwen = tiny_models.VARIANTS["mistral-window"], tiny_models.VARIANTS["qwen2-window"]
     assert models.config_from_hf(mistral).sliding_layers == (0, 1, 2)

@@ -43,7 +43,7 @@ def test_chunks_change_neither_values_nor_gradients():
     tokens, mask = inputs()
 
     def loss(params, chunk):
-        stats = MODEL.score_tokens(params, tokens, mask, start=START, chunk=chunk)
+        stats = MODEL.score_tokens(params, tokens, mask, start=START, temperature=0.7, chunk=chunk)
         return (stats.logp_BT * jnp.arange(1.0, 6.0)).sum() + (stats.entropy_BT**2).sum() + stats.log_sum_sq_BT.sum(), stats
 
     grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
