@@ -1,6 +1,6 @@
 """Writes models.json: logits and scores of the tiny models, by torch and transformers.
 
-    python tests/golden/make_models.py        (an environment with torch)
+python tests/golden/make_models.py        (an environment with torch)
 """
 
 import json
