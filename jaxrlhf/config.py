@@ -76,17 +76,21 @@ class LimitsConfig:
     long_response: Literal["drop", "truncate"] = "truncate"
 
 
+Sources = str | tuple[str, ...]  # one or several of: a file, a pattern of files, a folder of shards, a hub id (org/name or org/name[split])
+
+
 @dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from. Paths to JSONL(.gz) or Parquet, hub ids, or `toy`, the task the package generates."""
+    """Where text comes from: JSONL(.gz) or Parquet, hub ids, or `toy`, the task the package generates."""
 
     __pydantic_config__ = _STRICT
 
-    train: str = "toy"  # preference pairs
-    valid: str | None = None  # held-out pairs; None: split off `train` by prompt
+    train: Sources = "toy"  # preference pairs; with pairs.source: sample, rows with a prompt and its reference response
+    valid: Sources | None = None  # held-out rows of the same kind; None: split off `train` by prompt
     valid_fraction: float = 0.05  # share of prompts held out when `valid` is None
-    demonstrations: str | None = None  # SFT text; None: the chosen responses of `train` (toy: its own)
-    prompts: str | None = None  # PPO prompts; None: the prompts of `train`
+    demonstrations: Sources | None = None  # SFT text; None: the chosen (or reference) responses of `train` (toy: its own)
+    prompts: Sources | None = None  # PPO prompts; None: the prompts of `train`
+    rename: dict[str, str] = field(default_factory=dict)  # column of the data → name the readers know: {query: prompt}
     num_demonstrations: int = 40_000  # toy only
     num_prompts: int = 20_000  # toy only
     max_pairs: int | None = None  # read at most so many training pairs
@@ -154,7 +158,8 @@ class GoldConfig:
     __pydantic_config__ = _STRICT
 
     kind: Literal["none", "toy", "model", "function"] = "none"
-    source: str | None = None  # folder, or module:attribute
+    source: str | None = None  # folder or hub id, or module:attribute
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of a model's computation
     batch_size: int = 32
 
 

@@ -82,7 +82,7 @@ def _distinct(error: ValidationError) -> list[Any]:
 
 def _is_field(part: Any) -> bool:
     """pydantic appends the names of a union's members to a place; none of our keys looks like them."""
-    return not (isinstance(part, str) and (part.startswith("literal[") or part in ("float", "int", "str", "none", "bool")))
+    return not (isinstance(part, str) and (part.startswith(("literal[", "tuple[")) or part in ("float", "int", "str", "none", "bool")))
 
 
 def _explain(fault: Any) -> str:

@@ -1,4 +1,4 @@
-"""Raw rows, each with the place it came from, out of JSONL(.gz), JSON, Parquet, folders of shards and hub ids.
+"""Raw rows, each with the place it came from, out of JSONL(.gz), JSON, Parquet, patterns, folders of shards and hub ids.
 
 A row that cannot be read is yielded as a `Fault` in its place, so that the caller decides between dropping and stopping, and no row
 disappears between two others. Local paths never touch the network.
@@ -6,6 +6,7 @@ disappears between two others. Local paths never touch the network.
 
 from __future__ import annotations
 
+import glob
 import gzip
 import json
 import re
@@ -19,7 +20,7 @@ from jaxrlhf.data.report import DataError
 
 Source = str | Path
 SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz", ".parquet")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:\[([\w.]+)\])?")
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,32 @@ Located = tuple[str, Row | Fault]  # ("file:line", row); lines and rows are numb
 
 
 def iter_rows(source: Source | Sequence[Source], *, split: str = "train", subset: str | None = None) -> Iterator[Located]:
-    """Rows of one source or of several in turn. `split` and `subset` matter to hub ids only.
+    """Rows of one source or of several in turn. `split` and `subset` matter to hub ids only, and `org/name[split]` names its own.
 
     Raises FileNotFoundError for a missing file and DataError for a source that is neither a file nor looks like a hub id.
     """
     for one in [source] if isinstance(source, str | Path) else source:
-        path = Path(one)
-        if path.is_dir():
-            for shard in _shards(path):
-                yield from _iter_file(shard)
-        elif path.exists():
-            yield from _iter_file(path)
-        else:
+        files = source_files(one)
+        if files is None:
             yield from _iter_hub(str(one), split, subset)
+        else:
+            for file in files:
+                yield from _iter_file(file)
+
+
+def source_files(source: Source) -> list[Path] | None:
+    """The files one source stands for: itself, a folder's shards, or a pattern's matches by name; None where it can only be a hub id."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _shards(path)
+    if path.exists():
+        return [path]
+    if set("*?[") & set(path.name) and path.name.lower().endswith(SUFFIXES):
+        found = sorted(Path(name) for name in glob.glob(str(path)))
+        if not found:
+            raise FileNotFoundError(f"{source}: no file matches this pattern.")
+        return found
+    return None
 
 
 def _iter_file(path: Path) -> Iterator[Located]:
@@ -126,7 +140,7 @@ def _iter_parquet(path: Path) -> Iterator[Located]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
+            for batch in file.iter_batches(batch_size=1024, columns=_text_columns(file.schema_arrow)):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}:{number}", row
@@ -137,12 +151,15 @@ def _iter_parquet(path: Path) -> Iterator[Located]:
 def _iter_hub(name: str, split: str, subset: str | None) -> Iterator[Located]:
     if name.lower().endswith(SUFFIXES):
         raise FileNotFoundError(f"{name}: no such file.")
-    if not _HUB_ID.fullmatch(name):
-        raise DataError(f"{name!r} is neither an existing file or folder nor a hub id of the form org/name.")
+    match = _HUB_ID.fullmatch(name)
+    if not match:
+        raise DataError(f"{name!r} is neither an existing file or folder nor a hub id of the form org/name or org/name[split].")
     import datasets
 
+    name, split = match[1], match[2] or split
     try:
-        rows = datasets.load_dataset(name, subset, split=split)
+        rows: Any = datasets.load_dataset(name, subset, split=split)
+        rows = rows.select_columns(_text_columns(rows.features.arrow_schema))
     except Exception as error:  # the library raises a dozen kinds; all of them mean that there are no rows
         raise DataError(
             f"{name!r} is no existing path, and as a hub id (subset {subset!r}, split {split!r}) it could not be loaded: "
@@ -150,3 +167,13 @@ def _iter_hub(name: str, split: str, subset: str | None) -> Iterator[Located]:
         ) from error
     for number, row in enumerate(rows, start=1):
         yield f"{name}[{split}]:{number}", dict(row) if isinstance(row, dict) else Fault(f"not an object: a {type(row).__name__}")
+
+
+def _text_columns(schema: Any) -> list[str]:
+    """Columns worth reading: token ids that were computed beforehand can be a hundred times the text, and no schema uses them."""
+    import pyarrow as pa
+
+    def is_ids(kind: Any) -> bool:
+        return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)
+
+    return [field.name for field in schema if not is_ids(field.type)]

@@ -78,8 +78,10 @@ def sampled_pairs(setting: Setting, folder: Path, sft: Loaded) -> dict[str, Any]
     config, tokenizer = setting.config, sft.tokenizer
     gold = inputs.gold_of(config, setting.mesh)
     assert gold is not None, "a config that samples pairs names a gold scorer"
-    rows = _cycled(inputs.prompts_of(config, tokenizer)[0], config.pairs.num_pairs)
+    prompts, read = inputs.prompts_of(config, tokenizer)
+    rows = _cycled(prompts, config.pairs.num_pairs)
     table, cut = tokenize_prompts(rows, tokenizer, inputs.limits_of(config))
+    report_rows(setting, folder, "prompts", read, cut)
     rows = [rows[i] for i in cut.rows]
     sampling = sampling_of(sft, max_new_tokens=config.ppo.response_length, temperature=config.pairs.temperature)
     key = rng.stream(setting.key, "pairs")
@@ -96,8 +98,8 @@ def sampled_pairs(setting: Setting, folder: Path, sft: Loaded) -> dict[str, Any]
         for number in (1, 2)
     ]
     texts = [decode_responses(side.response_BT, side.response_mask_BT, tokenizer, sampling.eos_ids) for side in sides]  # type: ignore[arg-type]
-    prompts = [row.prompt for row in rows]
-    scores = [gold(prompts, text) for text in texts]
+    asked = [row.prompt for row in rows]
+    scores = [gold(asked, text) for text in texts]
     pairs, first, kept = label_pairs(
         rows, texts[0], texts[1], scores[0], scores[1], rule=config.pairs.label, label_flip=config.pairs.label_flip, seed=config.seed
     )

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxrlhf import rng
 from jaxrlhf.data.pairs import Prompt
+from jaxrlhf.data.report import ReadReport
 from jaxrlhf.data.tables import read_table, text_batch, unpadded, write_table
 from jaxrlhf.data.tokens import decode_responses, finished_responses, pad_id_of, tokenize_prompts
 from jaxrlhf.evaluation.diagnostics import agreement_with_gold
@@ -19,6 +20,7 @@ from jaxrlhf.offline.logprobs import response_logps
 from jaxrlhf.rollouts.dataset import sample_dataset
 from jaxrlhf.run import inputs
 from jaxrlhf.run.data import pair_batch, renumbered, sampling_of
+from jaxrlhf.run.models import report_rows
 from jaxrlhf.run.setting import Setting
 from jaxrlhf.run.stages import Done, Stage
 from jaxrlhf.scorers import Scorer
@@ -45,7 +47,7 @@ def evaluation_stage(setting: Setting, number: int, *, policy: Done, sft: Done, 
         setting.log.note(f"{'SFT' if number == 0 else f'round {number}'} evaluation on {config.evaluation.num_prompts} prompts")
         loaded = setting.load(policy, head="lm")
         gold = inputs.gold_of(config, setting.mesh)
-        samples = draw(setting, loaded, gold)
+        samples = draw(setting, folder, loaded, gold)
         kl = np.zeros(len(samples.rows), np.float32) if policy.hash == sft.hash else kl_to(setting, loaded, sft, samples.tables[0])
         result = {**gold_figures(samples, gold), "kl_sft": float(kl.mean()), **length_figures(samples, loaded)}
         proxy = None
@@ -71,11 +73,12 @@ def evaluation_stage(setting: Setting, number: int, *, policy: Done, sft: Done, 
     return setting.build(Stage(name, "data", "evaluation", slice_, sources, parent="policy"), build, round=number)
 
 
-def draw(setting: Setting, loaded: Loaded, gold: Scorer | None) -> Samples:
+def draw(setting: Setting, folder: Path, loaded: Loaded, gold: Scorer | None) -> Samples:
     """Two responses to every evaluation prompt, from the same random numbers for every policy: differences are the policies'."""
     config = setting.config
     rows = inputs.evaluation_prompts_of(config, loaded.tokenizer)
     table, cut = tokenize_prompts(rows, loaded.tokenizer, inputs.limits_of(config))
+    report_rows(setting, folder, "prompts", ReadReport(kept=len(rows)), cut)
     rows = [rows[i] for i in cut.rows]
     sampling = sampling_of(loaded, max_new_tokens=config.ppo.response_length, temperature=config.evaluation.temperature)
     key = rng.stream(setting.key, "evaluation")

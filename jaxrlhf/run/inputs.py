@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from jaxrlhf.config import Config
+from jaxrlhf.config import Config, Sources
 from jaxrlhf.data import toy
 from jaxrlhf.data.pairs import Demonstration, Pair, Prompt, ReadReport, read_demonstrations, read_pairs, read_prompts, split_by_prompt
+from jaxrlhf.data.sources import source_files
 from jaxrlhf.data.tokens import Limits
 from jaxrlhf.scorers import Scorer
 from jaxrlhf.scorers.function import function_scorer
@@ -31,22 +31,41 @@ def identity(config: Config) -> dict[str, Any]:
     if data.train == TOY:
         return {"toy": section["toy"], "num_demonstrations": data.num_demonstrations, "num_prompts": data.num_prompts, "seed": config.seed}
     for name in ("train", "valid", "demonstrations", "prompts"):
-        section[name] = _content(section[name])
+        section[name] = [_content(source) for source in _several(section[name])]
     del section["toy"], section["num_demonstrations"], section["num_prompts"], section["limits"]
-    return section | {"seed": config.seed}
+    return section | {"pairs": config.pairs.source, "seed": config.seed}
 
 
-def _content(source: str | None) -> str | None:
-    """A file by its bytes, a folder by its files', anything else (a hub id) by its name."""
-    if source is None or not Path(source).exists():
+def _several(sources: Sources | None) -> tuple[str, ...]:
+    return () if sources is None else (sources,) if isinstance(sources, str) else sources
+
+
+def _content(source: str) -> str:
+    """Files by their bytes, in the order they are read; a hub id by its name."""
+    files = source_files(source)
+    if files is None:
         return source
-    path = Path(source)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:20]
+
+
+def check(config: Config, tokenizer: Any = None) -> None:
+    """Raise before anything is built where a source cannot be opened or has no usable row; reads to the first usable row of each."""
+    data, options = config.data, _options(config, tokenizer)
+    if data.train == TOY:
+        return
+    rows = read_prompts if config.pairs.source == "sample" else read_pairs
+    for read, sources in (
+        (rows, data.train),
+        (rows, data.valid),
+        (read_demonstrations, data.demonstrations or data.train),
+        (read_prompts, data.prompts),
+    ):
+        if sources is not None:
+            read(sources, limit=1, **options)
 
 
 def _options(config: Config, tokenizer: Any) -> dict[str, Any]:
@@ -56,6 +75,7 @@ def _options(config: Config, tokenizer: Any) -> dict[str, Any]:
         "on_bad_row": data.on_bad_row,
         "prompt_format": data.prompt_format,
         "response_format": data.response_format,
+        "rename": data.rename,
     }
 
 
@@ -67,7 +87,7 @@ def demonstrations_of(config: Config, tokenizer: Any = None) -> tuple[list[Demon
         return rows, ReadReport(kept=len(rows))
     rows, report = read_demonstrations(data.demonstrations or data.train, **_options(config, tokenizer))
     if data.demonstrations is None and data.valid is None:
-        held = {pair.prompt for pair in pairs_of(config, tokenizer)[1]}
+        held = {row.prompt for row in held_out_of(config, tokenizer)}
         rows = [row for row in rows if row.prompt not in held]
         report.kept = len(rows)
     return rows, report
@@ -86,25 +106,43 @@ def pairs_of(config: Config, tokenizer: Any = None) -> tuple[list[Pair], list[Pa
 
 
 def prompts_of(config: Config, tokenizer: Any = None) -> tuple[list[Prompt], ReadReport]:
-    """Prompts for PPO and for sampled pairs, each once."""
-    data = config.data
+    """Prompts for PPO and for sampled pairs, each once, less those held out."""
+    data, options = config.data, _options(config, tokenizer)
     if data.train == TOY:
         rows = toy.prompts(data.toy, data.num_prompts, config.seed, "train")
         return rows, ReadReport(kept=len(rows))
-    if data.prompts is None and data.valid is None:
-        rows = [Prompt(p.id, p.prompt, p.source, p.chosen, p.templated) for p in pairs_of(config, tokenizer)[0]]
-        rows = list({row.prompt: row for row in reversed(rows)}.values())[::-1]
-        return rows, ReadReport(kept=len(rows))
-    return read_prompts(data.prompts or data.train, unique=True, **_options(config, tokenizer))
+    if data.prompts is not None or data.valid is not None:
+        return read_prompts(data.prompts or data.train, unique=True, **options)
+    if config.pairs.source == "data":
+        rows, report = _as_prompts(pairs_of(config, tokenizer)[0]), ReadReport()
+    else:
+        rows, report = read_prompts(data.train, unique=True, **options)
+        rows = split_by_prompt(rows, data.valid_fraction, config.seed)[0]
+    report.kept = len(rows)
+    return rows, report
 
 
 def evaluation_prompts_of(config: Config, tokenizer: Any = None) -> list[Prompt]:
-    """Held-out prompts with a reference response (the chosen one); as many as `evaluation.num_prompts`."""
+    """Held-out prompts, each once, with a reference response where there is one; as many as `evaluation.num_prompts`."""
     n = config.evaluation.num_prompts
     if config.data.train == TOY:
         return toy.prompts(config.data.toy, n, config.seed, "evaluation")
-    rows = [Prompt(p.id, p.prompt, p.source, p.chosen, p.templated) for p in pairs_of(config, tokenizer)[1]]
-    return list({row.prompt: row for row in reversed(rows)}.values())[::-1][:n]
+    return held_out_of(config, tokenizer)[:n]
+
+
+def held_out_of(config: Config, tokenizer: Any = None) -> list[Prompt]:
+    """The prompts of the valid rows: no training of any kind sees them."""
+    data, options = config.data, _options(config, tokenizer)
+    if config.pairs.source == "data":
+        return _as_prompts(pairs_of(config, tokenizer)[1])
+    rows, _ = read_prompts(data.train if data.valid is None else data.valid, unique=True, **options)
+    return rows if data.valid is not None else split_by_prompt(rows, data.valid_fraction, config.seed)[1]
+
+
+def _as_prompts(pairs: list[Pair]) -> list[Prompt]:
+    """Prompts of pairs, each once, the chosen response as reference."""
+    first = {pair.prompt: pair for pair in reversed(pairs)}
+    return [Prompt(p.id, p.prompt, p.source, p.chosen, p.templated) for p in pairs if first[p.prompt] is p]
 
 
 def gold_of(config: Config, mesh: Any = None) -> Scorer | None:
@@ -116,5 +154,5 @@ def gold_of(config: Config, mesh: Any = None) -> Scorer | None:
         return function_scorer(gold.source or "")
     if gold.kind == "model":
         limits = Limits(2 * config.data.limits.max_prompt_length, 2 * config.data.limits.max_response_length, "truncate", "truncate")
-        return reward_model_scorer(gold.source or "", batch_size=gold.batch_size, limits=limits, mesh=mesh)
+        return reward_model_scorer(gold.source or "", batch_size=gold.batch_size, limits=limits, dtype=gold.dtype, mesh=mesh)
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import islice
@@ -17,6 +18,7 @@ from jaxrlhf.algorithms.reward import reward_loss, reward_trainer, score_pairs, 
 from jaxrlhf.algorithms.rounds import Round
 from jaxrlhf.algorithms.supervised import num_steps, own_copy, sft_trainer, train
 from jaxrlhf.checkpoint import Checkpoints
+from jaxrlhf.config import Config
 from jaxrlhf.data import toy
 from jaxrlhf.data.batches import batches
 from jaxrlhf.data.tokenizer import train_tokenizer
@@ -40,10 +42,7 @@ def tokenizer_stage(setting: Setting) -> Done:
 
     def build(folder: Path) -> dict[str, Any]:
         if config.tokenizer.source or config.model.source:
-            source = config.tokenizer.source or config.model.source or ""
-            tokenizer = read_tokenizer(resolve(source) if Path(source).exists() or config.tokenizer.source is None else Path(source))
-            if tokenizer is None:
-                raise ValueError(f"{source} has no tokenizer files; name a folder that has in tokenizer.source.")
+            tokenizer = given_tokenizer(config)
         elif not trained:
             tokenizer = toy.toy_tokenizer()
         else:
@@ -58,6 +57,18 @@ def tokenizer_stage(setting: Setting) -> Done:
         "data": inputs.identity(config) if trained else config.data.train,
     }
     return setting.build(Stage("tokenizer", "data", "tokenizer", slice_), build)
+
+
+def given_tokenizer(config: Config) -> Any:
+    """The tokenizer that `tokenizer.source` or `model.source` names; None where neither is given."""
+    source = config.tokenizer.source or config.model.source
+    if source is None:
+        return None
+    # A folder of tokenizer files alone has no config.json and is no model folder.
+    tokenizer = read_tokenizer(Path(source) if Path(source).is_dir() else resolve(source))
+    if tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer files; name a folder that has in tokenizer.source.")
+    return tokenizer
 
 
 def base_model(setting: Setting, tokenizer: Any) -> Loaded:
@@ -85,10 +96,10 @@ def sft_stage(setting: Setting, tokenizer_done: Done) -> Done:
 
     def build(folder: Path) -> dict[str, Any]:
         tokenizer = read_tokenizer(tokenizer_done.folder)
-        base = base_model(setting, tokenizer)
         rows, report = inputs.demonstrations_of(config, tokenizer)
         table, cut = tokenize_demonstrations(rows, tokenizer, inputs.limits_of(config), eos_ids=eos_ids_of(tokenizer))
         report_rows(setting, folder, "demonstrations", report, cut)
+        base = base_model(setting, tokenizer)
         steps = num_steps(
             len(table.index_B),
             batch_size=config.sft.batch_size,
@@ -103,7 +114,7 @@ def sft_stage(setting: Setting, tokenizer_done: Done) -> Done:
             return train(step, state, placed(setting, islice(stream, steps - start)))
 
         state = setting.train(folder, "sft", state, loop, steps=steps, tokens=config.sft.batch_size * width(table))
-        save(base._replace(params=state.params), folder)
+        add_model(base._replace(params=state.params), folder)
         return {"steps": steps, "rows": len(table.index_B)}
 
     slice_ = {
@@ -150,7 +161,7 @@ def reward_stage(
         options = {"batch_size": section.eval_batch_size, "mesh": setting.mesh}
         references = reference_responses(setting, base.tokenizer)
         bias = float(score_responses(base.model, state.params, references, **options).mean())
-        save(with_reward_bias(base._replace(params=state.params), bias), folder)
+        add_model(with_reward_bias(base._replace(params=state.params), bias), folder)
         accuracy = None if valid is None else pair_accuracy(*score_pairs(base.model, state.params, valid, **options))
         return {"steps": steps, "pairs": n, "reward_bias": bias, "accuracy_valid": accuracy}
 
@@ -177,10 +188,12 @@ def reference_responses(setting: Setting, tokenizer: Any) -> TextBatch:
     return table
 
 
-def prompt_table(setting: Setting, tokenizer: Any) -> PromptBatch:
+def prompt_table(setting: Setting, folder: Path, tokenizer: Any) -> PromptBatch:
     """All PPO prompts as tokens."""
-    rows, _ = inputs.prompts_of(setting.config, tokenizer)
-    return tokenize_prompts(rows, tokenizer, inputs.limits_of(setting.config))[0]
+    rows, report = inputs.prompts_of(setting.config, tokenizer)
+    table, cut = tokenize_prompts(rows, tokenizer, inputs.limits_of(setting.config))
+    report_rows(setting, folder, "prompts", report, cut)
+    return table
 
 
 def policy_stage(setting: Setting, round: Round, *, sft: Done, start: Done, reference: Done, reward: Done, carries: bool) -> Done:
@@ -217,7 +230,7 @@ def policy_stage(setting: Setting, round: Round, *, sft: Done, start: Done, refe
             reward_bias=bias,
             sft=setting.load(sft, head="lm").params if reference.hash != sft.hash else None,
         )
-        updates, table = num_updates(section), prompt_table(setting, tokenizer)
+        updates, table = num_updates(section), prompt_table(setting, folder, tokenizer)
         key = rng.stream(setting.key, "policy", number)
 
         def loop(state: TrainState, done: int) -> Iterator:
@@ -227,7 +240,7 @@ def policy_stage(setting: Setting, round: Round, *, sft: Done, start: Done, refe
 
         tokens = section.batch_size * section.response_length
         state = setting.train(folder, "policy", state, loop, steps=updates, tokens=tokens, round=number, keep=carries)
-        save(policy._replace(params=state.params["policy"]), folder)
+        add_model(policy._replace(params=state.params["policy"]), folder)
         return {"updates": updates, "episodes": updates * section.batch_size, "kl_coef": float(state.controller["kl_coef"])}
 
     slice_ = {
@@ -261,6 +274,16 @@ def taken_over(setting: Setting, round: Round, state: TrainState, previous: Done
         return replace(state, opt_state=opt_state)
     params = {"policy": state.params["policy"], "critic": old.params["critic"]}
     return replace(state, params=params, opt_state=opt_state, controller={**state.controller, "value_bias": old.controller["value_bias"]})
+
+
+def add_model(loaded: Loaded, folder: Path) -> None:
+    """Write the model into a stage's folder, beside its metrics, its list of dropped rows and its checkpoint (`save` replaces folders)."""
+    fresh = folder / ".model"
+    save(loaded, fresh)
+    if fresh.is_dir():  # of several processes one writes
+        for path in fresh.iterdir():
+            os.replace(path, folder / path.name)
+        fresh.rmdir()
 
 
 def placed(setting: Setting, stream: Iterator) -> Iterator:

@@ -13,9 +13,10 @@ from jaxrlhf.config import Config
 from jaxrlhf.data.tables import read_pair_table
 from jaxrlhf.plugins import plugin
 from jaxrlhf.recipe import arms, to_yaml
+from jaxrlhf.run import inputs
 from jaxrlhf.run.data import VALID, pairs_stage, update_stage, updated_pairs
 from jaxrlhf.run.evaluate import evaluation_stage, held_out_pairs
-from jaxrlhf.run.models import policy_stage, reward_stage, sft_stage, tokenizer_stage
+from jaxrlhf.run.models import given_tokenizer, policy_stage, reward_stage, sft_stage, tokenizer_stage
 from jaxrlhf.run.setting import Setting
 from jaxrlhf.run.stages import Done, Store
 from jaxrlhf.runlog import RunLog
@@ -48,7 +49,7 @@ def run(config: Config, *, until: str | None = None, log: RunLog | None = None) 
 
 
 def check(config: Config) -> None:
-    """What only the tables of methods and losses can say of a config: unknown names are refused before anything is compiled."""
+    """What the config alone cannot say of itself: unknown names, unreadable data and batches that do not divide are refused here."""
     from jaxrlhf.algorithms.ppo import policy_loss_of
     from jaxrlhf.algorithms.reward import reward_loss
 
@@ -57,6 +58,7 @@ def check(config: Config) -> None:
         reward_update_named(method.reward_update, plugin)
     reward_loss(config.reward, plugin)
     policy_loss_of(config.ppo, plugin)
+    inputs.check(config, given_tokenizer(config))
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shards = sharding.data_shards(mesh)
     sharding.check_batch_size(config.sft.batch_size, shards, name="sft.batch_size")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jaxrlhf.data import pairs as P
 from jaxrlhf.data.pairs import DataError, Pair, dataset_hash, read_demonstrations, read_pairs, read_prompts, split_by_prompt
 from jaxrlhf.data.schemas import cut_prompt
+from jaxrlhf.data.sources import iter_rows
 from jaxrlhf.data.tokenizer import train_tokenizer
 
 GOOD = {"prompt": "p", "chosen": " c", "rejected": " r"}
@@ -192,7 +193,7 @@ def test_sources_that_are_no_file(monkeypatch):
         asked.append((name, subset, split))
         if name == "org/gone":
             raise ConnectionError("offline")
-        return [GOOD]
+        return datasets.Dataset.from_list([{**GOOD, "prompt_token": [1, 2]}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     for missing in ("data/train.jsonl", "org/x.parquet"):  # looks like a hub id but is a file that is not there
@@ -204,6 +205,9 @@ def test_sources_that_are_no_file(monkeypatch):
     assert asked == []
     (pair,), _ = read_pairs("org/name", split="test", subset="s")
     assert pair.source == "org/name[test]:1" and asked == [("org/name", "s", "test")]
+    asked.clear()
+    (pair,), _ = read_pairs(["org/name[validation]"])
+    assert pair.source == "org/name[validation]:1" and asked == [("org/name", None, "validation")]
     with pytest.raises(DataError, match=r"org/gone.*offline"):
         read_pairs("org/gone")
 
@@ -429,3 +433,18 @@ def test_real_implicit_and_explicit_forms_agree(real_data):
     texts = [{(p.prompt, p.chosen, p.rejected) for p in read_pairs(f)[0]} for f in files]
     print(len(texts[0]), len(texts[1]), len(texts[0] & texts[1]))
     assert texts[0] == texts[1]
+
+
+def test_patterns_and_precomputed_token_columns(tmp_path):
+    """A pattern reads its matches by name; a pattern without a match is a missing file; columns of token ids are not read."""
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(GOOD | {"prompt": name}) + "\n")
+    rows, _ = read_pairs(f"{tmp_path}/[ab].jsonl")
+    assert [row.prompt for row in rows] == ["a", "b"]
+    with pytest.raises(FileNotFoundError, match=r"c\*\.jsonl: no file matches"):
+        read_pairs(tmp_path / "c*.jsonl")
+    table = pa.table({"query": ["p"], "query_token": [[1, 2]], "chosen": ["c"], "rejected": ["r"], "votes": [[1, 0]]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert [set(row) for _, row in iter_rows(tmp_path / "t.parquet")] == [{"query", "chosen", "rejected"}]
+    rows, _ = read_pairs(tmp_path / "t.parquet", rename={"query": "prompt"})
+    assert rows[0].prompt == "p"
