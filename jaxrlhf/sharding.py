@@ -150,6 +150,15 @@ def check_batch_size(batch_size: int, shards: int, *, name: str = "batch_size") 
         raise ValueError(f"{name} {batch_size} does not divide over {shards} data shards; try {fits}.")
 
 
+def rows_at_once(rows: int, batch_size: int, mesh: Mesh | None) -> int:
+    """Batch size of a pass over `rows` rows without training: no larger than it need be, and one that divides over the mesh.
+
+    Such passes fill their last batch anyway, so rounding up changes no result.
+    """
+    shards = 1 if mesh is None else data_shards(mesh)
+    return -(-min(batch_size, max(rows, 1)) // shards) * shards
+
+
 def place_batch(batch: Any, mesh: Mesh | None) -> Any:
     """Put a batch on the mesh, its leading axis cut over `data` and `fsdp`. Every process passes the same global batch.
 

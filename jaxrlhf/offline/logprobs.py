@@ -45,7 +45,7 @@ def response_logps(
     """Σ_t log π(y_t | x, y_<t) of every response, EOS included, at `temperature`; float32 [N] in nats."""
     score = _scorer(model, temperature)
     n = len(texts.index_B)
-    batch_size = min(batch_size, n)
+    batch_size = sharding.rows_at_once(n, batch_size, mesh)
     total, parts = batches_per_epoch(texts, batch_size), []
     for number, batch in enumerate(evaluation_batches(texts, batch_size), start=1):
         parts.append(score(params, sharding.place_batch(batch, mesh)))

@@ -45,7 +45,7 @@ def sample_dataset(
     """
     parts: list[tuple[np.ndarray, np.ndarray]] = []
     n = len(prompts.index_B)
-    batch_size = min(batch_size, n)
+    batch_size = sharding.rows_at_once(n, batch_size, mesh)
     total = batches_per_epoch(prompts, batch_size)
     for number, batch in enumerate(evaluation_batches(prompts, batch_size), start=1):
         batch = sharding.place_batch(batch, mesh)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxrlhf.losses import gae, kl_estimate, masked_count, masked_mean, masked_whiten, shaped_rewards, value_mask
 from jaxrlhf.losses.masked import masked_fill
 from jaxrlhf.steps.accumulate import global_sum
+from jaxrlhf.steps.pair import response_scores
 from jaxrlhf.steps.ppo import critic_values
 from jaxrlhf.types import Array, Completion, Metrics, Model, Params, PromptBatch, Rollout
 
@@ -116,30 +117,11 @@ def read_rollout(
         if models.critic is not None:
             values_BT = critic_values(models.critic, params["critic"], *pieces, value_bias)
         if models.reward is not None:
-            scores = reward_scores(models.reward, params["reward"], *pieces, reward_bias)
+            scores = response_scores(models.reward, params["reward"], *pieces, reward_bias)
         return Readings(logp_BT, entropy_BT, reference.logp_BT, values_BT, scores)
 
     readings = _by_microbatch(read, (prompts, completion), microbatch)
     return readings if scores_B is None else readings._replace(scores_B=scores_B)
-
-
-def reward_scores(
-    model: Model,
-    params: Params,
-    prompt_BL: Array,
-    prompt_mask_BL: Array,
-    tokens_BT: Array,
-    mask_BT: Array,
-    bias: float | Array = 0.0,
-) -> Array:
-    """The scalar head at the last token of the response (EOS, where there is one) less `bias`: [B]; 0 for an empty response."""
-    tokens = jnp.concatenate([prompt_BL, tokens_BT], axis=1)
-    mask = jnp.concatenate([prompt_mask_BL, mask_BT], axis=1)
-    scalars_BT = model.apply(params, tokens, mask, start=prompt_BL.shape[1]).scalars
-    assert scalars_BT is not None, "a reward model has head 'scalar'"
-    last_B = mask_BT.shape[1] - 1 - jnp.argmax(mask_BT[:, ::-1], axis=1)
-    read_B = jnp.take_along_axis(scalars_BT, last_B[:, None], axis=1)[:, 0]
-    return jnp.where(jnp.any(mask_BT, axis=1), read_B - bias, 0.0)
 
 
 def assemble_rollout(

@@ -21,7 +21,7 @@ from jaxrlhf.types import Array, Model, Params, TextBatch
 
 @lru_cache(maxsize=16)
 def _compiled(model: Model):
-    return jax.jit(lambda params, *sides: response_scores(model, params, *sides))
+    return jax.jit(lambda params, *sides_and_bias: response_scores(model, params, *sides_and_bias))
 
 
 def score_responses(
@@ -33,10 +33,10 @@ def score_responses(
         return np.zeros(0, np.float32)
     score = _compiled(model)
     parts: list[Array] = []
-    for batch in evaluation_batches(texts, min(batch_size, n), bucket=bucket):
+    for batch in evaluation_batches(texts, sharding.rows_at_once(n, batch_size, mesh), bucket=bucket):
         batch = sharding.place_batch(batch, mesh)
-        parts.append(score(params, batch.prompt_BL, batch.prompt_mask_BL, batch.response_BT, batch.response_mask_BT))
-    return np.concatenate([np.asarray(sharding.gather(part)) for part in parts])[:n] - np.float32(bias)
+        parts.append(score(params, batch.prompt_BL, batch.prompt_mask_BL, batch.response_BT, batch.response_mask_BT, np.float32(bias)))
+    return np.concatenate([np.asarray(sharding.gather(part)) for part in parts])[:n]
 
 
 def reward_model_scorer(source: str, *, batch_size: int, limits: Limits, dtype: str = "float32", mesh: Any = None) -> Scorer:

@@ -23,11 +23,16 @@ def global_rows(tree, axis_name: str | None):
     return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), tree)
 
 
+def shards(axis_name: str | None) -> int:
+    """How many devices the rows of a batch are split over by hand; 1 under plain jit."""
+    return 1 if axis_name is None else jax.lax.axis_size(axis_name)
+
+
 def own_rows(index: Array, axis_name: str | None) -> Array:
     """This device's share of a row index over the whole batch."""
     if axis_name is None:
         return index
-    size = index.shape[0] // jax.lax.axis_size(axis_name)
+    size = index.shape[0] // shards(axis_name)
     return jax.lax.dynamic_slice_in_dim(index, jax.lax.axis_index(axis_name) * size, size)
 
 

@@ -17,19 +17,25 @@ PairStep = Callable[[TrainState, PairBatch], tuple[TrainState, Metrics]]
 
 
 def response_scores(
-    model: Model, params: Params, prompt_BL: Array, prompt_mask_BL: Array, response_BT: Array, response_mask_BT: Array
+    model: Model,
+    params: Params,
+    prompt_BL: Array,
+    prompt_mask_BL: Array,
+    response_BT: Array,
+    response_mask_BT: Array,
+    bias: float | Array = 0.0,
 ) -> Array:
-    """The scalar head at the last token of the response mask, [B], float32; 0 for an empty mask.
+    """The scalar head at the last token of the response mask (EOS, where there is one) less `bias`: float32 [B]; 0 for an empty mask.
 
     This one function reads the reward in training, in the bias pass, in evaluation and in PPO.
     """
-    L, T = prompt_BL.shape[1], response_BT.shape[1]
     tokens = jnp.concatenate([prompt_BL, response_BT], axis=1)
     mask = jnp.concatenate([prompt_mask_BL, response_mask_BT], axis=1)
-    scalars_BT = model.apply(params, tokens, mask, start=L).scalars
-    last_BT = response_mask_BT & (jnp.cumsum(response_mask_BT, axis=1) == response_mask_BT.sum(axis=1, keepdims=True))
-    assert scalars_BT is not None and scalars_BT.shape[1] == T
-    return jnp.where(last_BT, scalars_BT, 0.0).sum(axis=1)
+    scalars_BT = model.apply(params, tokens, mask, start=prompt_BL.shape[1]).scalars
+    assert scalars_BT is not None, "a reward model has head 'scalar'"
+    last_B = response_mask_BT.shape[1] - 1 - jnp.argmax(response_mask_BT[:, ::-1], axis=1)
+    read_B = jnp.take_along_axis(scalars_BT, last_B[:, None], axis=1)[:, 0]
+    return jnp.where(jnp.any(response_mask_BT, axis=1), read_B - bias, 0.0)
 
 
 def pair_outputs(model: Model, params: Params, batch: PairBatch, *, head: str) -> PairOutputs:
@@ -70,7 +76,8 @@ def make_pair_step(
     def step(state: TrainState, batch: PairBatch) -> tuple[TrainState, Metrics]:
         missing = [name for name in pair_loss.columns if name not in batch.columns]
         if missing:
-            raise KeyError(f"the loss reads column {missing[0]!r}, but the batch carries {sorted(batch.columns)}; join it first.")
+            have = ", ".join(sorted(batch.columns)) or "no columns"
+            raise ValueError(f"the loss reads column {missing[0]!r}, but the pairs carry {have}; join it first.")
         total = global_sum(batch.row_mask_B.sum().astype(jnp.float32), axis_name)
 
         def loss_fn(params: Params, rows: PairBatch) -> tuple[Array, Metrics]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf.losses import adaptive_kl, kl_estimate, masked_sum, ppo_value_loss, ppo_value_stats
-from jaxrlhf.steps.accumulate import accumulate_gradients, global_rows, global_sum, own_rows
+from jaxrlhf.steps.accumulate import accumulate_gradients, global_rows, global_sum, own_rows, shards
 from jaxrlhf.steps.state import apply_gradients, named
 from jaxrlhf.types import Array, Metrics, Model, Params, PolicyLoss, Rollout, TrainState
 
@@ -112,8 +112,9 @@ def make_ppo_step(
     def step(state: TrainState, rollout: Rollout, key: Array) -> tuple[TrainState, Metrics]:
         everything = global_rows(rollout, axis_name)
         rows = everything.row_mask_B.shape[0]
-        if rows % (num_mini_batches * accumulate):
-            raise ValueError(f"{rows} rows do not divide into {num_mini_batches} minibatches × {accumulate} microbatches.")
+        if rows % (num_mini_batches * accumulate * shards(axis_name)):
+            over = "" if axis_name is None else f" × {shards(axis_name)} devices"
+            raise ValueError(f"{rows} rows do not divide into {num_mini_batches} minibatches × {accumulate} microbatches{over}.")
 
         def update(state: TrainState, index: Array) -> tuple[TrainState, Metrics]:
             minibatch = jax.tree.map(lambda x: x[own_rows(index, axis_name)], everything)

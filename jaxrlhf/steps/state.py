@@ -18,7 +18,10 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, controll
 
 
 def learning_rate_schedule(kind: str, learning_rate: float, *, steps: int, warmup_steps: int = 0) -> optax.Schedule:
-    """Linear warm-up to `learning_rate`, then `constant`, `linear` to 0 or `cosine` to 0 at the last of `steps` optimizer steps."""
+    """Rate of optimizer step 0, 1, …: linear warm-up to `learning_rate`, then `constant`, or `linear` or `cosine` to 0 after `steps` steps.
+
+    As in torch and transformers the last step (`steps` − 1) is still above 0.
+    """
     rest = max(steps - warmup_steps, 1)
     if kind == "constant":
         main = optax.constant_schedule(learning_rate)
@@ -40,9 +43,6 @@ class Frozen(NamedTuple):
 
     count: Array
     inner: Any
-
-
-_COUNTED = (optax.ScaleByScheduleState,)
 
 
 def freeze_for(inner: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
@@ -98,12 +98,19 @@ def apply_gradients(state: TrainState, grads: Params, optimizer: optax.GradientT
 
 
 def restarted_schedules(opt_state):
-    """The optimizer state with its moments kept and every learning-rate schedule at its beginning."""
+    """The optimizer state with its moments kept, every learning-rate schedule at its beginning and the critic's warm-up ahead.
+
+    The two belong together: the policy's schedule is as long as what the warm-up leaves of a round.
+    """
+    counted = (optax.ScaleByScheduleState, Frozen)
 
     def restart(node):
-        return node._replace(count=jnp.zeros_like(node.count)) if isinstance(node, _COUNTED) else node
+        if not isinstance(node, counted):
+            return node
+        node = node._replace(count=jnp.zeros_like(node.count))
+        return node._replace(inner=restarted_schedules(node.inner)) if isinstance(node, Frozen) else node
 
-    return jax.tree.map(restart, opt_state, is_leaf=lambda node: isinstance(node, _COUNTED))
+    return jax.tree.map(restart, opt_state, is_leaf=lambda node: isinstance(node, counted))
 
 
 def named(prefix: str, metrics: Metrics) -> Metrics:

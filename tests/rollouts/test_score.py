@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxrlhf.losses.logp import token_logp
-from jaxrlhf.rollouts.score import Readings, RolloutModels, assemble_rollout, has_ended, reward_scores, score_rollout
+from jaxrlhf.rollouts.score import Readings, RolloutModels, assemble_rollout, has_ended, score_rollout
+from jaxrlhf.steps.pair import response_scores
 from jaxrlhf.types import Completion, Model, Outputs, PromptBatch, TokenStats, replace
 
 EOS = 2
@@ -282,7 +283,7 @@ def test_pmap_whitens_and_counts_over_all_devices():
 
 def test_reward_of_an_empty_response_is_zero():
     prompts, completion = make(rows=2)
-    scores = reward_scores(
+    scores = response_scores(
         table_scalar(), PARAMS["reward"], prompts.prompt_BL, prompts.prompt_mask_BL, completion.tokens_BT, completion.mask_BT & False, 3.0
     )
     assert scores.tolist() == [0.0, 0.0]

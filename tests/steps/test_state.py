@@ -1,0 +1,138 @@
+"""Schedules, AdamW, clipping, the critic's warm-up: numbers that a user reads off a config must be what the optimizer does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrlhf.steps.state import (
+    Frozen,
+    actor_critic,
+    adamw,
+    apply_gradients,
+    freeze_for,
+    init_state,
+    learning_rate_schedule,
+    restarted_schedules,
+)
+
+ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-5, "weight_decay": 0.1}
+
+
+def rates(kind, steps, warmup=0):
+    schedule = learning_rate_schedule(kind, 2.0, steps=steps, warmup_steps=warmup)
+    return [float(schedule(step)) for step in range(steps + 1)]
+
+
+def test_schedules_without_warmup():
+    assert rates("constant", 4) == [2.0] * 5
+    np.testing.assert_allclose(rates("linear", 4), [2.0, 1.5, 1.0, 0.5, 0.0])
+    np.testing.assert_allclose(rates("cosine", 4), [1 + np.cos(np.pi * t / 4) for t in range(5)], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_warmup_rises_to_the_peak_and_loses_no_step(kind):
+    got = rates(kind, 10, warmup=4)
+    np.testing.assert_allclose(got[:4], [0.5, 1.0, 1.5, 2.0])
+    assert got[4] == 2.0
+    np.testing.assert_allclose(got[10], 2.0 if kind == "constant" else 0.0, atol=1e-6)
+    assert all(later <= earlier for earlier, later in zip(got[4:], got[5:], strict=False))
+
+
+def test_one_step_of_warmup_is_the_peak():
+    assert rates("constant", 3, warmup=1) == [2.0] * 4
+
+
+def test_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match=r"lr_scheduler_type 'cosin' is unknown; use 'constant', 'linear' or 'cosine'"):
+        learning_rate_schedule("cosin", 1.0, steps=3)
+
+
+def test_adamw_is_torchs():
+    """Two steps by hand: ε after the bias correction, decay decoupled and scaled by the rate."""
+    optimizer = adamw(optax.constant_schedule(0.01), **ADAM)
+    params, grads = {"w": jnp.array([1.0, -2.0])}, [jnp.array([0.5, -1e-5]), jnp.array([-0.2, 2e-5])]
+    state = init_state(params, optimizer)
+    for grad in grads:
+        state, _ = apply_gradients(state, {"w": grad}, optimizer)
+    w, m, v = np.array([1.0, -2.0]), np.zeros(2), np.zeros(2)
+    for t, grad in enumerate(np.asarray(grads, np.float64), start=1):
+        m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
+        w = w - 0.01 * ((m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-5) + 0.1 * w)
+    np.testing.assert_allclose(state.params["w"], w, rtol=1e-6)
+
+
+def test_clipping_scales_the_global_norm_and_the_metric_shows_it_before():
+    sgd = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0))
+    state = init_state({"a": jnp.zeros(1), "b": jnp.zeros(1)}, sgd)
+    state, metrics = apply_gradients(state, {"a": jnp.array([3.0]), "b": jnp.array([4.0])}, sgd)
+    np.testing.assert_allclose([state.params["a"][0], state.params["b"][0]], [-0.6, -0.8], rtol=1e-6)
+    assert float(metrics["grad_norm"]) == 5.0
+    # adamw clips first: a gradient ten times as long moves nothing further once both are above the norm.
+    ends = []
+    for scale in (1.0, 10.0):
+        clipped = adamw(optax.constant_schedule(0.1), **ADAM, max_grad_norm=1.0)
+        state = init_state({"w": jnp.zeros(2)}, clipped)
+        for grad in ([3.0, 4.0], [1.0, -7.0]):
+            state, _ = apply_gradients(state, {"w": scale * jnp.array(grad)}, clipped)
+        ends.append(state.params["w"])
+    np.testing.assert_allclose(ends[0], ends[1], rtol=1e-6)
+
+
+def warm_optimizer(warmup, steps=6):
+    part = adamw(learning_rate_schedule("linear", 0.1, steps=steps - warmup), **ADAM)
+    return actor_critic(part, adamw(learning_rate_schedule("linear", 0.1, steps=steps), **ADAM), critic_warmup=warmup)
+
+
+def trajectory(optimizer, steps=6):
+    params = {"policy": {"w": jnp.array([1.0, -1.0])}, "critic": {"w": jnp.array([0.5, 2.0])}}
+    state = init_state(params, optimizer)
+    states = [state]
+    update = jax.jit(lambda state, grads: apply_gradients(state, grads, optimizer)[0])
+    for step in range(steps):
+        grad = jnp.array([0.3, -0.1]) * (step + 1)
+        state = update(state, {"policy": {"w": grad}, "critic": {"w": grad}})
+        states.append(state)
+    return states
+
+
+def test_critic_warmup_leaves_the_policy_alone_to_the_bit():
+    """Two of six steps: parameters, moments and decay of the policy stand still, the critic learns, and then the policy's schedule begins."""
+    states = trajectory(warm_optimizer(2))
+    for state in states[1:3]:
+        np.testing.assert_array_equal(state.params["policy"]["w"], states[0].params["policy"]["w"])
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            state.opt_state.inner_states["policy"].inner_state.inner,
+            states[0].opt_state.inner_states["policy"].inner_state.inner,
+        )
+    assert all((b.params["critic"]["w"] != a.params["critic"]["w"]).all() for a, b in zip(states, states[1:], strict=False))
+    # Afterwards the policy moves as one that was never frozen does on the same gradients, from its schedule's first rate to its last.
+    alone = adamw(learning_rate_schedule("linear", 0.1, steps=4), **ADAM)
+    state = init_state({"w": jnp.array([1.0, -1.0])}, alone)
+    for step in range(2, 6):
+        state, _ = apply_gradients(state, {"w": jnp.array([0.3, -0.1]) * (step + 1)}, alone)
+        np.testing.assert_allclose(states[step + 1].params["policy"]["w"], state.params["w"], rtol=1e-6)
+
+
+def test_no_warmup_is_the_plain_optimizer():
+    plain = optax.sgd(1.0)
+    assert freeze_for(plain, 0) is plain
+
+
+def test_restarted_schedules_keep_moments_and_begin_the_round_again():
+    """Learning rate and warm-up go back to the beginning together; Adam's moments and its own count do not."""
+    end = trajectory(warm_optimizer(2))[-1]
+    fresh = restarted_schedules(end.opt_state)
+    policy, old = (s.inner_states["policy"].inner_state for s in (fresh, end.opt_state))
+    assert isinstance(policy, Frozen) and int(policy.count) == 0 and int(old.count) == 6
+
+    def found(tree, kind):
+        return [n for n in jax.tree.leaves(tree, is_leaf=lambda n: isinstance(n, kind)) if isinstance(n, kind)]
+
+    assert [int(s.count) for s in found(end.opt_state, optax.ScaleByScheduleState)] == [6, 4]
+    assert [int(s.count) for s in found(fresh, optax.ScaleByScheduleState)] == [0, 0]
+    before, after = (found(tree, optax.ScaleByAdamState) for tree in (end.opt_state, fresh))
+    assert len(before) == 2
+    jax.tree.map(np.testing.assert_array_equal, before, after)
