@@ -1,4 +1,8 @@
-"""A tiny decoder with both heads, and ragged batches whose last rows only fill the batch."""
+"""A tiny model as functions, and ragged batches whose last rows only fill the batch.
+
+The model is no transformer (those run in tests/run): its state is a token's embedding mixed with the mean of what stands before it under
+the mask. It compiles in no time, and like a transformer it sees order, padding and context.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.models.families import config_from_shape
-from jaxrlhf.models.model import build_model
-from jaxrlhf.types import Completion, Model, PairBatch, Params, PromptBatch, TextBatch
+from jaxrlhf.models.model import token_stats
+from jaxrlhf.types import Array, Completion, Model, Outputs, PairBatch, Params, PromptBatch, TextBatch
 
 VOCAB, L, T, EOS = 13, 4, 5, 1
 
@@ -29,15 +32,35 @@ def exact_products():
         yield
 
 
+def _states(params: Params, tokens: Array, mask: Array) -> Array:
+    embedded = jnp.where(mask[..., None], params["embedding"][tokens], 0.0)
+    seen = jnp.maximum(jnp.cumsum(mask, axis=1), 1)[..., None]
+    return jnp.tanh(embedded + jnp.cumsum(embedded, axis=1) / seen @ params["mix"])
+
+
+def _model(head: str) -> Model:
+    def init(key: Array) -> Params:
+        keys = jax.random.split(key, 3)
+        sizes = {"embedding": (VOCAB, 8), "mix": (8, 8), "head": (8, VOCAB if head == "lm" else 1)}
+        return {name: jax.random.normal(key, size) for (name, size), key in zip(sizes.items(), keys, strict=True)}
+
+    def apply(params: Params, tokens: Array, mask: Array, *, start: int = 0) -> Outputs:
+        out = _states(params, tokens, mask)[:, start:] @ params["head"]
+        return Outputs(logits=out) if head == "lm" else Outputs(scalars=out[..., 0])
+
+    def score_tokens(params: Params, tokens: Array, mask: Array, *, start: int, temperature: float | Array = 1.0, chunk=None):
+        logits = apply(params, tokens[:, :-1], mask[:, :-1], start=start - 1).logits
+        assert logits is not None
+        return token_stats(logits, tokens[:, start:], temperature)
+
+    return Model(init, apply, None, None, score_tokens)  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
-    shape = {"family": "llama", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
-    config, _ = config_from_shape(shape, VOCAB, max_positions=L + T, pad_id=0, bos_id=None, eos_id=EOS)
-    lm, scalar = build_model(config, head="lm"), build_model(config, head="scalar")
-    keys = jax.random.split(jax.random.key(0), 3)
-    # Larger than at initialisation, so that no gradient is lost in rounding.
-    grown = [jax.tree.map(lambda x: 3.0 * x, model.init(key)) for model, key in zip((lm, scalar, scalar), keys, strict=True)]
-    return Tiny(lm, scalar, *grown)
+    lm, scalar = _model("lm"), _model("scalar")
+    policy, reward, critic = (model.init(jax.random.key(i)) for i, model in enumerate((lm, scalar, scalar)))
+    return Tiny(lm, scalar, policy, reward, critic)
 
 
 def _ragged(random: np.random.Generator, rows: int, width: int, *, left: bool) -> np.ndarray:
