@@ -62,7 +62,8 @@ types: $(VENV)/.installed-dev
 	$(VENV)/bin/pyright
 
 bench: $(VENV)/.installed
-	$(VENV)/bin/jaxrlhf bench $(ARGS)
+	$(VENV)/bin/python benchmarks/generate.py
+	$(VENV)/bin/python benchmarks/ppo_iteration.py $(ARGS)
 
 # Environments, caches and build outputs; never runs/.
 clean:

@@ -165,7 +165,7 @@ def train_ppo(
     key: jax.Array,
     start: int = 0,
     mesh: Any = None,
-) -> Iterator[tuple[TrainState, Metrics]]:
+) -> Iterator[tuple[TrainState, dict[str, Any]]]:
     """Updates `start`, `start + 1`, … for as long as there are prompts; every random number derives from (key, update).
 
     Yields the state and its metrics, with the seconds each phase took.

@@ -69,4 +69,4 @@ def sample_dataset(
         if progress:
             progress(number, total)
     tokens, mask = (np.concatenate(side)[:n] for side in zip(*parts, strict=True))
-    return TextBatch(prompts.prompt_BL, prompts.prompt_mask_BL, tokens, mask, prompts.row_mask_B, prompts.index_B)
+    return TextBatch(prompts.prompt_BL, prompts.prompt_mask_BL, tokens, mask, prompts.row_mask_B, prompts.index_B)  # type: ignore[arg-type]

@@ -140,11 +140,12 @@ def reward_stage(
 ) -> Done:
     """The reward model of a round: Bradley–Terry on the (weighted) pairs, then the bias that puts reference responses at 0."""
     config = setting.config
-    start = previous if round.reward_start == "previous" and previous is not None else sft
+    continues = previous is not None and round.reward_start == "previous"
+    start = previous if previous is not None and continues else sft
 
     def build(folder: Path) -> dict[str, Any]:
         key = rng.stream(setting.key, "reward/head", round.number)
-        base = setting.load(start, head="scalar", key=None if start is previous else key)
+        base = setting.load(start, head="scalar", key=None if continues else key)
         loss = reward_loss(config.reward, plugin)
         table = with_weights(pairs, weights_N)
         n, section = len(table.index_B), config.reward
@@ -175,7 +176,7 @@ def reward_stage(
         "bucket": config.data.bucket,
         "dtype": config.model.dtype,
     }
-    parent = {"previous": previous} if start is previous else {"sft": sft}
+    parent = {"previous" if continues else "sft": start}
     stage = Stage(f"r{round.number}-reward", "model", "reward", slice_, {**parent, **sources}, parent=next(iter(parent)))
     return setting.build(stage, build, round=round.number)
 
