@@ -1,0 +1,109 @@
+"""What a run reads: sources in every spelling, held-out prompts, what a stage's identity depends on, and what is refused at the start."""
+
+import json
+
+import pytest
+
+from jaxrlhf.cli import main
+from jaxrlhf.data.report import DataError
+from jaxrlhf.recipe import ConfigError, from_mapping, load_config, to_yaml
+from jaxrlhf.run import inputs
+from jaxrlhf.run.run import check
+
+PAIR = {"prompt": "p", "chosen": " c", "rejected": " r"}
+SAMPLED = {"pairs": {"source": "sample"}, "gold": {"kind": "function", "source": "module:attribute"}}
+
+
+def lines(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def config(train, valid=None, **sections):
+    data = sections.pop("data", {})
+    return from_mapping({"data": {"train": train, "valid": valid, **data}, **sections})
+
+
+def test_several_files_by_list_and_by_pattern(tmp_path):
+    """YAML lists, several arguments and patterns read the same rows in the same order and give a stage the same identity."""
+    files = [lines(tmp_path / f"{name}.jsonl", PAIR | {"prompt": name}, PAIR | {"prompt": name * 2}) for name in "ab"]
+    valid = lines(tmp_path / "v.jsonl", PAIR)
+    listed, pattern = config(files, valid), config(str(tmp_path / "[ab].jsonl"), valid)
+    assert listed.data.train == tuple(files)
+    for one in (listed, pattern):
+        check(one)
+        assert [row.prompt for row in inputs.pairs_of(one)[0]] == ["a", "aa", "b", "bb"]
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(listed))
+    assert load_config(again) == listed
+    before = inputs.identity(listed)
+    assert inputs.identity(config(files[::-1], valid)) != before  # another order is other data: first come, first kept
+    lines(tmp_path / "b.jsonl", PAIR | {"prompt": "c"})
+    assert inputs.identity(listed) != before
+
+
+@pytest.mark.parametrize("given", [["{a}", "{b}"], ["{a}"]])
+def test_sources_on_the_command_line(tmp_path, given, monkeypatch, capsys):
+    """tyro takes one source or several; the config that is run says which."""
+    names = {name: lines(tmp_path / f"{name}.jsonl", PAIR) for name in "ab"}
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("data: {train: none.jsonl}\n")
+    seen = []
+    monkeypatch.setattr("jaxrlhf.run.run.run", lambda config, until=None: seen.append(config) or tmp_path)
+    monkeypatch.setattr("jaxrlhf.cli._cache_compilations", lambda: None)
+    files = [text.format(**names) for text in given]
+    assert main(["sft", str(recipe), "--data.train", *files, "--data.valid", names["a"], "--data.rename", "q", "prompt"]) == 0
+    (found,) = seen
+    assert found.data.train == (files[0] if len(files) == 1 else tuple(files))
+    assert found.data.valid == names["a"] and found.data.rename == {"q": "prompt"}
+
+
+def test_bad_sources_are_refused_before_anything_is_built(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = lines(tmp_path / "good.jsonl", PAIR)
+    empty, bad = lines(tmp_path / "empty.jsonl"), lines(tmp_path / "bad.jsonl", {"question": "q"}, PAIR | {"chosen": ""})
+    for wrong, error, message in (
+        ("gone.jsonl", FileNotFoundError, "gone.jsonl: no such file"),
+        ("g?ne.jsonl", FileNotFoundError, "no file matches"),
+        (empty, DataError, "no usable row in .*empty.jsonl"),
+        (bad, DataError, "(?s)2 dropped.*bad.jsonl:1: unknown schema.*bad.jsonl:2: empty response: chosen"),
+        ([bad, empty], DataError, "2 dropped"),
+    ):
+        places = ({"train": wrong}, {"train": good, "valid": wrong}, {"train": good, "data": {"demonstrations": wrong}})
+        for place in (*places, {"train": good, "data": {"prompts": wrong}}):
+            with pytest.raises(error, match=message):
+                check(config(**place))
+    check(config([empty, bad, good]))  # one usable row will do here; the stage names the others
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "empty.jsonl", "good.jsonl"]
+
+
+def test_a_wrong_type_of_source_is_one_fault():
+    with pytest.raises(ConfigError) as error:
+        config(7)
+    assert str(error.value).splitlines() == [str(error.value)] and "data.train is 7" in str(error.value)
+
+
+def test_sampled_pairs_need_no_preferences(tmp_path):
+    """Rows of prompt and reference, under the names of the data set: SFT text, prompts and evaluation are disjoint by prompt."""
+    rows = [{"query": f"q{n % 30}", "answer": f" a{n}", "id": str(n)} for n in range(40)]
+    one = config(
+        lines(tmp_path / "t.jsonl", *rows), data={"rename": {"query": "prompt", "answer": "completion"}, "valid_fraction": 0.2}, **SAMPLED
+    )
+    inputs.check(one)
+    held = {row.prompt: row.reference for row in inputs.held_out_of(one)}
+    prompts = [row.prompt for row in inputs.prompts_of(one)[0]]
+    assert held and not held.keys() & set(prompts) and held.keys() | set(prompts) == {row["query"] for row in rows}
+    assert len(prompts) == len(set(prompts)) and all(held[f"q{n}"] == f" a{n}" for n in range(30) if f"q{n}" in held)
+    told = inputs.demonstrations_of(one)[0]
+    assert {row.prompt for row in told} == set(prompts) and len(told) == sum(row["query"] not in held for row in rows)
+    assert [row.prompt for row in inputs.evaluation_prompts_of(one)] == list(held)
+    valid = lines(tmp_path / "v.jsonl", {"query": "v", "answer": " w"}, {"query": "v", "answer": " x"})
+    other = config(str(tmp_path / "t.jsonl"), valid, data={"rename": {"query": "prompt", "answer": "completion"}}, **SAMPLED)
+    assert [(row.prompt, row.reference) for row in inputs.evaluation_prompts_of(other)] == [("v", " w")]
+    assert len(inputs.prompts_of(other)[0]) == 30 and len(inputs.demonstrations_of(other)[0]) == 40
+
+
+def test_what_is_held_out_belongs_to_the_identity(tmp_path):
+    """The same file split as pairs and split as prompts leaves other rows out of SFT."""
+    train = lines(tmp_path / "t.jsonl", *(PAIR | {"prompt": str(n)} for n in range(10)))
+    assert inputs.identity(config(train)) != inputs.identity(config(train, **SAMPLED))
