@@ -53,6 +53,9 @@ def _is_plain(error: Exception) -> bool:
 def _run(command: str, argv: list[str]) -> int:
     from jaxrlhf.recipe import ConfigError, contradictions, load_config
 
+    if argv and argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
     if not argv or argv[0].startswith("-"):
         print(f"jaxrlhf {command} needs a config: jaxrlhf {command} CONFIG.yaml\n{USAGE}", end="", file=sys.stderr)
         return 2

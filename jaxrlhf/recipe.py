@@ -159,11 +159,62 @@ def arms(config: Config) -> dict[str, Config]:
     }
 
 
+# The only whole numbers that may be 0: none of it, or switched off.
+_MAY_BE_ZERO = ("seed", "warmup_steps", "max_steps", "top_k", "bucket", "critic_warmup_updates", "length_turn")
+
+
+def _too_small(section: Any, prefix: str = "") -> Iterator[str]:
+    """Every count of the config is a positive number, but for those that may be 0."""
+    for field in dataclasses.fields(section):
+        key, value = f"{prefix}{field.name}", getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            if field.name != "mesh":  # its −1 means all the rest; the mesh itself says what is wrong with its axes
+                yield from _too_small(value, f"{key}.")
+        elif isinstance(value, int) and not isinstance(value, bool) and isinstance(field.default, int | None):
+            least = 0 if field.name in _MAY_BE_ZERO else 1
+            if value < least:
+                yield f"{key} is {value}; it must be at least {least}."
+
+
 def contradictions(config: Config) -> Iterator[str]:
     """Combinations that cannot work, each with the way out."""
-    ppo, weights, data = config.ppo, config.weights, config.data
-    if config.rounds < 1:
-        yield f"rounds is {config.rounds}; at least 1 is needed."
+    faults = list(_too_small(config)) + list(_out_of_range(config))
+    yield from faults
+    if not faults:  # what follows divides by them
+        yield from _at_odds(config)
+
+
+def _out_of_range(config: Config) -> Iterator[str]:
+    """Single numbers that mean nothing."""
+    ppo, weights, pairs = config.ppo, config.weights, config.pairs
+    if ppo.temperature <= 0:
+        yield f"ppo.temperature is {ppo.temperature}; greedy sampling does not explore, give a number above 0."
+    if not 0 < ppo.top_p <= 1:
+        yield f"ppo.top_p is {ppo.top_p}; it is the probability kept, 0 < top_p ≤ 1, and 1 keeps every token."
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(ppo, name) <= 1:
+            yield f"ppo.{name} is {getattr(ppo, name)}; it must lie in [0, 1]."
+    if pairs.temperature <= 0:
+        yield f"pairs.temperature is {pairs.temperature}; greedy sampling gives the same response twice, give a number above 0."
+    if not 0 <= pairs.label_flip < 0.5:
+        yield f"pairs.label_flip is {pairs.label_flip}; it must lie in [0, 0.5), beyond that labels say the opposite."
+    if config.evaluation.temperature < 0:
+        yield f"evaluation.temperature is {config.evaluation.temperature}; it must be at least 0, which is greedy."
+    if not 0 <= weights.alpha < 1:
+        yield f"weights.alpha is {weights.alpha}; the relative ratio needs 0 ≤ alpha < 1."
+    if weights.temperature <= 0:
+        yield f"weights.temperature is {weights.temperature}; log-probs need a temperature above 0."
+    if weights.eta == "ess" and not 0 < weights.ess_target <= 1:
+        yield f"weights.ess_target is {weights.ess_target}; it is the share of pairs that should count, 0 < ess_target ≤ 1."
+
+
+def _at_odds(config: Config) -> Iterator[str]:
+    """Settings that contradict each other."""
+    ppo, data = config.ppo, config.data
+    if ppo.forward_batch_size is not None and ppo.batch_size % ppo.forward_batch_size:
+        yield f"ppo.batch_size {ppo.batch_size} does not divide into passes of ppo.forward_batch_size {ppo.forward_batch_size}."
+    if config.reward.use_margin and config.pairs.source == "sample":
+        yield "reward.use_margin is set, but sampled pairs (pairs.source: sample) have no margins; unset it."
     if ppo.missing_eos_penalty is not None and ppo.missing_eos_score is not None:
         yield "ppo.missing_eos_penalty subtracts and ppo.missing_eos_score replaces; set at most one of them."
     if ppo.total_episodes < ppo.batch_size:
@@ -171,15 +222,9 @@ def contradictions(config: Config) -> Iterator[str]:
     parts = ppo.num_mini_batches * ppo.gradient_accumulation_steps
     if ppo.batch_size % parts:
         yield f"ppo.batch_size {ppo.batch_size} does not divide into num_mini_batches × gradient_accumulation_steps = {parts}; try {max(ppo.batch_size // parts, 1) * parts}."
-    if ppo.temperature <= 0:
-        yield f"ppo.temperature is {ppo.temperature}; greedy sampling does not explore, give a number above 0."
     for name, section in (("sft", config.sft), ("reward", config.reward)):
         if section.batch_size % section.gradient_accumulation_steps:
             yield f"{name}.batch_size {section.batch_size} does not divide by gradient_accumulation_steps {section.gradient_accumulation_steps}."
-    if not 0 <= weights.alpha < 1:
-        yield f"weights.alpha is {weights.alpha}; the relative ratio needs 0 ≤ alpha < 1."
-    if weights.eta == "ess" and not 0 < weights.ess_target <= 1:
-        yield f"weights.ess_target is {weights.ess_target}; it is the share of pairs that should count, 0 < ess_target ≤ 1."
     if config.gold.kind in ("model", "function") and not config.gold.source:
         yield f"gold.kind is {config.gold.kind!r} but gold.source is empty; name the {'folder' if config.gold.kind == 'model' else 'module:attribute'}."
     if config.gold.kind == "toy" and data.train != "toy":

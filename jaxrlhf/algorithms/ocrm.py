@@ -31,7 +31,6 @@ def importance_weighted(context: RoundContext, pairs: Pairs) -> tuple[Pairs, np.
     sft = _logps(context, pairs, context.sft, context.sft_hash)
     weights_N, report = weights_of(policy, sft, weights)
     (context.folder / "report.json").write_text(json.dumps(report, indent=1))
-    np.save(context.folder / "weights.npy", weights_N, allow_pickle=False)
     return pairs, weights_N
 
 

@@ -50,6 +50,8 @@ def policy_loss_of(config: PPOConfig, plugin: Callable[[str], PolicyLoss]) -> Po
     if ":" not in config.loss and config.loss not in POLICY_LOSSES:
         raise ValueError(f"ppo.loss {config.loss!r} is unknown; use one of {', '.join(POLICY_LOSSES)} or module:attribute.")
     loss = plugin(config.loss) if ":" in config.loss else POLICY_LOSSES[config.loss]
+    if not isinstance(loss, PolicyLoss):
+        raise ValueError(f"ppo.loss {config.loss!r} is a {type(loss).__name__}; name a jaxrlhf.types.PolicyLoss(columns, loss).")
     section = {
         "clip": config.cliprange,
         "clip_high": config.cliprange_high,

@@ -28,6 +28,8 @@ def reward_loss(config: RewardConfig, plugin: Callable[[str], PairLoss]) -> Pair
     if ":" not in name and name not in PAIR_LOSSES:
         raise ValueError(f"reward.loss {name!r} is unknown; use one of {', '.join(PAIR_LOSSES)} or module:attribute.")
     loss = plugin(name) if ":" in name else PAIR_LOSSES[name]
+    if not isinstance(loss, PairLoss):
+        raise ValueError(f"reward.loss {name!r} is a {type(loss).__name__}; name a jaxrlhf.types.PairLoss(head, columns, loss).")
     if loss.head != "scalar":
         raise ValueError(f"reward.loss {name!r} needs head {loss.head!r}; a reward model has head 'scalar'.")
     return loss

@@ -12,13 +12,14 @@ import numpy as np
 from jaxrlhf import rng
 from jaxrlhf.algorithms.rounds import Round, reward_update_named
 from jaxrlhf.algorithms.update import Pairs, RoundContext
+from jaxrlhf.config import Config
 from jaxrlhf.data.batches import take
 from jaxrlhf.data.pairs import Prompt
 from jaxrlhf.data.tables import read_pair_table, write_pair_table
 from jaxrlhf.data.tokens import decode_responses, eos_ids_of, pad_id_of, tokenize_pairs, tokenize_prompts
 from jaxrlhf.models.hub import Loaded, eos_ids, read_tokenizer
 from jaxrlhf.offline.label import label_pairs
-from jaxrlhf.plugins import plugin
+from jaxrlhf.plugins import plugin, source_of
 from jaxrlhf.rollouts.dataset import Sampling, sample_dataset
 from jaxrlhf.run import inputs
 from jaxrlhf.run.models import report_rows
@@ -52,7 +53,7 @@ def pairs_stage(setting: Setting, tokenizer_done: Done, sft: Done) -> Done:
         "pairs": asdict(config.pairs) if sampled else "data",
         "data": inputs.identity(config),
         "limits": asdict(config.data.limits),
-        "gold": asdict(config.gold) if sampled else None,
+        "gold": inputs.gold_identity(config) if sampled else None,
         "response_length": config.ppo.response_length if sampled else None,
         "seed": config.seed,
     }
@@ -187,16 +188,16 @@ def update_stage(setting: Setting, round: Round, *, pairs: Done, sft: Done, poli
         "seed": config.seed,
         "weights": asdict(config.weights) if name != "unweighted" else None,
     }
-    slice_["plugin"] = _source(name) if ":" in name else None
+    if ":" in name:  # code that is not ours may read all of the config
+        slice_ |= {"plugin": source_of(name), "config": read_by_plugins(config)}
     sources = {"pairs": pairs, "sft": sft, "policy": policy, "reward": reward}
     return setting.build(Stage(f"r{round.number}-update", "data", "update", slice_, sources, parent="policy"), build, round=round.number)
 
 
-def _source(name: str) -> str:
-    """The source text of a user's update: changing the code makes the stage a new one."""
-    import inspect
-
-    return inspect.getsource(plugin(name))
+def read_by_plugins(config: Config) -> dict[str, Any]:
+    """The config less what names a run and where it is kept, logged and computed."""
+    elsewhere = ("name", "output", "store", "standalone", "arms", "method", "rounds", "mesh", "checkpoint", "log")
+    return {name: value for name, value in asdict(config).items() if name not in elsewhere}
 
 
 def updated_pairs(update: Done | None, pairs: Done) -> tuple[PairBatch, np.ndarray]:

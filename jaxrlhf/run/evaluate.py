@@ -60,7 +60,7 @@ def evaluation_stage(setting: Setting, number: int, *, policy: Done, sft: Done, 
 
     slice_ = {
         "evaluation": asdict(config.evaluation),
-        "gold": asdict(config.gold),
+        "gold": inputs.gold_identity(config),
         "data": inputs.identity(config),
         "limits": asdict(config.data.limits),
         "response_length": config.ppo.response_length,
@@ -121,7 +121,7 @@ def length_figures(samples: Samples, loaded: Loaded) -> dict[str, float]:
 def kl_to(setting: Setting, loaded: Loaded, sft: Done, texts: TextBatch) -> np.ndarray:
     """log π(y) − log π_SFT(y) of every response, nats [N] (k1), at the temperature the responses were sampled at."""
     options = {
-        "temperature": setting.config.evaluation.temperature,
+        "temperature": setting.config.evaluation.temperature or 1.0,  # greedy text has no density of its own; that of the sampler at 1 is read
         "batch_size": setting.config.evaluation.batch_size,
         "mesh": setting.mesh,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config import Config, Sources
@@ -11,6 +12,7 @@ from jaxrlhf.data import toy
 from jaxrlhf.data.pairs import Demonstration, Pair, Prompt, ReadReport, read_demonstrations, read_pairs, read_prompts, split_by_prompt
 from jaxrlhf.data.sources import source_files
 from jaxrlhf.data.tokens import Limits
+from jaxrlhf.plugins import source_of
 from jaxrlhf.scorers import Scorer
 from jaxrlhf.scorers.function import function_scorer
 from jaxrlhf.scorers.reward_model import reward_model_scorer
@@ -143,6 +145,18 @@ def _as_prompts(pairs: list[Pair]) -> list[Prompt]:
     """Prompts of pairs, each once, the chosen response as reference."""
     first = {pair.prompt: pair for pair in reversed(pairs)}
     return [Prompt(p.id, p.prompt, p.source, p.chosen, p.templated) for p in pairs if first[p.prompt] is p]
+
+
+def gold_identity(config: Config) -> dict[str, Any]:
+    """What gold's scores depend on: a function's code, a folder's files."""
+    gold = config.gold
+    content = None
+    if gold.source and gold.kind == "function":
+        content = source_of(gold.source)
+    elif gold.source and gold.kind == "model" and Path(gold.source).is_dir():
+        files = sorted(path for path in Path(gold.source).iterdir() if path.is_file())
+        content = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return asdict(gold) | {"content": content}
 
 
 def gold_of(config: Config, mesh: Any = None) -> Scorer | None:

@@ -26,7 +26,7 @@ from jaxrlhf.data.tokens import eos_ids_of, pad_id_of, tokenize_demonstrations, 
 from jaxrlhf.evaluation.diagnostics import pair_accuracy
 from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.hub import Loaded, eos_ids, initialise, load, read_tokenizer, resolve, reward_bias, save, with_reward_bias
-from jaxrlhf.plugins import plugin
+from jaxrlhf.plugins import plugin, source_of
 from jaxrlhf.run import inputs
 from jaxrlhf.run.setting import Setting
 from jaxrlhf.run.stages import Done, Stage
@@ -167,7 +167,7 @@ def reward_stage(
         return {"steps": steps, "pairs": n, "reward_bias": bias, "accuracy_valid": accuracy}
 
     slice_ = {
-        "reward": asdict(config.reward),
+        "reward": asdict(config.reward) | {"plugin": source_of(config.reward.loss)},
         "round": round.number,
         "seed": config.seed,
         "start": round.reward_start,
@@ -197,9 +197,12 @@ def prompt_table(setting: Setting, folder: Path, tokenizer: Any) -> PromptBatch:
     return table
 
 
-def policy_stage(setting: Setting, round: Round, *, sft: Done, start: Done, reference: Done, reward: Done, carries: bool) -> Done:
+def policy_stage(
+    setting: Setting, round: Round, *, sft: Done, start: Done, reference: Done, reward: Done, previous: Done, carries: bool
+) -> Done:
     """The policy of a round: PPO from `start` against `reward`, its KL taken to `reference`.
 
+    `previous` is the policy of the round before, whose optimizer or critic the method may carry on (wherever the policy itself starts).
     `carries`: the next round takes over optimizer or critic, so the final training state stays in the folder.
     """
     config, number = setting.config, round.number
@@ -224,7 +227,7 @@ def policy_stage(setting: Setting, round: Round, *, sft: Done, start: Done, refe
         controller = {"kl_coef": jnp.float32(kl_coef), "value_bias": jnp.float32(bias)}
         params = own_copy({"policy": policy.params, "critic": scorer.params})
         state = sharding.place(init_state(params, trainer.optimizer, controller), setting.mesh)
-        state = taken_over(setting, round, state, start)
+        state = taken_over(setting, round, state, previous)
         fixed = RoundModels(
             reference=setting.load(reference, head="lm").params,
             reward=scorer.params,
@@ -245,7 +248,7 @@ def policy_stage(setting: Setting, round: Round, *, sft: Done, start: Done, refe
         return {"updates": updates, "episodes": updates * section.batch_size, "kl_coef": float(state.controller["kl_coef"])}
 
     slice_ = {
-        "ppo": asdict(replace(section, kl_coef=kl_coef, kl_coef_previous=None)),
+        "ppo": asdict(replace(section, kl_coef=kl_coef, kl_coef_previous=None)) | {"plugin": source_of(section.loss)},
         "round": number,
         "seed": config.seed,
         "data": inputs.identity(config),
@@ -255,9 +258,9 @@ def policy_stage(setting: Setting, round: Round, *, sft: Done, start: Done, refe
         "restart": [round.restart_optimizer, round.restart_critic],
         "carries": carries,
     }
-    stage = Stage(
-        f"r{number}-policy", "model", "ppo", slice_, {"start": start, "reference": reference, "reward": reward, "sft": sft}, parent="start"
-    )
+    sources = {"start": start, "reference": reference, "reward": reward, "sft": sft}
+    sources |= {} if round.restart_optimizer and round.restart_critic else {"previous": previous}
+    stage = Stage(f"r{number}-policy", "model", "ppo", slice_, sources, parent="start")
     return setting.build(stage, build, round=number)
 
 

@@ -41,10 +41,10 @@ def run(config: Config, *, until: str | None = None, log: RunLog | None = None) 
     for one in arms(config).values():
         check(one)
     folder = Path(config.output) / config.name
-    for one in arms(config).values():
-        _run_one(one, until, log)
     if config.arms:
         _write(folder / "config.yaml", to_yaml(config))
+    for one in arms(config).values():
+        _run_one(one, until, log)
     return folder
 
 
@@ -76,7 +76,10 @@ def _run_one(config: Config, until: str | None, log: RunLog | None) -> None:
         folder, tensorboard=config.log.tensorboard, wandb={"project": config.log.wandb, "name": config.name} if config.log.wandb else None
     )
     try:
-        _stages(Setting(config, store, folder, own, mesh), until)
+        setting = Setting(config, store, folder, own, mesh)
+        _stages(setting, until)
+        if until is None:
+            setting.tidy()
     finally:
         if log is None:
             own.close()
@@ -113,16 +116,13 @@ def _stages(setting: Setting, until: str | None) -> None:
         if until == "reward":
             return
         start = policies[round.policy_start]
-        policies.append(
-            policy_stage(
-                setting, round, sft=sft, start=start, reference=policies[round.reference], reward=reward, carries=_carried(rounds, round)
-            )
-        )
+        models = {"sft": sft, "start": start, "reference": policies[round.reference], "reward": reward, "previous": policies[-1]}
+        policies.append(policy_stage(setting, round, **models, carries=_carried(rounds, round)))
         if until == "ppo":
             return
         before = evaluations[round.policy_start]
         evaluations.append(evaluation_stage(setting, round.number, policy=policies[-1], sft=sft, reward=reward, before=before))
-        summary.add(round.number, evaluations[-1], reward=reward, update=update, policy=policies[-1])
+        summary.add(round.number, evaluations[-1], reward=reward, update=update)
 
 
 def _carried(rounds: list[Round], round: Round) -> bool:
@@ -145,10 +145,9 @@ class Summary:
         self._setting, self._pairs = setting, pairs
         self.notes: list[str] = []
         self._rounds: list[dict[str, Any]] = []
+        self._counted = 0  # stages whose seconds stand in a round already
 
-    def add(
-        self, number: int, evaluation: Done, *, reward: Done | None = None, update: Done | None = None, policy: Done | None = None
-    ) -> None:
+    def add(self, number: int, evaluation: Done, *, reward: Done | None = None, update: Done | None = None) -> None:
         figures = evaluation.record["result"]
         names = ("gold", "proxy_start", "proxy", "kl_sft")
         row: dict[str, Any] = {"round": number, **{name: figures.get(name) for name in names}}
@@ -157,17 +156,13 @@ class Summary:
         row |= {"reward_accuracy": figures.get("reward_accuracy")}
         row |= {"reward_accuracy_valid": reward.record["result"]["accuracy_valid"] if reward else None}
         row |= {name: figures.get(name) for name in ("win_rate", "win_rate_low", "win_rate_high", "tie_rate", "length", "eos_rate")}
-        done = [stage for stage in (evaluation, reward, update, policy) if stage is not None]
-        row["seconds"] = round_seconds(done if number else self._setting.stages)
+        done = self._setting.stages[self._counted :]  # a reward model that is kept was paid for before
+        self._counted = len(self._setting.stages)
+        row["seconds"] = round(sum(stage.record["seconds"] for stage in done), 3)
         self._rounds.append(row)
         config = self._setting.config
         body = {"method": config.method, "seed": config.seed, "name": config.name, "rounds": self._rounds, "notes": self.notes}
         _write(self._setting.folder / "summary.json", json.dumps(body, indent=1) + "\n")
-
-
-def round_seconds(stages: list[Done]) -> float:
-    """Seconds the stages took when they were built (by this run or the one it shares them with)."""
-    return round(sum(stage.record["seconds"] for stage in {stage.hash: stage for stage in stages}.values()), 3)
 
 
 def update_report(update: Done | None) -> dict[str, float]:

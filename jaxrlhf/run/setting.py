@@ -46,10 +46,18 @@ class Setting:
         if done.cached:
             self.log.note(f"{stage.name}: finished before ({done.record['seconds']:.0f} s), taken from {done.folder}")
             if (done.folder / FILE).exists():
-                self.log.replay(done.folder / FILE, stage.name, round=round)
+                # The name it trained under: a stage found again must not appear twice.
+                self.log.replay(done.folder / FILE, stage.name.removeprefix(f"r{round}-"), round=round)
         self.store.link(done, self.folder, len(self.stages), standalone=self.config.standalone)
         self.stages.append(done)
         return done
+
+    def tidy(self) -> None:
+        """Remove links that an earlier config of this name left in the run folder."""
+        current = {f"{number:02d}-{done.name}" for number, done in enumerate(self.stages)}
+        for link in (self.folder / "stages").iterdir():
+            if link.is_symlink() and link.name not in current:
+                link.unlink()
 
     def load(self, done: Done, *, head: str, key: jax.Array | None = None) -> Loaded:
         return load(done.folder, head=head, key=key, dtype=self.config.model.dtype, mesh=self.mesh)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -31,13 +32,19 @@ LEGEND = (
 
 def read_summaries(folder: Path) -> dict[str, Summary]:
     """The summaries of a run folder: of its arms, or its own; in the order of the config."""
-    own = folder / "summary.json"
-    if own.exists():
-        return {folder.name: json.loads(own.read_text(encoding="utf-8"))}
-    found = sorted(folder.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
+    names = _arms(folder)
+    found = [path for name in names if (path := folder / name / "summary.json").exists()]
+    if not names and (folder / "summary.json").exists():
+        found = [folder / "summary.json"]
     if not found:
         raise FileNotFoundError(f"{folder} holds no summary.json: the run has not finished a round; run `jaxrlhf run` on its config first.")
     return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in found}
+
+
+def _arms(folder: Path) -> list[str]:
+    """The arms of the config that was run, in its order; an arm that left the config is no part of the run."""
+    config = folder / "config.yaml"
+    return list((yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("arms") or {}) if config.exists() else []
 
 
 def show(summaries: dict[str, Summary], console: Console | None = None) -> None:
@@ -72,15 +79,26 @@ def _cell(row: dict[str, Any], name: str) -> str:
 def findings(summaries: dict[str, Summary]) -> list[str]:
     """Sentences computed from the figures; every one holds whichever way they came out."""
     lines = [line for arm, summary in summaries.items() for line in _of_arm(arm, summary)]
-    finals = {arm: s["rounds"][-1]["gold"] for arm, s in summaries.items() if s["rounds"][-1]["gold"] is not None}
-    if len(finals) > 1:
-        best = max(finals, key=lambda arm: finals[arm])
-        ranking = ", ".join(f"{arm} {gold:.2f}" for arm, gold in sorted(finals.items(), key=lambda item: -item[1]))
-        lines.append(f"Final gold: {ranking}. {best} ends highest.")
+    lines += _final_gold(summaries)
     seeds = {s["seed"] for s in summaries.values()}
     if len(seeds) == 1:
         lines.append(f"This is one seed ({seeds.pop()}); differences between arms need several before they mean anything.")
     return lines + sorted({note for s in summaries.values() for note in s.get("notes", [])})
+
+
+def _final_gold(summaries: dict[str, Summary]) -> list[str]:
+    """Who ends highest, where all arms have come equally far: one more round is more training, not a better method."""
+    last = {arm: summary["rounds"][-1] for arm, summary in summaries.items()}
+    gold = {arm: row["gold"] for arm, row in last.items() if row["gold"] is not None}
+    if len(gold) < 2:
+        return []
+    if len({last[arm]["round"] for arm in gold}) > 1:
+        reached = ", ".join(f"{arm} {last[arm]['round']}" for arm in gold)
+        return [f"The arms have not finished equally many rounds ({reached}), so their final gold is not compared."]
+    ranked = sorted(gold.items(), key=lambda item: -item[1])
+    best = [arm for arm, value in ranked if value == ranked[0][1]]
+    verdict = f"{best[0]} ends highest" if len(best) == 1 else f"{' and '.join(best)} are equal"
+    return [f"Final gold: {', '.join(f'{arm} {value:.2f}' for arm, value in ranked)}. {verdict}."]
 
 
 def _of_arm(arm: str, summary: Summary) -> list[str]:
@@ -100,18 +118,20 @@ def _of_arm(arm: str, summary: Summary) -> list[str]:
             f"{arm}: in round {names} the reward model liked the new policy better and gold did not "
             f"(round {first['round']}: proxy {first['proxy_start']:+.2f} → {first['proxy']:+.2f}, gold {before['gold']:.2f} → {first['gold']:.2f})."
         )
-    elif trained and trained[0]["gold"] is not None:
+    elif any(row["gold"] is not None and row["proxy"] > row["proxy_start"] for row in trained):
         lines.append(f"{arm}: gold did not fall in any round in which the proxy rose.")
     fallen = [row["round"] for row in trained if row["proxy"] <= row["proxy_start"]]
     if fallen:
         lines.append(f"{arm}: the proxy did not rise in round {', '.join(map(str, fallen))}; PPO did not learn what it was asked there.")
-    accuracies = [row["reward_accuracy"] for row in trained if row["reward_accuracy"] is not None]
+    accuracies = [(row["round"], row["reward_accuracy"]) for row in trained if row["reward_accuracy"] is not None]
     if len(accuracies) > 1:
-        verb = "fell" if accuracies[-1] < accuracies[0] else "rose" if accuracies[-1] > accuracies[0] else "stayed"
-        lines.append(
-            f"{arm}: reward-model accuracy on the policy's own text {verb} from {accuracies[0]:.3f} (round {trained[0]['round']}) "
-            f"to {accuracies[-1]:.3f} (round {trained[-1]['round']})."
+        (first, start), (last, end) = accuracies[0], accuracies[-1]
+        change = (
+            f"stayed at {start:.3f} (rounds {first} and {last})"
+            if start == end
+            else f"{'fell' if end < start else 'rose'} from {start:.3f} (round {first}) to {end:.3f} (round {last})"
         )
+        lines.append(f"{arm}: reward-model accuracy on the policy's own text {change}.")
     return lines
 
 

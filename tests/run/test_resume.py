@@ -1,0 +1,73 @@
+"""A run that is killed goes on with the same bits."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import yaml
+
+import jaxrlhf
+from jaxrlhf.recipe import from_mapping
+from jaxrlhf.run.run import run
+from jaxrlhf.run.stages import read_record
+from jaxrlhf.runlog import read
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+# A real SIGKILL in the middle of PPO: right after the checkpoint of its second update reached the disk.
+KILLED = """
+import os, signal, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_compilation_cache_dir", sys.argv[2])
+from jaxrlhf import sharding
+from jaxrlhf.checkpoint import Checkpoints
+from jaxrlhf.recipe import load_config
+from jaxrlhf.run.run import run
+make, save = sharding.make_mesh, Checkpoints.save
+sharding.make_mesh = lambda *axes: make(*axes, devices=jax.devices()[:1])
+
+def save_and_die(self, step, state, meta=None):
+    save(self, step, state, meta)
+    if "policy" in state.params and step == 2:
+        self.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Checkpoints.save = save_and_die
+run(load_config(sys.argv[1]))
+"""
+
+
+def policy_of(folder: Path):
+    return jax.tree.leaves(jaxrlhf.load(folder / "stages" / "05-r1-policy").params)
+
+
+def test_killed_and_resumed_is_uninterrupted(tmp_path, tiny_mapping):
+    uninterrupted = run(from_mapping(tiny_mapping(tmp_path / "whole", rounds=1)))
+    raw = tiny_mapping(tmp_path / "killed", rounds=1, checkpoint={"every": 1, "keep": 1})
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(raw))
+    cache = str(jax.config.jax_compilation_cache_dir)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(config), cache], capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    folder = tmp_path / "killed" / "tiny"
+    assert [line["step"] for line in read(folder / "metrics.jsonl") if line["stage"] == "policy"] in ([1], [1, 2])
+    assert not (folder / "stages" / "05-r1-policy").exists()
+    run(from_mapping(raw))
+    assert read_record(folder / "stages" / "05-r1-policy")["resumed"]
+    assert not read_record(folder / "stages" / "01-sft")["resumed"]
+    assert all((a == b).all() for a, b in zip(policy_of(folder), policy_of(uninterrupted), strict=True))
+    assert [line["step"] for line in read(folder / "metrics.jsonl") if line["stage"] == "policy"] == [1, 2, 3]
+
+    def figures(run_folder):
+        return [
+            {k: v for k, v in line.items() if not k.startswith("time/")}
+            for line in read(run_folder / "metrics.jsonl")
+            if line["stage"] == "policy"
+        ]
+
+    assert figures(folder)[2] == figures(uninterrupted)[2]
