@@ -82,12 +82,21 @@ def resolve(source: str | Path) -> Path:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder, or None where it has no tokenizer files. Never runs code from the folder."""
+    """The tokenizer of a folder, or None where it has no tokenizer files. Never runs code from the folder.
+
+    A folder with tokenizer.json alone does not say which token ends a text; config.json does, and is asked.
+    """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    if tokenizer.eos_token is None and (folder / "config.json").is_file():
+        stated = read_json(folder / "config.json").get("eos_token_id")
+        first = stated[0] if isinstance(stated, list) and stated else stated
+        if isinstance(first, int) and 0 <= first < len(tokenizer):
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first)
+    return tokenizer
 
 
 def head_of(params: Params) -> str:

@@ -84,6 +84,16 @@ def test_every_field_of_the_config_survives(tmp_path):
     assert models.eos_ids(loaded) == (7, 1, 3)
 
 
+@pytest.mark.parametrize(("stated", "eos"), [(2, "<end>"), ([2, 1], "<end>"), (None, None), (99, None)])
+def test_a_bare_tokenizer_file_gets_its_eos_from_the_config(stated, eos, tmp_path):
+    """tokenizer.json alone does not say which token ends a text; what a tokenizer says of itself is left as it is."""
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": stated}))
+    tokenizer_of(["<unk>", "a", "<end>"]).backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert models.hub.read_tokenizer(tmp_path).eos_token == eos
+    tokenizer_of(["<unk>", "a", "<end>"], eos_token="a").save_pretrained(str(tmp_path))
+    assert models.hub.read_tokenizer(tmp_path).eos_token == "a"
+
+
 def test_eos_ids_include_the_tokenizers(tmp_path):
     loaded = models.load(folder_of("llama", tmp_path))
     assert models.eos_ids(loaded) == (1,)
