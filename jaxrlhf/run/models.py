@@ -301,7 +301,8 @@ def width(table: TextBatch) -> int:
 def report_rows(setting: Setting, folder: Path, what: str, *reports: Any) -> None:
     """Say what was dropped on the way, and write every dropped row beside the stage."""
     for kind, report in zip(("read", "tokenised"), reports, strict=False):
+        file = f"dropped-{what}-{kind}.jsonl"
         if report.dropped or any(report.counts.values()):
-            setting.log.note(f"{what} {kind}: {report.summary()}")
+            setting.log.note(f"{what} {kind}: {report.summary(rest=f'{file} in the folder of the stage lists them all')}")
         if report.dropped:
-            report.write(folder / f"dropped-{what}-{kind}.jsonl")
+            report.write(folder / file)
