@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -15,12 +16,12 @@ Summary = dict[str, Any]
 COLUMNS: tuple[tuple[str, str], ...] = (
     ("round", "round"),
     ("gold", "gold"),
-    ("proxy_start", "proxy before"),
-    ("proxy", "proxy after"),
-    ("kl_sft", "KL to SFT"),
+    ("proxy_start", "proxy\nbefore"),
+    ("proxy", "proxy\nafter"),
+    ("kl_sft", "KL to\nSFT"),
     ("ess", "ESS"),
-    ("reward_accuracy", "RM accuracy"),
-    ("win_rate", "win rate [95 %]"),
+    ("reward_accuracy", "RM\naccuracy"),
+    ("win_rate", "win rate\n[95 %]"),
 )
 
 LEGEND = (
@@ -50,15 +51,16 @@ def _arms(folder: Path) -> list[str]:
 def show(summaries: dict[str, Summary], console: Console | None = None) -> None:
     """One table for all arms, a legend, and what the figures say."""
     console = console or Console()
-    table = Table(title=None, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
     if len(summaries) > 1:
         table.add_column("arm")
     for _, title in COLUMNS:
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for arm, summary in summaries.items():
         for row in summary["rounds"]:
             cells = [_cell(row, name) for name, _ in COLUMNS]
-            table.add_row(*([arm, *cells] if len(summaries) > 1 else cells), end_section=row is summary["rounds"][-1])
+            named = arm if row is summary["rounds"][0] else ""
+            table.add_row(*([named, *cells] if len(summaries) > 1 else cells), end_section=row is summary["rounds"][-1])
     console.print(table)
     console.print(LEGEND, style="dim", highlight=False)
     for line in findings(summaries):
