@@ -140,7 +140,7 @@ class StageLog:
         """
         if any(name in RESERVED for name in metrics):
             raise ValueError(f"metrics of stage {self._name} may not be called {', '.join(RESERVED)}; rename them.")
-        self._flush()
+        self.flush()
         self._pending = (n, metrics)
         first = not self._times
         self._times.append((time.monotonic(), n, tokens or 0))
@@ -157,7 +157,7 @@ class StageLog:
             return
         self._closed = True
         try:
-            self._flush()
+            self.flush()
         finally:
             for file in self._files:
                 file.close()
@@ -174,7 +174,8 @@ class StageLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write the last step now, waiting for the device: before a checkpoint, or a death right after it would lose the step's line."""
         if self._pending is None:
             return
         (n, metrics), self._pending = self._pending, None

@@ -95,6 +95,7 @@ class Setting:
                     if n % self.config.log.every == 0 or n == steps:
                         stage.step(n, metrics, tokens=tokens * self.config.log.every)
                     if n % checkpoint.every == 0 and n < steps:
+                        stage.flush()  # a run that goes on from here will not take this step again
                         checkpoints.save(n, state)
             if keep:
                 checkpoints.save(steps, state)
