@@ -12,6 +12,7 @@ from jaxrlhf.data import toy
 from jaxrlhf.data.pairs import Demonstration, Pair, Prompt, ReadReport, read_demonstrations, read_pairs, read_prompts, split_by_prompt
 from jaxrlhf.data.sources import source_files
 from jaxrlhf.data.tokens import Limits
+from jaxrlhf.models.hub import resolve
 from jaxrlhf.plugins import source_of
 from jaxrlhf.scorers import Scorer
 from jaxrlhf.scorers.function import function_scorer
@@ -55,8 +56,16 @@ def _content(source: str) -> str:
 
 
 def check(config: Config, tokenizer: Any = None) -> None:
-    """Raise before anything is built where a source cannot be opened or has no usable row; reads to the first usable row of each."""
+    """Raise before anything is built where a model, gold or data cannot be found, or data have no usable row.
+
+    Hub ids are fetched here and not hours later; data are read to the first usable row of each source.
+    """
     data, options = config.data, _options(config, tokenizer)
+    for model in (config.model.source, config.gold.source if config.gold.kind == "model" else None):
+        if model is not None:
+            resolve(model)
+    if config.gold.kind == "function":
+        function_scorer(config.gold.source or "")
     if data.train == TOY:
         return
     rows = read_prompts if config.pairs.source == "sample" else read_pairs

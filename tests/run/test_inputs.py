@@ -11,7 +11,7 @@ from jaxrlhf.run import inputs
 from jaxrlhf.run.run import check
 
 PAIR = {"prompt": "p", "chosen": " c", "rejected": " r"}
-SAMPLED = {"pairs": {"source": "sample"}, "gold": {"kind": "function", "source": "module:attribute"}}
+SAMPLED = {"pairs": {"source": "sample"}, "gold": {"kind": "function", "source": "builtins:len"}}
 
 
 def lines(path, *rows):
@@ -75,6 +75,15 @@ def test_bad_sources_are_refused_before_anything_is_built(tmp_path, monkeypatch)
                 check(config(**place))
     check(config([empty, bad, good]))  # one usable row will do here; the stage names the others
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "empty.jsonl", "good.jsonl"]
+
+
+def test_models_that_are_not_there_are_refused_before_sft(tmp_path):
+    rows, gone = lines(tmp_path / "good.jsonl", PAIR), str(tmp_path / "gone")
+    for section in ({"model": {"source": gone}}, {"gold": {"kind": "model", "source": gone}}):
+        with pytest.raises(FileNotFoundError, match="gone is not a model folder"):
+            inputs.check(config(rows, **section))
+    with pytest.raises((ValueError, ImportError, AttributeError), match="no_such_module"):
+        inputs.check(config(rows, gold={"kind": "function", "source": "no_such_module:gold"}))
 
 
 def test_a_wrong_type_of_source_is_one_fault():
