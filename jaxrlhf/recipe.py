@@ -102,7 +102,7 @@ def unknown_key(key: str) -> str:
     if near:
         best = f"{section}.{near[0]}" if section else near[0]
         return f"unknown key {key!r}; did you mean {best!r}?"
-    elsewhere = [k for k in known if k.rpartition(".")[2] == name] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    elsewhere = [k for k in known if k.rpartition(".")[2] == name] or difflib.get_close_matches(key, [k for k in known if k != section], n=1, cutoff=0.7)
     if elsewhere:
         return f"unknown key {key!r}; did you mean {elsewhere[0]!r}?"
     return f"unknown key {key!r}; {section or 'the top level'} has {', '.join(siblings) or 'no such section'}."
@@ -154,7 +154,7 @@ def arms(config: Config) -> dict[str, Config]:
         return {config.name: config}
     base = to_mapping(config) | {"arms": {}}
     return {
-        name: from_mapping(override(base, changes or {}, where=f"arms.{name}") | {"name": f"{config.name}/{name}"}, where=f"arms.{name}")
+        name: from_mapping(override(base, changes, where=f"arms.{name}") | {"name": f"{config.name}/{name}"}, where=f"arms.{name}")
         for name, changes in config.arms.items()
     }
 

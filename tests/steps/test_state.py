@@ -1,5 +1,7 @@
 """Schedules, AdamW, clipping, the critic's warm-up: numbers that a user reads off a config must be what the optimizer does."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +39,7 @@ def test_warmup_rises_to_the_peak_and_loses_no_step(kind):
     np.testing.assert_allclose(got[:4], [0.5, 1.0, 1.5, 2.0])
     assert got[4] == 2.0
     np.testing.assert_allclose(got[10], 2.0 if kind == "constant" else 0.0, atol=1e-6)
-    assert all(later <= earlier for earlier, later in zip(got[4:], got[5:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(got[4:]))
 
 
 def test_one_step_of_warmup_is_the_peak():
@@ -98,7 +100,7 @@ def trajectory(optimizer, steps=6):
 
 
 def test_critic_warmup_leaves_the_policy_alone_to_the_bit():
-    """Two of six steps: parameters, moments and decay of the policy stand still, the critic learns, and then the policy's schedule begins."""
+    """Two of six steps: parameters, moments and decay of the policy stand still; then its schedule begins."""
     states = trajectory(warm_optimizer(2))
     for state in states[1:3]:
         np.testing.assert_array_equal(state.params["policy"]["w"], states[0].params["policy"]["w"])
@@ -107,7 +109,7 @@ def test_critic_warmup_leaves_the_policy_alone_to_the_bit():
             state.opt_state.inner_states["policy"].inner_state.inner,
             states[0].opt_state.inner_states["policy"].inner_state.inner,
         )
-    assert all((b.params["critic"]["w"] != a.params["critic"]["w"]).all() for a, b in zip(states, states[1:], strict=False))
+    assert all((b.params["critic"]["w"] != a.params["critic"]["w"]).all() for a, b in pairwise(states))
     # Afterwards the policy moves as one that was never frozen does on the same gradients, from its schedule's first rate to its last.
     alone = adamw(learning_rate_schedule("linear", 0.1, steps=4), **ADAM)
     state = init_state({"w": jnp.array([1.0, -1.0])}, alone)

@@ -1,0 +1,69 @@
+"""Sequence log-probs: against a plain loop over logits, in batches that do not fit, cut to the first tokens, and from disk."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrlhf import sharding
+from jaxrlhf.data.columns import ColumnError
+from jaxrlhf.models.families import config_from_shape
+from jaxrlhf.models.model import build_model
+from jaxrlhf.offline.logprobs import cached_pair_logps, pair_logps, response_logps
+from jaxrlhf.types import PairBatch, TextBatch
+
+N, L, T, V = 7, 3, 4, 11
+
+
+@pytest.fixture(scope="module")
+def model():
+    config, _ = config_from_shape({"family": "llama", "hidden_size": 8, "num_layers": 1, "num_heads": 2}, V, max_positions=L + T)
+    built = build_model(config)
+    return built, built.init(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def table():
+    random = np.random.default_rng(0)
+    prompt_mask = np.arange(L) >= random.integers(0, L, (N, 1))
+    masks = [np.arange(T) < random.integers(1, T + 1, (N, 1)) for _ in range(2)]
+    tokens = [random.integers(0, V, (N, T)).astype(np.int32) for _ in range(2)]
+    prompt = random.integers(0, V, (N, L)).astype(np.int32)
+    ones = np.ones(N, np.float32)
+    return PairBatch(prompt, prompt_mask, tokens[0], masks[0], tokens[1], masks[1], ones, ones > 0, np.arange(N))  # type: ignore[arg-type]
+
+
+def test_against_a_plain_loop_whatever_the_batch(model, table):
+    built, params = model
+    texts = TextBatch(table.prompt_BL, table.prompt_mask_BL, table.chosen_BT, table.chosen_mask_BT, table.row_mask_B, table.index_B)
+    got = response_logps(built, params, texts, temperature=0.7, batch_size=4)
+    tokens, mask = (np.concatenate(p, axis=1) for p in ((table.prompt_BL, table.chosen_BT), (table.prompt_mask_BL, table.chosen_mask_BT)))
+    logits = np.asarray(jax.jit(built.apply)(params, tokens, mask).logits, np.float64) / 0.7
+    for b in range(N):
+        steps = [logits[b, t - 1, tokens[b, t]] - np.log(np.exp(logits[b, t - 1]).sum()) for t in range(L, L + T) if mask[b, t]]
+        assert got[b] == pytest.approx(sum(steps), rel=1e-4, abs=1e-4)
+    on_mesh = response_logps(built, params, texts, temperature=0.7, batch_size=6, mesh=sharding.make_mesh(4))
+    np.testing.assert_allclose(on_mesh, got, rtol=1e-4, atol=1e-5)
+
+
+def test_first_tokens_alone(model, table):
+    built, params = model
+    whole = pair_logps(built, params, table, temperature=0.7, batch_size=4)
+    cut = pair_logps(built, params, table, temperature=0.7, batch_size=4, max_tokens=2)
+    short = np.asarray(table.chosen_mask_BT).sum(axis=1) <= 2
+    np.testing.assert_allclose(cut["chosen_logp"][short], whole["chosen_logp"][short], rtol=1e-4, atol=1e-5)
+    assert (cut["chosen_logp"][~short] > whole["chosen_logp"][~short]).all() and short.any() and not short.all()
+
+
+def test_computed_once_and_never_taken_for_another(tmp_path):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"chosen_logp": np.array([-1.0, -2.0], np.float32), "rejected_logp": np.array([-3.0, -4.0], np.float32)}
+
+    header = {"model": "m", "temperature": 1.0}
+    first = cached_pair_logps(tmp_path / "columns", ["a", "b"], header, compute)
+    again = cached_pair_logps(tmp_path / "columns", ["b", "a"], header, compute)  # joined by id, not by place
+    assert calls == [1] and again["chosen_logp"].tolist() == first["chosen_logp"].tolist()[::-1]
+    with pytest.raises(ColumnError, match="temperature"):
+        cached_pair_logps(tmp_path / "columns", ["a", "b"], header | {"temperature": 0.7}, compute)

@@ -1,0 +1,65 @@
+"""A reward-model folder as a scorer of text: its own tokenizer, its bias, any batch size, any mesh."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrlhf import sharding
+from jaxrlhf.data.tokens import Limits
+from jaxrlhf.data.toy import toy_tokenizer
+from jaxrlhf.models.families import config_from_shape
+from jaxrlhf.models.hub import initialise, save, with_reward_bias
+from jaxrlhf.scorers.reward_model import reward_model_scorer, score_responses
+from jaxrlhf.types import TextBatch
+
+PROMPTS = ["farmers sold apples", "nurses hid maps ashore late", "well"]
+RESPONSES = ["farmers sold apples .", "maps", "nurses hid maps . nurses hid maps ."]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    tokenizer = toy_tokenizer()
+    shape = {"family": "llama", "hidden_size": 8, "num_layers": 1, "num_heads": 2}
+    config, _ = config_from_shape(shape, len(tokenizer), max_positions=32, pad_id=0, eos_id=1)
+    loaded = initialise(config, key=jax.random.key(0), tokenizer=tokenizer, head="scalar")
+    path = tmp_path_factory.mktemp("reward") / "model"
+    save(with_reward_bias(loaded, 0.25), path)
+    return path, loaded
+
+
+def by_hand(loaded, prompt, response) -> float:
+    """The scalar at EOS of the bare text, less the bias."""
+    ids = [loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, response)]
+    text = np.array([[*ids[0], *ids[1], loaded.tokenizer.eos_token_id]])
+    return float(loaded.model.apply(loaded.params, text, np.ones_like(text, bool)).scalars[0, -1]) - 0.25
+
+
+def test_scores_of_text(folder):
+    path, loaded = folder
+    score = reward_model_scorer(str(path), batch_size=2, limits=Limits(16, 16))
+    got = score(PROMPTS, RESPONSES)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, [by_hand(loaded, *row) for row in zip(PROMPTS, RESPONSES, strict=True)], rtol=1e-4, atol=1e-5)
+    assert score([], []).shape == (0,)
+
+
+def test_over_long_text_is_cut_and_still_scored(folder):
+    path, _ = folder
+    score = reward_model_scorer(str(path), batch_size=8, limits=Limits(2, 3))
+    got = score([PROMPTS[1]] * 2, [RESPONSES[2], "nurses hid maps"])
+    assert np.isfinite(got).all() and got[0] == got[1]  # prompts lose their left, responses their right end
+
+
+def test_batches_and_meshes_change_nothing(folder):
+    _, loaded = folder
+    random = np.random.default_rng(0)
+    masks = np.arange(5) >= random.integers(0, 5, (7, 1)), np.arange(4) < random.integers(0, 5, (7, 1))
+    tokens = [random.integers(2, 60, mask.shape).astype(np.int32) for mask in masks]
+    texts = TextBatch(tokens[0], masks[0], tokens[1], masks[1], np.ones(7, bool), np.arange(7))  # type: ignore[arg-type]
+    whole = score_responses(loaded.model, loaded.params, texts, batch_size=100, bias=0.5)
+    parts = score_responses(loaded.model, loaded.params, texts, batch_size=4, bias=0.5)
+    on_mesh = score_responses(loaded.model, loaded.params, texts, batch_size=3, bias=0.5, mesh=sharding.make_mesh(4))
+    np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(on_mesh, whole, rtol=1e-5, atol=1e-6)
+    empty = ~masks[1].any(axis=1)
+    assert (whole[empty] == 0).all() and (whole[~empty] != 0).all()

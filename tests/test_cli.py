@@ -1,0 +1,158 @@
+"""The command line: exit status, one clear message, and nothing compiled or written before a recipe is known to be sound."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jaxrlhf import cli
+from jaxrlhf.config import Config
+
+TOY = {"pairs": {"source": "sample"}, "gold": {"kind": "toy"}}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(**changes) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(TOY | {"output": str(tmp_path / "runs")} | changes))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """What would have been run: (config, until)."""
+    made = []
+    import jaxrlhf.run.run as module
+
+    def run(config, *, until=None):
+        made.append((config, until))
+        folder = tmp_path / "made"
+        folder.mkdir(exist_ok=True)
+        row = dict.fromkeys(("gold", "proxy_start", "proxy", "kl_sft", "ess", "reward_accuracy", "win_rate")) | {"round": 0}
+        (folder / "summary.json").write_text(json.dumps({"method": "ppo", "seed": 0, "rounds": [row]}))
+        return folder
+
+    monkeypatch.setattr(module, "run", run)
+    return made
+
+
+def test_without_arguments_and_help(capsys):
+    assert cli.main([]) == 2
+    for argv in (["--help"], ["run", "--help"], ["sft", "-h"]):
+        assert cli.main(argv) == 0
+    assert "jaxrlhf run CONFIG.yaml" in capsys.readouterr().out
+    assert cli.main(["run"]) == 2 and cli.main(["run", "--seed", "1"]) == 2
+    assert "needs a config" in capsys.readouterr().err
+    assert cli.main(["trian"]) == 2
+    assert "no command 'trian'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ppo": {"kl_coeff": 1}}, "unknown key 'ppo.kl_coeff'; did you mean 'ppo.kl_coef'?"),
+        ({"method": "ocmr"}, "method 'ocmr' is unknown; the table has ppo, ppo-moving-reference, retrain, ocrm, ocrm-fixed-reference. Did you mean 'ocrm'?"),
+        ({"arms": {"a": {"method": "pppo"}}}, "method 'pppo' is unknown"),
+        ({"reward": {"loss": "bradley-terry"}}, "reward.loss 'bradley-terry' is unknown"),
+        ({"reward": {"loss": "no_such_module:loss"}}, "no module 'no_such_module'"),
+        ({"ppo": {"loss": "grpo"}}, "ppo.loss 'grpo' is unknown"),
+        ({"rounds": "x"}, "rounds is 'x'"),
+        ({"ppo": {"missing_eos_penalty": 1, "missing_eos_score": 1}}, "set at most one of them"),
+        ({"sft": {"batch_size": 30}}, "sft.batch_size 30 does not divide over 4 data shards; try 28."),
+        ({"gold": {"kind": "none"}, "pairs": {"source": "data"}, "data": {"train": "/no/such/pairs.jsonl"}}, "/no/such/pairs.jsonl"),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_cannot_run_is_refused_before_anything_is_built(recipe, tmp_path, capsys, changes, message):
+    assert cli.main(["run", recipe(**changes)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("jaxrlhf: ") and "Traceback" not in error
+    assert not list(tmp_path.glob("runs/**/stage.json")) and not (tmp_path / "runs" / ".stages").exists()
+
+
+def test_a_file_that_is_not_there(capsys):
+    assert cli.main(["run", "quickstrat.yaml"]) == 1
+    assert "Did you mean quickstart.yaml?" in capsys.readouterr().err
+
+
+def test_overrides_are_parsed_into_the_config(recipe, calls, capsys):
+    argv = [
+        "run",
+        recipe(),
+        "--seed",
+        "7",
+        "--ppo.kl_coef",
+        "0.5",
+        "--ppo.missing-eos-score",
+        "-1",
+        "--weights.eta",
+        "ess",
+        "--standalone",
+        "True",
+    ]
+    assert cli.main(argv) == 0
+    config, until = calls[0]
+    assert isinstance(config, Config) and until is None
+    assert (config.seed, config.ppo.kl_coef, config.ppo.missing_eos_score, config.weights.eta, config.standalone) == (
+        7,
+        0.5,
+        -1.0,
+        "ess",
+        True,
+    )
+    assert config.gold.kind == "toy"  # the file's own values stay
+    assert "run folder:" in capsys.readouterr().out
+
+
+def test_overrides_keep_arms(recipe, calls):
+    assert cli.main(["run", recipe(arms={"a": {"ppo.kl_coef": 0.1}, "b": {}}), "--rounds", "2"]) == 0
+    assert calls[0][0].rounds == 2 and calls[0][0].arms == {"a": {"ppo.kl_coef": 0.1}, "b": {}}
+
+
+def test_wrong_overrides(recipe, calls, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", recipe(), "--ppo.kl_coeff", "1"])
+    assert stop.value.code == 2 and "kl" in capsys.readouterr().err
+    assert cli.main(["run", recipe(), "--weights.alpha", "2"]) == 1
+    assert "weights.alpha is 2.0" in capsys.readouterr().err and not calls
+
+
+@pytest.mark.parametrize("command", ["sft", "reward", "ppo"])
+def test_single_stage_commands(recipe, calls, command):
+    assert cli.main([command, recipe()]) == 0
+    assert calls[0][1] == command
+
+
+def test_faults_of_ours_keep_their_traceback(recipe, monkeypatch):
+    import jaxrlhf.run.run as module
+
+    def broken(config, *, until=None):
+        raise ZeroDivisionError("a fault")
+
+    monkeypatch.setattr(module, "run", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["run", recipe()])
+
+    def stopped(config, *, until=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "run", stopped)
+    assert cli.main(["run", recipe()]) == 130
+
+
+def test_generate_prints_rows_and_writes_files_whole(monkeypatch, tmp_path, capsys):
+    import jaxrlhf.run.generate as module
+
+    seen = []
+    monkeypatch.setattr(module, "generate_texts", lambda **settings: seen.append(settings) or iter([{"id": "0", "response": "é"}]))
+    assert cli.main(["generate", "folder", "a prompt", "--temperature", "0", "--num_samples", "2"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"id": "0", "response": "é"}
+    assert (
+        seen[0]["prompts"] == ["a prompt"] and seen[0]["temperature"] == 0 and seen[0]["num_samples"] == 2 and seen[0]["folder"] == "folder"
+    )
+    target = tmp_path / "out.jsonl"
+    assert cli.main(["generate", "folder", "--file", "prompts.jsonl", "--output", str(target)]) == 0
+    assert target.read_text() == '{"id": "0", "response": "é"}\n' and [p.name for p in Path(tmp_path).iterdir()] == ["out.jsonl"]
