@@ -102,7 +102,8 @@ def unknown_key(key: str) -> str:
     if near:
         best = f"{section}.{near[0]}" if section else near[0]
         return f"unknown key {key!r}; did you mean {best!r}?"
-    elsewhere = [k for k in known if k.rpartition(".")[2] == name] or difflib.get_close_matches(key, [k for k in known if k != section], n=1, cutoff=0.7)
+    others = [k for k in known if k != section]
+    elsewhere = [k for k in others if k.rpartition(".")[2] == name] or difflib.get_close_matches(key, others, n=1, cutoff=0.7)
     if elsewhere:
         return f"unknown key {key!r}; did you mean {elsewhere[0]!r}?"
     return f"unknown key {key!r}; {section or 'the top level'} has {', '.join(siblings) or 'no such section'}."
@@ -221,14 +222,20 @@ def _at_odds(config: Config) -> Iterator[str]:
         yield f"ppo.total_episodes {ppo.total_episodes} is less than one batch of {ppo.batch_size}; raise it or lower ppo.batch_size."
     parts = ppo.num_mini_batches * ppo.gradient_accumulation_steps
     if ppo.batch_size % parts:
-        yield f"ppo.batch_size {ppo.batch_size} does not divide into num_mini_batches × gradient_accumulation_steps = {parts}; try {max(ppo.batch_size // parts, 1) * parts}."
+        fits = max(ppo.batch_size // parts, 1) * parts
+        yield f"ppo.batch_size {ppo.batch_size} does not divide into num_mini_batches × gradient_accumulation_steps = {parts}; try {fits}."
     for name, section in (("sft", config.sft), ("reward", config.reward)):
         if section.batch_size % section.gradient_accumulation_steps:
-            yield f"{name}.batch_size {section.batch_size} does not divide by gradient_accumulation_steps {section.gradient_accumulation_steps}."
+            parts = section.gradient_accumulation_steps
+            yield f"{name}.batch_size {section.batch_size} does not divide by gradient_accumulation_steps {parts}."
     if config.gold.kind in ("model", "function") and not config.gold.source:
-        yield f"gold.kind is {config.gold.kind!r} but gold.source is empty; name the {'folder' if config.gold.kind == 'model' else 'module:attribute'}."
+        wanted = "folder" if config.gold.kind == "model" else "module:attribute"
+        yield f"gold.kind is {config.gold.kind!r} but gold.source is empty; name the {wanted}."
     if config.gold.kind == "toy" and data.train != "toy":
-        yield f"gold.kind is 'toy' but data.train is {data.train!r}; the toy gold reads toy posts only. Set gold.kind: none, model or function."
+        yield (
+            f"gold.kind is 'toy' but data.train is {data.train!r}; the toy gold reads toy posts only. "
+            "Set gold.kind: none, model or function."
+        )
     if config.pairs.source == "sample" and config.gold.kind == "none":
         yield "pairs.source is 'sample' but gold.kind is 'none'; sampled pairs need a gold scorer to label them."
     if data.train == "toy" and config.pairs.source == "data":

@@ -55,7 +55,7 @@ def test_without_arguments_and_help(capsys):
     ("changes", "message"),
     [
         ({"ppo": {"kl_coeff": 1}}, "unknown key 'ppo.kl_coeff'; did you mean 'ppo.kl_coef'?"),
-        ({"method": "ocmr"}, "method 'ocmr' is unknown; the table has ppo, ppo-moving-reference, retrain, ocrm, ocrm-fixed-reference. Did you mean 'ocrm'?"),
+        ({"method": "ocmr"}, "method 'ocmr' is unknown; the table has ppo, ppo-moving-reference, retrain, ocrm, ocrm-fixed-reference. Did you mean 'ocrm'?"),  # noqa: E501
         ({"arms": {"a": {"method": "pppo"}}}, "method 'pppo' is unknown"),
         ({"reward": {"loss": "bradley-terry"}}, "reward.loss 'bradley-terry' is unknown"),
         ({"reward": {"loss": "no_such_module:loss"}}, "no module 'no_such_module'"),

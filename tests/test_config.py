@@ -48,7 +48,7 @@ def test_every_section_forbids_unknown_keys(section):
     for name in filter(None, path.split(".")):
         inner = inner.setdefault(name, {})
     inner["no_such_key"] = 1
-    with pytest.raises(ConfigError, match="unknown key '.*no_such_key'"):
+    with pytest.raises(ConfigError, match=r"unknown key '.*no_such_key'"):
         from_mapping(raw)
 
 
@@ -62,7 +62,8 @@ def section_of(key: str) -> type:
 def test_yaml_round_trip_of_every_kind_of_value(tmp_path):
     raw = {
         "name": "trip", "arms": {"a": {"method": "ppo", "ppo.kl_coef": 0.5}}, "pairs": {"source": "sample"}, "gold": {"kind": "toy"},
-        "ppo": {"learning_rate": "3e-6", "missing_eos_score": -1, "critic_learning_rate": None}, "weights": {"eta": "ess", "ess_target": 0.2},
+        "ppo": {"learning_rate": "3e-6", "missing_eos_score": -1, "critic_learning_rate": None},
+        "weights": {"eta": "ess", "ess_target": 0.2},
         "data": {"rename": {"query": "prompt"}}, "model": {"shape": {"family": "qwen2", "num_kv_heads": 2}}, "sft": {"max_steps": 0},
     }  # fmt: skip
     config = from_mapping(raw)

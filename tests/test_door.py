@@ -34,5 +34,5 @@ def test_run_can_be_called_before_and_after_its_package_is_imported():
 def test_every_name_of_the_door_is_there():
     assert jaxrlhf.__all__ == ["Loaded", "generate", "load", "run", "save"]
     assert all(callable(getattr(jaxrlhf, name)) for name in jaxrlhf.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+    with pytest.raises(AttributeError, match=r"no attribute 'lod'"):
         jaxrlhf.lod  # noqa: B018

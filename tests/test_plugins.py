@@ -15,7 +15,7 @@ def test_finds_objects_and_attributes_of_objects():
 
 @pytest.mark.parametrize("name", ["json", "json:", ":loads", "", ".json:loads"])
 def test_malformed_names(name):
-    with pytest.raises(ValueError, match="names no object; write `module:attribute`"):
+    with pytest.raises(ValueError, match=r"names no object; write `module:attribute`"):
         plugin(name)
 
 
@@ -26,7 +26,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
         plugin("json:lodes")
     (tmp_path / "broken_plugin.py").write_text("import no_such_dependency\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="^No module named 'no_such_dependency'$"):
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'no_such_dependency'$"):
         plugin("broken_plugin:f")  # the module is there: its own fault is shown as it is
 
 

@@ -91,9 +91,9 @@ def test_arms_override_and_are_checked_as_wholes():
     assert {name: (one.name, one.method, one.ppo.kl_coef) for name, one in found.items()} == {
         "a": ("sweep/a", "ppo", 0.2), "b": ("sweep/b", "ocrm", 0.7), "c": ("sweep/c", "ocrm", 0.2),
     }  # fmt: skip
-    with pytest.raises(ConfigError, match="arms.a: unknown key 'ppo.klcoef'; did you mean 'ppo.kl_coef'"):
+    with pytest.raises(ConfigError, match=r"arms.a: unknown key 'ppo.klcoef'; did you mean 'ppo.kl_coef'"):
         arms(from_mapping(TOY | {"arms": {"a": {"ppo.klcoef": 1}}}))
-    with pytest.raises(ConfigError, match="arms.a: weights.alpha is 2.0"):
+    with pytest.raises(ConfigError, match=r"arms.a: weights.alpha is 2.0"):
         arms(from_mapping(TOY | {"arms": {"a": {"weights.alpha": 2}}}))
     single = from_mapping(TOY)
     assert arms(single) == {"run": single}
@@ -107,10 +107,10 @@ def test_override_leaves_the_original_alone():
 
 def test_files(tmp_path):
     (tmp_path / "bad.yaml").write_text("ppo: [unclosed")
-    with pytest.raises(ConfigError, match="is not YAML"):
+    with pytest.raises(ConfigError, match=r"is not YAML"):
         load_config(tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(ConfigError, match="holds a list; a recipe is a mapping of sections"):
+    with pytest.raises(ConfigError, match=r"holds a list; a recipe is a mapping of sections"):
         load_config(tmp_path / "list.yaml")
     with pytest.raises(ConfigError, match=r"no recipe at .*quikstart.yaml. Did you mean quickstart.yaml\?"):
         load_config(tmp_path / "quikstart.yaml")

@@ -119,9 +119,9 @@ def length_figures(samples: Samples, loaded: Loaded) -> dict[str, float]:
 
 
 def kl_to(setting: Setting, loaded: Loaded, sft: Done, texts: TextBatch) -> np.ndarray:
-    """log π(y) − log π_SFT(y) of every response, nats [N] (k1), at the temperature the responses were sampled at."""
+    """log π(y) − log π_SFT(y) of every response, nats [N] (k1), at the temperature they were sampled at."""
     options = {
-        "temperature": setting.config.evaluation.temperature or 1.0,  # greedy text has no density of its own; that of the sampler at 1 is read
+        "temperature": setting.config.evaluation.temperature or 1.0,  # greedy text has no density of its own; it is read at 1
         "batch_size": setting.config.evaluation.batch_size,
         "mesh": setting.mesh,
     }

@@ -25,9 +25,9 @@ COLUMNS: tuple[tuple[str, str], ...] = (
 )
 
 LEGEND = (
-    "gold: true reward of the policy. proxy before / after: the round's reward model on the policy that enters / leaves the round (nats of "
-    "preference; not comparable across rounds that refit). KL to SFT: nats a response. ESS: pairs that still count after weighting. RM accuracy: "
-    "on fresh pairs of the policy that enters the round, labelled by gold. win rate: against the reference responses, strict."
+    "gold: true reward of the policy. proxy before / after: the round's reward model on the policy that enters / leaves the round (nats "
+    "of preference; not comparable across rounds that refit). KL to SFT: nats a response. ESS: pairs that still count after weighting. "
+    "RM accuracy: on fresh pairs of the policy that enters the round, labelled by gold. win rate: against the reference responses, strict."
 )
 
 
@@ -118,7 +118,8 @@ def _of_arm(arm: str, summary: Summary) -> list[str]:
         before = _before(rounds, first)
         lines.append(
             f"{arm}: in round {names} the reward model liked the new policy better and gold did not "
-            f"(round {first['round']}: proxy {first['proxy_start']:+.2f} → {first['proxy']:+.2f}, gold {before['gold']:.2f} → {first['gold']:.2f})."
+            f"(round {first['round']}: proxy {first['proxy_start']:+.2f} → {first['proxy']:+.2f}, "
+            f"gold {before['gold']:.2f} → {first['gold']:.2f})."
         )
     elif any(row["gold"] is not None and row["proxy"] > row["proxy_start"] for row in trained):
         lines.append(f"{arm}: gold did not fall in any round in which the proxy rose.")

@@ -73,10 +73,8 @@ def adamw(
     max_grad_norm: float | None = None,
 ) -> optax.GradientTransformation:
     """AdamW in torch's form (ε is added after the bias correction), optionally after clipping the global gradient norm."""
-    parts: list[optax.GradientTransformation] = [optax.adamw(schedule, b1=adam_beta1, b2=adam_beta2, eps=adam_epsilon, weight_decay=weight_decay)]
-    if max_grad_norm is not None:
-        parts.insert(0, optax.clip_by_global_norm(max_grad_norm))
-    return optax.chain(*parts)
+    adam = optax.adamw(schedule, b1=adam_beta1, b2=adam_beta2, eps=adam_epsilon, weight_decay=weight_decay)
+    return adam if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), adam)
 
 
 def actor_critic(

@@ -12,7 +12,7 @@ BY_HAND = {
     "ppo-moving-reference": [(None, True, "sft", 0, 0), (None, False, "sft", 1, 1), (None, False, "sft", 2, 2)],
     "retrain": [(None, True, "sft", 0, 0), ("unweighted", True, "sft", 1, 1), ("unweighted", True, "sft", 2, 2)],
     "ocrm": [(None, True, "sft", 0, 0), ("importance-weighted", True, "sft", 1, 1), ("importance-weighted", True, "sft", 2, 2)],
-    "ocrm-fixed-reference": [(None, True, "sft", 0, 0), ("importance-weighted", True, "sft", 0, 1), ("importance-weighted", True, "sft", 0, 2)],
+    "ocrm-fixed-reference": [(None, True, "sft", 0, 0), ("importance-weighted", True, "sft", 0, 1), ("importance-weighted", True, "sft", 0, 2)],  # noqa: E501
 }  # fmt: skip
 
 
@@ -54,5 +54,5 @@ def test_unknown_names_offer_the_nearest():
     with pytest.raises(ValueError, match=r"reward update 'importance-weigthed' is unknown.*Did you mean 'importance-weighted'\?"):
         reward_update_named("importance-weigthed", lambda name: None)
     assert reward_update_named("mine:update", lambda name: name.upper()) == "MINE:UPDATE"
-    with pytest.raises(ValueError, match="rounds is 0; at least one round"):
+    with pytest.raises(ValueError, match=r"rounds is 0; at least one round"):
         rounds_of(Method(), 0)

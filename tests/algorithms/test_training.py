@@ -32,7 +32,7 @@ def test_steps_of_a_training(rows, size, epochs, limit, expected):
 
 
 def test_no_rows_is_an_error():
-    with pytest.raises(ValueError, match="nothing to train on: 0 rows"):
+    with pytest.raises(ValueError, match=r"nothing to train on: 0 rows"):
         num_steps(0, batch_size=4, num_train_epochs=1, max_steps=None)
 
 
@@ -54,7 +54,7 @@ def test_weights_are_checked():
     with pytest.raises(ValueError, match=r"weights of shape \(3,\) for 4 pairs; give one a pair"):
         with_weights(tokens, np.ones(3))
     for bad in (np.nan, np.inf, -1.0):
-        with pytest.raises(ValueError, match="is not a finite number ≥ 0; look at eta and alpha"):
+        with pytest.raises(ValueError, match=r"is not a finite number ≥ 0; look at eta and alpha"):
             with_weights(tokens, np.array([1, 1, bad, 1]))
 
 
@@ -77,11 +77,11 @@ def test_reward_loss_by_name():
     assert reward_loss(RewardConfig(use_margin=True), plugin).columns == ("margin",)
     assert reward_loss(RewardConfig(center_rewards_coefficient=0.3), plugin).loss.keywords == {"center": 0.3}
     assert reward_loss(RewardConfig(loss="jaxrlhf.losses:PAIR_LOSSES.nope"), lambda name: PAIR_LOSSES["bradley_terry"]).head == "scalar"
-    with pytest.raises(ValueError, match="reward.loss 'bt' is unknown; use one of bradley_terry"):
+    with pytest.raises(ValueError, match=r"reward.loss 'bt' is unknown; use one of bradley_terry"):
         reward_loss(RewardConfig(loss="bt"), plugin)
-    with pytest.raises(ValueError, match="reward.loss 'dpo' needs head 'lm'"):
+    with pytest.raises(ValueError, match=r"reward.loss 'dpo' needs head 'lm'"):
         reward_loss(RewardConfig(loss="dpo"), plugin)
-    with pytest.raises(ValueError, match="'math:exp' is a builtin_function_or_method; name a jaxrlhf.types.PairLoss"):
+    with pytest.raises(ValueError, match=r"'math:exp' is a builtin_function_or_method; name a jaxrlhf.types.PairLoss"):
         reward_loss(RewardConfig(loss="math:exp"), plugin)
 
 
@@ -90,7 +90,7 @@ def test_policy_loss_takes_its_own_hyperparameters():
     assert loss.loss.keywords == {"clip": 0.1, "clip_high": None, "dual_clip": 3.0, "entropy_coef": 0.5}
     narrow = POLICY_LOSSES["ppo"]._replace(loss=lambda stats, rollout, *, total=None, clip: None)
     assert policy_loss_of(PPOConfig(loss="mine:loss", cliprange=0.3), lambda name: narrow).loss.keywords == {"clip": 0.3}
-    with pytest.raises(ValueError, match="ppo.loss 'ppo2' is unknown; use one of ppo"):
+    with pytest.raises(ValueError, match=r"ppo.loss 'ppo2' is unknown; use one of ppo"):
         policy_loss_of(PPOConfig(loss="ppo2"), plugin)
 
 

@@ -29,7 +29,7 @@ def test_ties_are_no_wins():
 def test_bad_scores_are_refused():
     with pytest.raises(ValueError, match=r"equal length, not shapes \(2,\) and \(3,\)"):
         win_rate(np.zeros(2), np.zeros(3))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match=r"not finite"):
         win_rate(np.array([0.0, np.nan]), np.zeros(2))
 
 

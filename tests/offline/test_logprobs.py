@@ -65,5 +65,5 @@ def test_computed_once_and_never_taken_for_another(tmp_path):
     first = cached_pair_logps(tmp_path / "columns", ["a", "b"], header, compute)
     again = cached_pair_logps(tmp_path / "columns", ["b", "a"], header, compute)  # joined by id, not by place
     assert calls == [1] and again["chosen_logp"].tolist() == first["chosen_logp"].tolist()[::-1]
-    with pytest.raises(ColumnError, match="temperature"):
+    with pytest.raises(ColumnError, match=r"temperature"):
         cached_pair_logps(tmp_path / "columns", ["a", "b"], header | {"temperature": 0.7}, compute)

@@ -158,7 +158,7 @@ def test_stage_folders_open_in_transformers(finished):
     transformers = pytest.importorskip("transformers")
     found = stages(finished / "ocrm")
     samples, _ = read_table(found["r2-evaluation"] / "samples.parquet")
-    text = [a + b for a, b in zip(samples["prompt_tokens"], samples["response_1_tokens"], strict=True)][0]
+    text = samples["prompt_tokens"][0] + samples["response_1_tokens"][0]
     reward = transformers.AutoModelForSequenceClassification.from_pretrained(found["r2-reward"])
     with torch.no_grad():
         score = float(reward(torch.tensor([text])).logits[0, 0]) - reward.config.reward_bias
@@ -228,7 +228,7 @@ def half(context, pairs):
     assert record["result"]["pairs"] == (record["result"]["of"] + 1) // 2
     assert read_record(found["r2-reward"])["result"]["pairs"] == record["result"]["pairs"]
     assert found["r1-reward"] != stages(finished / "ppo")["r1-reward"] and found["sft"] == stages(finished / "ppo")["sft"]
-    with pytest.raises(ValueError, match="ppo.loss 'users_code:policy_loss' is a int; name a jaxrlhf.types.PolicyLoss"):
+    with pytest.raises(ValueError, match=r"ppo.loss 'users_code:policy_loss' is a int; name a jaxrlhf.types.PolicyLoss"):
         run(tiny_config(store, name="code", ppo__loss="users_code:policy_loss"))
     (tmp_path / "users_code.py").write_text(code + "\n# changed\n")
     del sys.modules["users_code"]
@@ -261,7 +261,7 @@ def test_until(finished, store, tiny_config):
     for until, names in (("sft", ["tokenizer", "sft"]), ("reward", ["r1-reward"]), ("ppo", ["r1-policy"])):
         folder = run(tiny_config(store, name=f"until-{until}"), until=until)
         assert list(stages(folder))[-len(names) :] == names and not (folder / "stages").joinpath("07-r2-policy").exists()
-    with pytest.raises(ValueError, match="until 'dpo' is none of sft, reward, ppo"):
+    with pytest.raises(ValueError, match=r"until 'dpo' is none of sft, reward, ppo"):
         run(tiny_config(store), until="dpo")
 
 

@@ -87,7 +87,7 @@ def test_arms_come_in_the_order_of_the_config(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"arms": {"early": {}, "late": {}, "pending": {}}}, sort_keys=False))
     assert list(read_summaries(tmp_path)) == ["early", "late"]  # not by age; what left the config is left out, what is not run yet too
     assert list(read_summaries(tmp_path / "late")) == ["late"]
-    with pytest.raises(FileNotFoundError, match="holds no summary.json: the run has not finished a round"):
+    with pytest.raises(FileNotFoundError, match=r"holds no summary.json: the run has not finished a round"):
         read_summaries(tmp_path / "nothing")
 
 
