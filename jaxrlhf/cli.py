@@ -93,7 +93,7 @@ def _cache_compilations() -> None:
     """Compiled programs are kept between processes, unless the user has set a folder or switched it off."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if jax.config.values["jax_compilation_cache_dir"] is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxrlhf" / "xla"))
 
 
