@@ -14,7 +14,7 @@ from jaxrlhf.algorithms.rounds import Round, reward_update_named
 from jaxrlhf.algorithms.update import Pairs, RoundContext
 from jaxrlhf.config import Config
 from jaxrlhf.data.batches import take
-from jaxrlhf.data.pairs import Prompt
+from jaxrlhf.data.pairs import Prompt, ReadReport
 from jaxrlhf.data.tables import read_pair_table, write_pair_table
 from jaxrlhf.data.tokens import decode_responses, eos_ids_of, pad_id_of, tokenize_pairs, tokenize_prompts
 from jaxrlhf.models.hub import Loaded, eos_ids, read_tokenizer
@@ -55,6 +55,7 @@ def pairs_stage(setting: Setting, tokenizer_done: Done, sft: Done) -> Done:
         "limits": asdict(config.data.limits),
         "gold": inputs.gold_identity(config) if sampled else None,
         "response_length": config.ppo.response_length if sampled else None,
+        "held_out": config.evaluation.num_prompts if sampled else None,
         "seed": config.seed,
     }
     sources = {"tokenizer": tokenizer_done} | ({"sft": sft} if sampled else {})
@@ -75,40 +76,43 @@ def stored_pairs(setting: Setting, folder: Path, tokenizer_done: Done) -> dict[s
 
 
 def sampled_pairs(setting: Setting, folder: Path, sft: Loaded) -> dict[str, Any]:
-    """Two responses of π_SFT to each prompt, labelled by gold."""
+    """Two responses of π_SFT to each prompt, labelled by gold; held-out pairs from the evaluation prompts, labelled without noise."""
     config, tokenizer = setting.config, sft.tokenizer
-    gold = inputs.gold_of(config, setting.mesh)
-    assert gold is not None, "a config that samples pairs names a gold scorer"
     prompts, read = inputs.prompts_of(config, tokenizer)
     rows = _cycled(prompts, config.pairs.num_pairs)
+    noisy = {"rule": config.pairs.label, "label_flip": config.pairs.label_flip}
+    result = labelled(setting, folder, TRAIN, sft, rows, read, **noisy)
+    held_out = inputs.evaluation_prompts_of(config, tokenizer)
+    valid = labelled(setting, folder, VALID, sft, held_out, ReadReport(kept=len(held_out)), rule="argmax", label_flip=0.0)
+    return {**result, "valid": valid["train"], "sampled_from_sft": True}
+
+
+def labelled(
+    setting: Setting, folder: Path, name: str, sft: Loaded, rows: list[Prompt], read: ReadReport, *, rule: Any, label_flip: float
+) -> dict[str, Any]:
+    """Write the pairs of two sampled responses to each of `rows` as the table `name`."""
+    config, tokenizer, what = setting.config, sft.tokenizer, name.removesuffix(".parquet")
+    gold = inputs.gold_of(config, setting.mesh)
+    assert gold is not None, "a config that samples pairs names a gold scorer"
     table, cut = tokenize_prompts(rows, tokenizer, inputs.limits_of(config))
-    report_rows(setting, folder, "prompts", read, cut)
+    report_rows(setting, folder, f"{what}-prompts", read, cut)
     rows = [rows[i] for i in cut.rows]
     sampling = sampling_of(sft, max_new_tokens=config.ppo.response_length, temperature=config.pairs.temperature)
-    key = rng.stream(setting.key, "pairs")
+    key = rng.stream(setting.key, f"pairs/{what}")
+    size = config.pairs.batch_size
     sides = [
-        _sampled(
-            setting,
-            f"pairs, response {number} of 2",
-            sft,
-            renumbered(table, number),
-            rng.stream(key, "side", number),
-            sampling,
-            config.pairs.batch_size,
-        )
-        for number in (1, 2)
+        _sampled(setting, f"{what} pairs, response {n} of 2", sft, renumbered(table, n), rng.stream(key, "side", n), sampling, size)
+        for n in (1, 2)
     ]
     texts = [decode_responses(side.response_BT, side.response_mask_BT, tokenizer, sampling.eos_ids) for side in sides]  # type: ignore[arg-type]
     asked = [row.prompt for row in rows]
     scores = [gold(asked, text) for text in texts]
-    pairs, first, kept = label_pairs(
-        rows, texts[0], texts[1], scores[0], scores[1], rule=config.pairs.label, label_flip=config.pairs.label_flip, seed=config.seed
-    )
-    write_pair_table(folder / TRAIN, pairs, pair_batch(sides[0], sides[1], first, kept), pad_id=pad_id_of(tokenizer))
+    pairs, first, kept = label_pairs(rows, texts[0], texts[1], scores[0], scores[1], rule=rule, label_flip=label_flip, seed=config.seed)
+    write_pair_table(folder / name, pairs, pair_batch(sides[0], sides[1], first, kept), pad_id=pad_id_of(tokenizer))
     equal = len(rows) - len(kept)
     if equal:
-        setting.log.note(f"pairs: {equal} of {len(rows)} prompts got the same text twice; they say nothing and are left out")
-    return {"train": len(kept), "identical": equal, "gold_mean": float(np.mean(np.concatenate(scores))), "sampled_from_sft": True}
+        setting.log.note(f"{what} pairs: {equal} of {len(rows)} prompts got the same text twice; they say nothing and are left out")
+    return {"train": len(kept), "identical": equal, "gold_mean": float(np.mean(np.concatenate(scores)))}
 
 
 def _cycled(rows: list[Prompt], n: int) -> list[Prompt]:

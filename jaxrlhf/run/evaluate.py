@@ -19,13 +19,13 @@ from jaxrlhf.models.hub import Loaded, eos_ids, reward_bias
 from jaxrlhf.offline.logprobs import response_logps
 from jaxrlhf.rollouts.dataset import sample_dataset
 from jaxrlhf.run import inputs
-from jaxrlhf.run.data import pair_batch, renumbered, sampling_of
+from jaxrlhf.run.data import renumbered, sampling_of
 from jaxrlhf.run.models import report_rows
 from jaxrlhf.run.setting import Setting
 from jaxrlhf.run.stages import Done, Stage
 from jaxrlhf.scorers import Scorer
 from jaxrlhf.scorers.reward_model import score_responses
-from jaxrlhf.types import PairBatch, TextBatch
+from jaxrlhf.types import TextBatch
 
 SAMPLES = "samples.parquet"
 
@@ -179,13 +179,3 @@ def read_samples(done: Done, loaded: Loaded) -> Samples:
     )
     gold = tuple(np.array(columns[f"gold_{side}"], np.float32) for side in (1, 2)) if "gold_1" in columns else None
     return Samples(rows, tables, (columns["response_1"], columns["response_2"]), gold)  # type: ignore[arg-type]
-
-
-def held_out_pairs(done: Done, loaded: Loaded) -> PairBatch | None:
-    """π_SFT's evaluation samples as preference pairs labelled by gold (argmax), for the accuracy of reward models; None without gold."""
-    samples = read_samples(done, loaded)
-    if samples.gold is None:
-        return None
-    a, b = samples.gold
-    kept = np.flatnonzero(a != b)
-    return pair_batch(samples.tables[0], samples.tables[1], (a > b)[kept], kept) if len(kept) else None

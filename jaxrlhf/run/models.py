@@ -135,7 +135,7 @@ def reward_stage(
     previous: Done | None,
     pairs: PairBatch,
     weights_N: np.ndarray,
-    valid: PairBatch | None,
+    valid: PairBatch,
     sources: dict[str, Done],
 ) -> Done:
     """The reward model of a round: Bradley–Terry on the (weighted) pairs, then the bias that puts reference responses at 0."""
@@ -163,7 +163,7 @@ def reward_stage(
         references = reference_responses(setting, base.tokenizer)
         bias = float(score_responses(base.model, state.params, references, **options).mean())
         add_model(with_reward_bias(base._replace(params=state.params), bias), folder)
-        accuracy = None if valid is None else pair_accuracy(*score_pairs(base.model, state.params, valid, **options))
+        accuracy = pair_accuracy(*score_pairs(base.model, state.params, valid, **options))
         return {"steps": steps, "pairs": n, "reward_bias": bias, "accuracy_valid": accuracy}
 
     slice_ = {

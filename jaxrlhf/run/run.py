@@ -15,7 +15,7 @@ from jaxrlhf.plugins import plugin
 from jaxrlhf.recipe import arms, to_yaml
 from jaxrlhf.run import inputs
 from jaxrlhf.run.data import VALID, pairs_stage, update_stage, updated_pairs
-from jaxrlhf.run.evaluate import evaluation_stage, held_out_pairs
+from jaxrlhf.run.evaluate import evaluation_stage
 from jaxrlhf.run.models import given_tokenizer, policy_stage, reward_stage, sft_stage, tokenizer_stage
 from jaxrlhf.run.setting import Setting
 from jaxrlhf.run.stages import Done, Store
@@ -94,10 +94,11 @@ def _stages(setting: Setting, until: str | None) -> None:
     if until == "sft":
         return
     pairs = pairs_stage(setting, tokenizer, sft)
-    evaluations = [evaluation_stage(setting, 0, policy=sft, sft=sft, reward=None, before=None)]
-    summary = Summary(setting, pairs)
-    summary.add(0, evaluations[0])
-    valid = _held_out(setting, pairs, sft, evaluations[0])
+    evaluations, summary = [], Summary(setting, pairs)
+    if until is None:
+        evaluations.append(evaluation_stage(setting, 0, policy=sft, sft=sft, reward=None, before=None))
+        summary.add(0, evaluations[0])
+    valid = read_pair_table(pairs.folder / VALID)[1]
     policies, reward = [sft], None
     rounds = rounds_of(method, config.rounds)
     for round in rounds:
@@ -110,7 +111,7 @@ def _stages(setting: Setting, until: str | None) -> None:
                 summary.notes.append(HEURISTIC)
         if round.fits_reward:
             tokens, weights = updated_pairs(update, pairs)
-            sources = {"pairs": pairs} | ({"update": update} if update is not None else {}) | {"held_out": evaluations[0]}
+            sources = {"pairs": pairs} | ({"update": update} if update is not None else {})
             reward = reward_stage(setting, round, sft, reward, tokens, weights, valid, sources)
         assert reward is not None
         if until == "reward":
@@ -129,13 +130,6 @@ def _carried(rounds: list[Round], round: Round) -> bool:
     """Whether the round after this one takes over its optimizer or its critic."""
     later = next((other for other in rounds if other.number == round.number + 1), None)
     return later is not None and not (later.restart_optimizer and later.restart_critic)
-
-
-def _held_out(setting: Setting, pairs: Done, sft: Done, evaluation: Done):
-    """Held-out pairs for the accuracy of reward models: the data's own, else π_SFT's evaluation samples labelled by gold."""
-    if (pairs.folder / VALID).exists():
-        return read_pair_table(pairs.folder / VALID)[1]
-    return held_out_pairs(evaluation, setting.load(sft, head="lm"))
 
 
 class Summary:
