@@ -2,7 +2,19 @@
 
 from jaxrlhf.models.families import config_from_hf, config_from_shape
 from jaxrlhf.models.heads import with_head
-from jaxrlhf.models.hub import Loaded, eos_ids, head_of, initialise, load, read_tokenizer, rehead, reward_bias, save, with_reward_bias
+from jaxrlhf.models.hub import (
+    Loaded,
+    eos_ids,
+    head_of,
+    initialise,
+    load,
+    read_tokenizer,
+    rehead,
+    reward_bias,
+    save,
+    with_reward_bias,
+    with_tokenizer,
+)
 from jaxrlhf.models.model import build_model
 from jaxrlhf.models.transformer import Cache, DecoderConfig
 
@@ -23,4 +35,5 @@ __all__ = [
     "save",
     "with_head",
     "with_reward_bias",
+    "with_tokenizer",
 ]

@@ -12,6 +12,8 @@ import numpy as np
 from jax import Array
 
 from jaxrlhf import sharding
+from jaxrlhf.data.chat import chat_end_id, eos_ids_of
+from jaxrlhf.data.tokens import tokenizer_fingerprint
 from jaxrlhf.models.families import config_from_hf
 from jaxrlhf.models.files import MAX_SHARD_BYTES, TensorReader, finished_folder, read_json, write_json, write_tensors
 from jaxrlhf.models.heads import check_head, with_head
@@ -45,10 +47,15 @@ def load(source: str | Path, *, head: str = "lm", key: Array | None = None, dtyp
     """
     check_head(head)
     folder = resolve(source)
-    generation = folder / "generation_config.json"
-    config = config_from_hf(read_json(folder / "config.json"), read_json(generation) if generation.is_file() else None)
+    config = read_config(folder)
     params = _read_params(folder, config, head, key)
     return Loaded(build_model(config, head=head, dtype=dtype or "float32"), sharding.place(params, mesh), read_tokenizer(folder), config)
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """What a model folder says of its model, without its parameters. ValueError for what is not supported."""
+    generation = folder / "generation_config.json"
+    return config_from_hf(read_json(folder / "config.json"), read_json(generation) if generation.is_file() else None)
 
 
 def initialise(
@@ -105,15 +112,54 @@ def head_of(params: Params) -> str:
 
 
 def eos_ids(loaded: Loaded) -> tuple[int, ...]:
-    """Every id that ends a response: of generation_config.json, config.json and the tokenizer, in this order, each once.
+    """Every id that ends a response: of generation_config.json, config.json, the tokenizer and its chat template, in this order, each once.
 
-    A chat model's end-of-turn token is in the first or the last of them.
+    Whatever ends a response in the data (`data.chat.eos_ids_of`) is among them, so that a sampler stops where training said stop. A base
+    model may know its chat template's end token from there alone.
     """
-    found: list[int] = []
-    tokenizer_eos = None if loaded.tokenizer is None else loaded.tokenizer.eos_token_id
-    for value in (loaded.config.generation.get("eos_token_id"), loaded.config.hf.get("eos_token_id"), tokenizer_eos):
-        found += [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-    return tuple(dict.fromkeys(found))
+    tokenizer = loaded.tokenizer
+    of_tokenizer = () if tokenizer is None else (tokenizer.eos_token_id, chat_end_id(tokenizer))
+    return tuple(dict.fromkeys([*_stated_eos_ids(loaded.config), *(i for i in of_tokenizer if i is not None)]))
+
+
+def _stated_eos_ids(config: DecoderConfig) -> list[int]:
+    """The EOS ids of generation_config.json, then of config.json: each one number, several or none."""
+    given = (config.generation.get("eos_token_id"), config.hf.get("eos_token_id"))
+    return [i for value in given if value is not None for i in (value if isinstance(value, list | tuple) else [value])]
+
+
+def with_tokenizer(loaded: Loaded, tokenizer: Any) -> Loaded:
+    """The model with this tokenizer: where it is another, the model's EOS, BOS and PAD ids become the tokenizer's.
+
+    Of the model's own EOS ids those stay that are the same token in both; another may be an ordinary word by now, at which a sampler would
+    stop. ValueError where the tokenizer has ids beyond the embedding.
+    """
+    check_vocabulary(tokenizer, loaded.params["backbone"]["embed"]["embedding"].shape[0])
+    before, hf = loaded.tokenizer, dict(loaded.config.hf)
+    if before is not None and tokenizer_fingerprint(before) == tokenizer_fingerprint(tokenizer):
+        return loaded._replace(tokenizer=tokenizer)
+    same = [i for i in _stated_eos_ids(loaded.config) if before is not None and _token(before, i) == _token(tokenizer, i) is not None]
+    ends = list(dict.fromkeys([*same, *eos_ids_of(tokenizer)]))
+    ids = {
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    generation = {name: ids.get(name, value) for name, value in loaded.config.generation.items()}
+    return loaded._replace(tokenizer=tokenizer, config=replace(loaded.config, hf={**hf, **ids}, generation=generation))
+
+
+def _token(tokenizer: Any, i: int) -> str | None:
+    return tokenizer.convert_ids_to_tokens(i) if 0 <= i < len(tokenizer) else None
+
+
+def check_vocabulary(tokenizer: Any, rows: int) -> None:
+    """ValueError unless every id of the tokenizer has a row in the embedding."""
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} ids but the model's embedding only {rows} rows; "
+            "name the model's own tokenizer, or one that is no larger, in tokenizer.source."
+        )
 
 
 def reward_bias(loaded: Loaded) -> float:

@@ -25,10 +25,21 @@ from jaxrlhf.data.tokenizer import train_tokenizer
 from jaxrlhf.data.tokens import eos_ids_of, pad_id_of, tokenize_demonstrations, tokenize_prompts
 from jaxrlhf.evaluation.diagnostics import pair_accuracy
 from jaxrlhf.models.families import config_from_shape
-from jaxrlhf.models.hub import Loaded, eos_ids, initialise, load, read_tokenizer, resolve, reward_bias, save, with_reward_bias
+from jaxrlhf.models.hub import (
+    Loaded,
+    eos_ids,
+    initialise,
+    load,
+    read_tokenizer,
+    resolve,
+    reward_bias,
+    save,
+    with_reward_bias,
+    with_tokenizer,
+)
 from jaxrlhf.plugins import plugin, source_of
 from jaxrlhf.run import inputs
-from jaxrlhf.run.setting import Setting
+from jaxrlhf.run.setting import CHECKPOINT, Setting
 from jaxrlhf.run.stages import Done, Stage
 from jaxrlhf.scorers.reward_model import score_responses
 from jaxrlhf.steps.state import init_state, restarted_schedules
@@ -75,7 +86,8 @@ def base_model(setting: Setting, tokenizer: Any) -> Loaded:
     """The model SFT starts from: read, or made from `model.shape` for this tokenizer."""
     config = setting.config
     if config.model.source is not None:
-        return load(config.model.source, head="lm", dtype=config.model.dtype, mesh=setting.mesh)._replace(tokenizer=tokenizer)
+        base = load(config.model.source, head="lm", dtype=config.model.dtype, mesh=setting.mesh)
+        return with_tokenizer(base, tokenizer)
     longest = config.data.limits.max_prompt_length + max(config.data.limits.max_response_length, config.ppo.response_length)
     shape = {name: value for name, value in asdict(config.model.shape).items() if value is not None}
     decoder, _ = config_from_shape(
@@ -243,7 +255,7 @@ def policy_stage(
             return train_ppo(trainer, state, fixed, islice(stream, updates - done), key=key, start=done, mesh=setting.mesh)
 
         tokens = section.batch_size * section.response_length
-        state = setting.train(folder, "policy", state, loop, steps=updates, tokens=tokens, round=number, keep=carries)
+        state = setting.train(folder, "policy", state, loop, steps=updates, tokens=tokens, round=number)
         add_model(policy._replace(params=state.params["policy"]), folder)
         return {"updates": updates, "episodes": updates * section.batch_size, "kl_coef": float(state.controller["kl_coef"])}
 
@@ -261,14 +273,14 @@ def policy_stage(
     sources = {"start": start, "reference": reference, "reward": reward, "sft": sft}
     sources |= {} if round.restart_optimizer and round.restart_critic else {"previous": previous}
     stage = Stage(f"r{number}-policy", "model", "ppo", slice_, sources, parent="start")
-    return setting.build(stage, build, round=number)
+    return setting.build(stage, build, round=number, keep_state=carries)
 
 
 def taken_over(setting: Setting, round: Round, state: TrainState, previous: Done) -> TrainState:
     """The state with the previous round's optimizer moments and critic, where the method keeps them; schedules restart."""
     if round.restart_optimizer and round.restart_critic:
         return state
-    with Checkpoints(previous.folder / "checkpoint") as checkpoints:
+    with Checkpoints(previous.folder / CHECKPOINT) as checkpoints:
         found = checkpoints.restore(sharding.template(state, setting.mesh))
     if found is None:
         raise FileNotFoundError(f"{previous.folder} holds no training state to go on from; delete it to train that round again.")

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import jax
@@ -13,6 +14,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxrlhf import models, sharding
+from jaxrlhf.data.pairs import Demonstration
+from jaxrlhf.data.tokens import Limits, eos_ids_of, tokenize_demonstrations
 from jaxrlhf.models import files
 
 GOLDEN = json.loads(tiny_models.GOLDEN.read_text())["models"]
@@ -98,6 +101,52 @@ def test_eos_ids_include_the_tokenizers(tmp_path):
     loaded = models.load(folder_of("llama", tmp_path))
     assert models.eos_ids(loaded) == (1,)
     assert models.eos_ids(loaded._replace(tokenizer=tokenizer_of(["<unk>", "a", "<end>"], eos_token="<end>"))) == (1, 2)
+
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}<turn>{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+
+
+def chat_tokenizer(words, **special):
+    """A base model's tokenizer: its EOS is not what its chat template ends a message with."""
+    tokenizer = tokenizer_of(words, **special)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<bot>", "<turn>"]})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def test_what_ends_a_templated_response_in_training_ends_it_in_sampling(tmp_path):
+    """A base model with a chat template: config.json and the tokenizer name one EOS, conversations end in another."""
+    tokenizer = chat_tokenizer(["<unk>", "<end>", "q", "yes"], eos_token="<end>")
+    loaded = models.load(folder_of("llama", tmp_path))._replace(tokenizer=tokenizer)
+    rows = [Demonstration("0", "q<bot>", "yes", "f:1", True), Demonstration("1", "q", "yes", "f:2")]
+    table, _ = tokenize_demonstrations(rows, tokenizer, Limits(4, 4), eos_ids=eos_ids_of(tokenizer))
+    last = [int(row[mask][-1]) for row, mask in zip(np.asarray(table.response_BT), np.asarray(table.response_mask_BT), strict=True)]
+    assert [tokenizer.convert_ids_to_tokens(i) for i in last] == ["<turn>", "<end>"]
+    assert set(last) == set(models.eos_ids(loaded)) == set(eos_ids_of(tokenizer))
+    models.save(loaded, tmp_path / "out")
+    assert models.eos_ids(models.load(tmp_path / "out")) == models.eos_ids(loaded)
+
+
+def test_another_tokenizer_brings_its_own_ends(tmp_path):
+    """Id 3 was the end of a turn and is a word now; id 1 is the same token in both and still ends a response."""
+    folder = folder_of("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": [1, 3], "pad_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 3, "top_p": 0.9}))
+    old = tokenizer_of(["<unk>", "<end>", "a", "<turn>"], eos_token="<end>")
+    old.save_pretrained(str(folder))
+    loaded = models.load(folder)
+    assert models.eos_ids(models.with_tokenizer(loaded, copy.deepcopy(old))) == (3, 1)  # the same tokenizer changes nothing
+    new = chat_tokenizer(["<unk>", "<end>", "a", "word", "<stop>"], eos_token="<stop>", bos_token="a", pad_token="<unk>")
+    turned = models.with_tokenizer(loaded, new)
+    assert models.eos_ids(turned) == (1, 4, new.convert_tokens_to_ids("<turn>"))
+    assert turned.config.hf["bos_token_id"] == 2 and turned.config.generation == {"eos_token_id": [1, 4, 6], "top_p": 0.9}
+    models.save(turned, tmp_path / "out")
+    assert models.eos_ids(models.load(tmp_path / "out")) == models.eos_ids(turned)
+    assert models.eos_ids(models.with_tokenizer(loaded._replace(tokenizer=None), new)) == (4, 6)
+    rows = loaded.params["backbone"]["embed"]["embedding"].shape[0]
+    with pytest.raises(ValueError, match=rf"tokenizer has {rows + 1} ids but the model's embedding only {rows} rows"):
+        models.with_tokenizer(loaded, tokenizer_of(["<unk>", *(f"w{n}" for n in range(rows))], eos_token="w1"))
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
