@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "to
 # What config.json says about a classification head; a language model saved from it says nothing of the kind.
 _SCORE_FIELDS = ("reward_bias", "id2label", "label2id", "num_labels", "problem_type")
 PAD_TOKEN = "<|pad|>"
+# The files of a model folder that anything here reads: what is fetched from the hub, and what a folder's identity consists of.
+FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 class Loaded(NamedTuple):
@@ -80,12 +83,18 @@ def resolve(source: str | Path) -> Path:
     text = str(source)
     if folder.exists() or text.startswith(("/", "./", "../", "~")) or text.count("/") > 1:
         raise FileNotFoundError(f"{source} is not a model folder: it has no config.json.")
+    return _snapshot(text)
+
+
+@lru_cache(maxsize=64)
+def _snapshot(name: str) -> Path:
+    """The hub is asked once a process: a run that lasts for days sees one revision."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:
-        raise FileNotFoundError(f"{text} is neither a local folder nor a hub id that can be reached: {error}") from error
+        raise FileNotFoundError(f"{name} is neither a local folder nor a hub id that can be reached: {error}") from error
 
 
 def read_tokenizer(folder: Path) -> Any:

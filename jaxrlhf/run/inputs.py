@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from jaxrlhf.data import toy
 from jaxrlhf.data.pairs import Demonstration, Pair, Prompt, ReadReport, read_demonstrations, read_pairs, read_prompts, split_by_prompt
 from jaxrlhf.data.sources import source_files
 from jaxrlhf.data.tokens import Limits
-from jaxrlhf.models.hub import resolve
+from jaxrlhf.models.hub import FILES, resolve
 from jaxrlhf.plugins import source_of
 from jaxrlhf.scorers import Scorer
 from jaxrlhf.scorers.function import function_scorer
@@ -48,11 +51,46 @@ def _content(source: str) -> str:
     files = source_files(source)
     if files is None:
         return source
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:20]
+    return hashlib.sha256(b"".join(_digests(files))).hexdigest()[:20]
+
+
+def _digests(files: list[Path]) -> list[bytes]:
+    """The sha256 of each file, several at a time."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(_digest, files))
+
+
+def _digest(file: Path) -> bytes:
+    stat = file.stat()
+    return _digest_of_version(file.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _digest_of_version(file: Path, *version: int) -> bytes:
+    """All bytes are read, once a process for a file that does not change: a sample of a model's weights would miss a trained head."""
+    del version
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+def folder_identity(source: str, *, weights: bool = True) -> str:
+    """A model or tokenizer folder (or hub id) by the bytes of its files, wherever it lies; without `weights` less its safetensors."""
+    folder = Path(source).expanduser() if Path(source).expanduser().is_dir() else resolve(source)
+    found = {file for pattern in FILES for file in folder.glob(pattern) if file.is_file() and (weights or file.suffix != ".safetensors")}
+    files = sorted(found, key=lambda file: file.name)
+    content = [(file.name, digest.hex()) for file, digest in zip(files, _digests(files), strict=True)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
+
+
+def model_identity(config: Config) -> dict[str, Any]:
+    """What the base model is: the content of its folder, or a shape; and the dtype it computes in."""
+    source = config.model.source
+    return asdict(config.model) | {"source": None if source is None else folder_identity(source)}
+
+
+def tokenizer_identity(source: str | None) -> str | None:
+    """The content of the folder that a tokenizer is read from, None where none is named."""
+    return None if source is None else folder_identity(source, weights=False)
 
 
 def check(config: Config, tokenizer: Any = None) -> None:
@@ -157,15 +195,14 @@ def _as_prompts(pairs: list[Pair]) -> list[Prompt]:
 
 
 def gold_identity(config: Config) -> dict[str, Any]:
-    """What gold's scores depend on: a function's code, a folder's files."""
+    """What gold's scores depend on: a function and its code, or the content of a folder."""
     gold = config.gold
-    content = None
+    section, content = asdict(gold), None
     if gold.source and gold.kind == "function":
         content = source_of(gold.source)
-    elif gold.source and gold.kind == "model" and Path(gold.source).is_dir():
-        files = sorted(path for path in Path(gold.source).iterdir() if path.is_file())
-        content = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return asdict(gold) | {"content": content}
+    elif gold.source and gold.kind == "model":
+        section["source"], content = None, folder_identity(gold.source)
+    return section | {"content": content}
 
 
 def gold_of(config: Config, mesh: Any = None) -> Scorer | None:

@@ -43,7 +43,7 @@ from jaxrlhf.run.setting import CHECKPOINT, Setting
 from jaxrlhf.run.stages import Done, Stage
 from jaxrlhf.scorers.reward_model import score_responses
 from jaxrlhf.steps.state import init_state, restarted_schedules
-from jaxrlhf.types import PairBatch, PromptBatch, TextBatch, TrainState
+from jaxrlhf.types import PairBatch, Params, PromptBatch, TextBatch, TrainState
 
 
 def tokenizer_stage(setting: Setting) -> Done:
@@ -63,8 +63,8 @@ def tokenizer_stage(setting: Setting) -> Done:
         return {"vocabulary": len(tokenizer)}
 
     slice_ = {
-        "tokenizer": asdict(config.tokenizer),
-        "model": config.model.source,
+        "tokenizer": asdict(config.tokenizer) | {"source": inputs.tokenizer_identity(config.tokenizer.source)},
+        "model": None if config.tokenizer.source else inputs.tokenizer_identity(config.model.source),
         "data": inputs.identity(config) if trained else config.data.train,
     }
     return setting.build(Stage("tokenizer", "data", "tokenizer", slice_), build)
@@ -120,9 +120,10 @@ def sft_stage(setting: Setting, tokenizer_done: Done) -> Done:
         )
         optimizer, step = sft_trainer(base.model, config.sft, max(steps, 1), setting.mesh)
         state = sharding.place(init_state(own_copy(base.params), optimizer), setting.mesh)
+        base = base._replace(params=None)  # the memory is wanted for the training
 
         def loop(state: TrainState, start: int) -> Iterator:
-            stream = batches(table, config.sft.batch_size, seed=config.seed, bucket=config.data.bucket, start=start)
+            stream = batches(table, config.sft.batch_size, seed=config.seed, name="sft", bucket=config.data.bucket, start=start)
             return train(step, state, placed(setting, islice(stream, steps - start)))
 
         state = setting.train(folder, "sft", state, loop, steps=steps, tokens=config.sft.batch_size * width(table))
@@ -131,7 +132,7 @@ def sft_stage(setting: Setting, tokenizer_done: Done) -> Done:
 
     slice_ = {
         "sft": asdict(config.sft),
-        "model": asdict(config.model),
+        "model": inputs.model_identity(config),
         "data": inputs.identity(config),
         "limits": asdict(config.data.limits),
         "positions": config.ppo.response_length,
@@ -164,9 +165,11 @@ def reward_stage(
         steps = num_steps(n, batch_size=section.batch_size, num_train_epochs=section.num_train_epochs, max_steps=section.max_steps)
         optimizer, step = reward_trainer(base.model, loss, section, max(steps, 1), setting.mesh)
         state = sharding.place(init_state(own_copy(base.params), optimizer), setting.mesh)
+        base = base._replace(params=None)
 
         def loop(state: TrainState, start: int) -> Iterator:
-            stream = batches(table, section.batch_size, seed=config.seed + round.number, bucket=config.data.bucket, start=start)
+            name = f"reward/r{round.number}"
+            stream = batches(table, section.batch_size, seed=config.seed, name=name, bucket=config.data.bucket, start=start)
             return train(step, state, placed(setting, islice(stream, steps - start)))
 
         tokens = 2 * section.batch_size * (table.prompt_BL.shape[1] + table.chosen_BT.shape[1])
@@ -240,18 +243,14 @@ def policy_stage(
         params = own_copy({"policy": policy.params, "critic": scorer.params})
         state = sharding.place(init_state(params, trainer.optimizer, controller), setting.mesh)
         state = taken_over(setting, round, state, previous)
-        fixed = RoundModels(
-            reference=setting.load(reference, head="lm").params,
-            reward=scorer.params,
-            reward_bias=bias,
-            sft=setting.load(sft, head="lm").params if reference.hash != sft.hash else None,
-        )
+        fixed = fixed_models(setting, {start.hash: policy.params}, scorer, reference=reference, sft=sft)
+        policy, scorer = policy._replace(params=None), scorer._replace(params=None)  # what is not fixed is in memory once
         updates, table = num_updates(section), prompt_table(setting, folder, tokenizer)
         key = rng.stream(setting.key, "policy", number)
 
         def loop(state: TrainState, done: int) -> Iterator:
             first = (number - 1) * updates + done  # every round goes on with fresh prompts
-            stream = batches(table, section.batch_size, seed=config.seed, bucket=config.data.bucket, start=first)
+            stream = batches(table, section.batch_size, seed=config.seed, name="ppo", bucket=config.data.bucket, start=first)
             return train_ppo(trainer, state, fixed, islice(stream, updates - done), key=key, start=done, mesh=setting.mesh)
 
         tokens = section.batch_size * section.response_length
@@ -274,6 +273,20 @@ def policy_stage(
     sources |= {} if round.restart_optimizer and round.restart_critic else {"previous": previous}
     stage = Stage(f"r{number}-policy", "model", "ppo", slice_, sources, parent="start")
     return setting.build(stage, build, round=number, keep_state=carries)
+
+
+def fixed_models(setting: Setting, at_hand: dict[str, Params], scorer: Loaded, *, reference: Done, sft: Done) -> RoundModels:
+    """The models of a round that do not learn; one that is `at_hand` (parameters by the hash of their stage) is not read again."""
+
+    def params_of(done: Done) -> Params:
+        return at_hand[done.hash] if done.hash in at_hand else setting.load(done, head="lm").params
+
+    return RoundModels(
+        reference=params_of(reference),
+        reward=scorer.params,
+        reward_bias=reward_bias(scorer),
+        sft=params_of(sft) if reference.hash != sft.hash else None,
+    )
 
 
 def taken_over(setting: Setting, round: Round, state: TrainState, previous: Done) -> TrainState:

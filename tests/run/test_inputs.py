@@ -1,14 +1,19 @@
 """What a run reads: sources in every spelling, held-out prompts, what a stage's identity depends on, and what is refused at the start."""
 
 import json
+import os
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jaxrlhf.cli import main
 from jaxrlhf.data.report import DataError
 from jaxrlhf.recipe import ConfigError, from_mapping, load_config, to_yaml
 from jaxrlhf.run import inputs
+from jaxrlhf.run.models import sft_stage, tokenizer_stage
 from jaxrlhf.run.run import check
+from jaxrlhf.run.stages import Done
 
 PAIR = {"prompt": "p", "chosen": " c", "rejected": " r"}
 SAMPLED = {"pairs": {"source": "sample"}, "gold": {"kind": "function", "source": "builtins:len"}}
@@ -116,3 +121,58 @@ def test_what_is_held_out_belongs_to_the_identity(tmp_path):
     """The same file split as pairs and split as prompts leaves other rows out of SFT."""
     train = lines(tmp_path / "t.jsonl", *(PAIR | {"prompt": str(n)} for n in range(10)))
     assert inputs.identity(config(train)) != inputs.identity(config(train, **SAMPLED))
+
+
+def model_folder(path, head=0.0):
+    """What a folder holds as far as its identity goes: files, none of which is read as a model."""
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text("{}")
+    (path / "tokenizer.json").write_text('{"version": 1}')
+    backbone = np.arange(200_000, dtype=np.float32)
+    save_file({"backbone": backbone, "head": np.full(4, head, np.float32)}, path / "model.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("section", ["model", "gold"])
+def test_a_model_that_is_trained_again_in_place_is_another_model(tmp_path, section):
+    """Same path, size and time of change; four of 200 000 weights are new. A copy elsewhere is the same model."""
+    one = model_folder(tmp_path / "a")
+    stat = (one / "model.safetensors").stat()
+
+    def seen(folder):
+        made = config("toy", **SAMPLED | {section: {"source": str(folder)} | ({"kind": "model"} if section == "gold" else {})})
+        return inputs.model_identity(made) if section == "model" else inputs.gold_identity(made)
+
+    before, words = seen(one), inputs.tokenizer_identity(str(one))
+    assert seen(model_folder(tmp_path / "b")) == before == seen(one)
+    model_folder(one, head=1.0)
+    os.utime(one / "model.safetensors", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (one / "model.safetensors").stat().st_size == stat.st_size and seen(one) != before
+    assert inputs.tokenizer_identity(str(one)) == words  # weights are no part of a tokenizer
+    (one / "tokenizer.json").write_text('{"version": 2}')
+    assert inputs.tokenizer_identity(str(one)) != words
+    (one / "notes.md").write_text("read by nothing")
+    after = seen(one)
+    (one / "notes.md").write_text("still read by nothing")
+    assert seen(one) == after
+
+
+def test_stage_hashes_follow_what_a_model_folder_holds(tmp_path):
+    """The tokenizer's stage sees the tokenizer, SFT's the weights."""
+    hashes = {"tokenizer": [], "sft": []}
+
+    class Hashes:
+        def __init__(self, config):
+            self.config = config
+
+        def build(self, stage, build):
+            hashes[stage.name].append(stage.hash)
+            return Done(stage.name, tmp_path, stage.hash, {})
+
+    folder = model_folder(tmp_path / "m")
+    for change in (lambda: None, lambda: model_folder(folder, head=2.0), lambda: (folder / "tokenizer.json").write_text("{}")):
+        change()
+        setting = Hashes(from_mapping({"model": {"source": str(folder)}, "pairs": {"source": "sample"}, "gold": {"kind": "toy"}}))
+        sft_stage(setting, tokenizer_stage(setting))
+    first, trained, tokens = hashes["tokenizer"]
+    assert first == trained != tokens and len(set(hashes["sft"])) == 3
