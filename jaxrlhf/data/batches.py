@@ -25,11 +25,20 @@ _RIGHT = {"chosen_BT": "chosen_mask_BT", "rejected_BT": "rejected_mask_BT", "res
 
 
 def batches(
-    table: Table, batch_size: int, *, seed: int, shuffle: bool = True, bucket: int = 0, start: int = 0, epochs: int | None = None
+    table: Table,
+    batch_size: int,
+    *,
+    seed: int,
+    name: str = "batches",
+    shuffle: bool = True,
+    bucket: int = 0,
+    start: int = 0,
+    epochs: int | None = None,
 ) -> Iterator[Table]:
     """Batches of exactly `batch_size` rows, epoch after epoch (for ever, or `epochs` times).
 
-    The order of an epoch depends on (seed, epoch) alone. The last batch of an epoch is filled with rows whose `row_mask_B` is False.
+    The order of an epoch depends on (seed, name, epoch) alone; loops that share a seed but not a `name` share no order.
+    The last batch of an epoch is filled with rows whose `row_mask_B` is False.
     start: number of batches to skip; the rest are bit for bit those that an uninterrupted run would have seen.
     bucket: if > 0, padding common to a batch is cut off, down to a multiple of `bucket` (few shapes, few compilations).
     """
@@ -37,7 +46,7 @@ def batches(
     per_epoch = batches_per_epoch(table, batch_size)
     first, offset = divmod(start, per_epoch)
     for epoch in itertools.count(first) if epochs is None else range(first, epochs):
-        order = permutation(seed, epoch, n) if shuffle else np.arange(n)
+        order = permutation(seed, epoch, n, name) if shuffle else np.arange(n)
         for b in range(offset, per_epoch):
             yield _batch(table, order[b * batch_size : (b + 1) * batch_size], batch_size, bucket)
         offset = 0
@@ -56,9 +65,12 @@ def number_of_rows(table: Table) -> int:
     return int(np.shape(table.row_mask_B)[0])
 
 
-def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order of an epoch. From the raw stream of a counter-based generator, which no version of numpy or JAX may change."""
-    bits = np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(b"batches"), epoch])).random_raw(n)
+def permutation(seed: int, epoch: int, n: int, name: str = "batches") -> np.ndarray:
+    """The order of an epoch of stream `name`.
+
+    From the raw bits of a counter-based generator, which no version of numpy or JAX may change.
+    """
+    bits = np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(name.encode()), epoch])).random_raw(n)
     return np.argsort(bits, kind="stable")
 
 

@@ -78,6 +78,19 @@ def test_the_order_of_an_epoch_is_pinned():
     assert permutation(0, 0, 8).tolist() == PINNED[0] and permutation(7, 3, 8).tolist() == PINNED[1]
 
 
+def test_streams_that_share_a_seed_share_no_order():
+    """Stream and seed are two numbers: neither another name nor another seed gives an order that was there before."""
+    table = pair_table(10)
+    orders = [
+        order(batches(table, 4, seed=seed, name=name, epochs=1)) for seed in (0, 1) for name in ("sft", "reward/r1", "reward/r2", "ppo")
+    ]
+    assert len({tuple(o) for o in orders}) == 8
+    assert order(batches(table, 4, seed=0, epochs=1)) == permutation(0, 0, 10, "batches").tolist() == permutation(0, 0, 10).tolist()
+    resumed = list(batches(table, 4, seed=0, name="sft", start=2, epochs=2))
+    whole = list(batches(table, 4, seed=0, name="sft", epochs=2))[2:]
+    assert [real_rows(b) for b in resumed] == [real_rows(b) for b in whole]
+
+
 def test_evaluation_is_ordered_and_drops_nothing():
     for table in (pair_table(10), *other_tables(10)):
         got = list(evaluation_batches(table, 4, bucket=4))
