@@ -18,6 +18,7 @@ from jaxrlhf.run.stages import Done, Stage, Store
 from jaxrlhf.runlog import FILE, RunLog
 from jaxrlhf.types import Metrics, TrainState
 
+CHECKPOINT = "checkpoint"  # the folder of training state inside a stage's
 Loop = Callable[[TrainState, int], Iterator[tuple[TrainState, Metrics]]]
 
 
@@ -40,9 +41,22 @@ class Setting:
     def columns(self) -> Path:
         return self.store.root / "columns"
 
-    def build(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None], *, round: int | None = None) -> Done:
-        """The finished stage, built if need be, linked into the run folder in the order of asking."""
-        done = self.store.build(stage, fn)
+    def build(
+        self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None], *, round: int | None = None, keep_state: bool = False
+    ) -> Done:
+        """The finished stage, built if need be, linked into the run folder in the order of asking.
+
+        With `keep_state` its training state stays in the folder, for a method that carries optimizer or critic into the next round;
+        else the checkpoints go when all else is done: until then a stage that dies need not train again.
+        """
+
+        def whole(folder: Path) -> dict[str, Any] | None:
+            result = fn(folder)
+            if not keep_state:
+                shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+            return result
+
+        done = self.store.build(stage, whole)
         if done.cached:
             self.log.note(f"{stage.name}: finished before ({done.record['seconds']:.0f} s), taken from {done.folder}")
             if (done.folder / FILE).exists():
@@ -72,15 +86,15 @@ class Setting:
         steps: int,
         tokens: int,
         round: int | None = None,
-        keep: bool = False,
     ) -> TrainState:
         """Run `loop(state, start)` to `steps`, from its last checkpoint where the stage was stopped before.
 
-        `tokens` is how many a step works on. With `keep` the final state stays in the stage folder, for a method that carries its
-        optimizer or critic into the next round; else the checkpoints go when the stage is done.
+        `tokens` is how many a step works on. The final state is on disk too: what the stage does after its training may be stopped as well.
         """
-        checkpoint, where = self.config.checkpoint, folder / "checkpoint"
-        with Checkpoints(where, keep=checkpoint.keep) as checkpoints:
+        if steps == 0:
+            return state
+        checkpoint = self.config.checkpoint
+        with Checkpoints(folder / CHECKPOINT, keep=checkpoint.keep) as checkpoints:
             found = checkpoints.restore(sharding.template(state, self.mesh))
             if found is not None:
                 state = found[0]
@@ -94,11 +108,7 @@ class Setting:
                     state = new
                     if n % self.config.log.every == 0 or n == steps:
                         stage.step(n, metrics, tokens=tokens * self.config.log.every)
-                    if n % checkpoint.every == 0 and n < steps:
+                    if n % checkpoint.every == 0 or n == steps:
                         stage.flush()  # a run that goes on from here will not take this step again
                         checkpoints.save(n, state)
-            if keep:
-                checkpoints.save(steps, state)
-        if not keep:
-            shutil.rmtree(where, ignore_errors=True)
         return state

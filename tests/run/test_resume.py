@@ -12,6 +12,7 @@ import yaml
 
 import jaxrlhf
 from jaxrlhf.recipe import from_mapping
+from jaxrlhf.run import models
 from jaxrlhf.run.run import run
 from jaxrlhf.run.stages import read_record
 from jaxrlhf.runlog import read
@@ -42,8 +43,8 @@ run(load_config(sys.argv[1]))
 """
 
 
-def policy_of(folder: Path):
-    return jax.tree.leaves(jaxrlhf.load(folder / "stages" / "05-r1-policy").params)
+def policy_of(folder: Path, number: str = "05"):
+    return jax.tree.leaves(jaxrlhf.load(folder / "stages" / f"{number}-r1-policy").params)
 
 
 def test_killed_and_resumed_is_uninterrupted(tmp_path, tiny_mapping):
@@ -71,3 +72,36 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path, tiny_mapping):
         ]
 
     assert figures(folder)[2] == figures(uninterrupted)[2]
+
+
+def test_stopped_after_training_does_not_train_again(tmp_path, tiny_config, monkeypatch):
+    """Reference scores, validation and writing the model come after the last step: a stage that dies there takes no step twice."""
+    uninterrupted = run(tiny_config(tmp_path / "whole"), until="ppo")
+    config, steps = tiny_config(tmp_path / "stopped"), []
+
+    def counted(loop):
+        return lambda *given, **options: (steps.append(1) or one for one in loop(*given, **options))
+
+    def stop(*_, **__):
+        raise InterruptedError("stopped")
+
+    monkeypatch.setattr(models, "train", counted(models.train))
+    monkeypatch.setattr(models, "train_ppo", counted(models.train_ppo))
+    taken = []
+    # Dies after SFT, in the bias pass, in the validation, and after PPO; every run goes on with the stage the last one died in.
+    for where, until in (("add_model", "ppo"), ("score_responses", "ppo"), ("score_pairs", "ppo"), (None, "reward"), ("add_model", "ppo")):
+        with monkeypatch.context() as patch:
+            if where is None:
+                run(config, until=until)
+            else:
+                patch.setattr(models, where, stop)
+                with pytest.raises(InterruptedError):
+                    run(config, until=until)
+        taken.append(len(steps))
+    folder = run(config, until="ppo")
+    taken.append(len(steps))
+    assert taken == [3, 5, 5, 5, 8, 8]
+    assert all((a == b).all() for a, b in zip(policy_of(folder, "04"), policy_of(uninterrupted, "04"), strict=True))
+    lines = [(line["stage"], line["step"]) for line in read(folder / "metrics.jsonl") if line["stage"] in ("sft", "reward", "policy")]
+    assert sorted(lines) == [(name, n) for name, last in (("policy", 3), ("reward", 2), ("sft", 3)) for n in range(1, last + 1)]
+    assert not list((folder / "stages").glob("*/checkpoint"))
