@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxrlhf.config import Config, Sources
 from jaxrlhf.data import toy
 from jaxrlhf.data.pairs import Demonstration, Pair, Prompt, ReadReport, read_demonstrations, read_pairs, read_prompts, split_by_prompt
+from jaxrlhf.data.report import DataError
 from jaxrlhf.data.sources import source_files
 from jaxrlhf.data.tokens import Limits
 from jaxrlhf.models.hub import FILES, resolve
@@ -23,6 +24,7 @@ from jaxrlhf.scorers.reward_model import reward_model_scorer
 from jaxrlhf.scorers.toy import toy_gold
 
 TOY = "toy"
+T = TypeVar("T", Pair, Demonstration, Prompt)
 
 
 def limits_of(config: Config) -> Limits:
@@ -129,26 +131,46 @@ def _options(config: Config, tokenizer: Any) -> dict[str, Any]:
 
 
 def demonstrations_of(config: Config, tokenizer: Any = None) -> tuple[list[Demonstration], ReadReport]:
-    """Text for SFT: its own file, else the chosen responses of the training pairs (less the prompts held out)."""
+    """Text for SFT: its own file, else the chosen responses of the training pairs; less the prompts held out."""
     data = config.data
     if data.train == TOY:
         rows = toy.demonstrations(data.toy, data.num_demonstrations, config.seed)
         return rows, ReadReport(kept=len(rows))
     rows, report = read_demonstrations(data.demonstrations or data.train, **_options(config, tokenizer))
-    if data.demonstrations is None and data.valid is None:
-        held = {row.prompt for row in held_out_of(config, tokenizer)}
-        rows = [row for row in rows if row.prompt not in held]
-        report.kept = len(rows)
+    if data.demonstrations is not None or data.valid is not None:
+        return without_held_out(
+            rows, report, held_out_of(config, tokenizer), "data.demonstrations" if data.demonstrations else "data.train"
+        )
+    held = {row.prompt for row in held_out_of(config, tokenizer)}
+    rows = [row for row in rows if row.prompt not in held]
+    report.kept = len(rows)
     return rows, report
 
 
+def without_held_out(rows: list[T], report: ReadReport, held_out: list[Prompt], name: str) -> tuple[list[T], ReadReport]:
+    """(rows, report) less those rows of another file whose prompt is held out; each is named in the report.
+
+    An empty prompt is no prompt that two files could share. Raises DataError where no row is left.
+    """
+    held = {row.prompt for row in held_out} - {""}
+    kept = [row for row in rows if row.prompt not in held]
+    report.dropped += [(row.source, "held out: its prompt is among the held-out rows") for row in rows if row.prompt in held]
+    report.kept = len(kept)
+    if not kept:
+        raise DataError(
+            f"every row of {name} has a prompt that is also held out, so there is nothing to train on; give other held-out rows."
+        )
+    return kept, report
+
+
 def pairs_of(config: Config, tokenizer: Any = None) -> tuple[list[Pair], list[Pair], ReadReport]:
-    """(train, valid, report): the valid file, or training pairs held out by prompt."""
+    """(train, valid, report): the valid file and the training pairs on other prompts, or training pairs held out by prompt."""
     data, options = config.data, _options(config, tokenizer)
     train, report = read_pairs(data.train, limit=data.max_pairs, **options)
     if data.valid is None:
         return *split_by_prompt(train, data.valid_fraction, config.seed), report
     valid, valid_report = read_pairs(data.valid, **options)
+    train, report = without_held_out(train, report, _as_prompts(valid), "data.train")
     report.dropped += valid_report.dropped
     report.counts += valid_report.counts
     return train, valid, report
@@ -161,7 +183,8 @@ def prompts_of(config: Config, tokenizer: Any = None) -> tuple[list[Prompt], Rea
         rows = toy.prompts(data.toy, data.num_prompts, config.seed, "train")
         return rows, ReadReport(kept=len(rows))
     if data.prompts is not None or data.valid is not None:
-        return read_prompts(data.prompts or data.train, unique=True, **options)
+        rows, report = read_prompts(data.prompts or data.train, unique=True, **options)
+        return without_held_out(rows, report, held_out_of(config, tokenizer), "data.prompts" if data.prompts else "data.train")
     if config.pairs.source == "data":
         rows, report = _as_prompts(pairs_of(config, tokenizer)[0]), ReadReport()
     else:

@@ -176,3 +176,44 @@ def test_stage_hashes_follow_what_a_model_folder_holds(tmp_path):
         sft_stage(setting, tokenizer_stage(setting))
     first, trained, tokens = hashes["tokenizer"]
     assert first == trained != tokens and len(set(hashes["sft"])) == 3
+
+
+@pytest.mark.parametrize("pairs", ["data", "sample"])
+def test_prompts_that_another_file_holds_out_are_left_out_of_all_training_and_named(tmp_path, pairs):
+    """The valid file's prompt "b" is in all three other files; so is the empty prompt, which is not a prompt."""
+    files = {
+        name: lines(tmp_path / f"{name}.jsonl", *(PAIR | {"prompt": prompt} for prompt in prompts))
+        for name, prompts in {"train": ["a", "b", ""], "valid": ["b", "z", ""], "told": ["b", "c", "b", ""], "asked": ["d", "b"]}.items()
+    }
+    sections = SAMPLED if pairs == "sample" else {}
+    plain = config(files["train"], files["valid"], **sections)
+    asked = {"demonstrations": files["told"], "prompts": files["asked"]}
+    full = config(files["train"], files["valid"], data=asked, **sections)
+
+    def read(of, one):
+        rows, report = (found := of(one))[0], found[-1]
+        assert report.kept == len(rows)
+        return [row.prompt for row in rows], [s.rsplit("/")[-1] for s, reason in report.dropped if reason.startswith("held out: ")]
+
+    assert read(inputs.pairs_of, full) == (["a", ""], ["train.jsonl:2"])
+    assert read(inputs.demonstrations_of, plain) == (["a", ""], ["train.jsonl:2"])
+    assert read(inputs.demonstrations_of, full) == (["c", ""], ["told.jsonl:1", "told.jsonl:3"])
+    assert read(inputs.prompts_of, plain) == (["a"], ["train.jsonl:2"])
+    assert read(inputs.prompts_of, full) == (["d"], ["asked.jsonl:2"])
+    assert [row.prompt for row in inputs.held_out_of(full)][:2] == ["b", "z"]
+    for name, of in (("train", inputs.pairs_of), ("demonstrations", inputs.demonstrations_of), ("prompts", inputs.prompts_of)):
+        data = {"train": files["train"]} | {name: lines(tmp_path / "same.jsonl", PAIR | {"prompt": "z"})}
+        with pytest.raises(DataError, match=f"every row of data.{name} has a prompt that is also held out"):
+            of(config(data.pop("train"), files["valid"], data=data, **sections))
+
+
+def test_prompts_split_off_train_are_left_out_of_the_other_files(tmp_path):
+    """Without a valid file the split of `train` decides what demonstrations and prompts of their own files may not contain."""
+    names = [str(n) for n in range(12)]
+    train, other = (lines(tmp_path / f"{name}.jsonl", *(PAIR | {"prompt": n} for n in [*names, name])) for name in ("train", "other"))
+    one = config(train, data={"demonstrations": other, "prompts": other, "valid_fraction": 0.3})
+    held = {row.prompt for row in inputs.held_out_of(one)}
+    assert len(held - {"train"}) >= 3
+    for rows, report in (inputs.demonstrations_of(one), inputs.prompts_of(one)):
+        assert {row.prompt for row in rows} == {*names, "other"} - held
+        assert report.reasons()["held out"] == len(held - {"train"})
