@@ -87,7 +87,7 @@ class Setting:
         tokens: int,
         round: int | None = None,
     ) -> TrainState:
-        """Run `loop(state, start)` to `steps`, from its last checkpoint where the stage was stopped before.
+        """Run `loop(state, start)` to `steps`, from its last checkpoint where the stage was stopped before. `state` is used up.
 
         `tokens` is how many a step works on. The final state is on disk too: what the stage does after its training may be stopped as well.
         """
@@ -97,6 +97,7 @@ class Setting:
         with Checkpoints(folder / CHECKPOINT, keep=checkpoint.keep) as checkpoints:
             found = checkpoints.restore(sharding.template(state, self.mesh))
             if found is not None:
+                jax.tree.map(lambda x: x.delete(), state)  # as the first step would: going on needs no more memory than starting
                 state = found[0]
             start = int(state.step)
             if start:

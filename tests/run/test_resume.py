@@ -1,5 +1,6 @@
 """A run that is killed goes on with the same bits."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -105,3 +106,40 @@ def test_stopped_after_training_does_not_train_again(tmp_path, tiny_config, monk
     lines = [(line["stage"], line["step"]) for line in read(folder / "metrics.jsonl") if line["stage"] in ("sft", "reward", "policy")]
     assert sorted(lines) == [(name, n) for name, last in (("policy", 3), ("reward", 2), ("sft", 3)) for n in range(1, last + 1)]
     assert not list((folder / "stages").glob("*/checkpoint"))
+
+
+def live_bytes(arrays) -> int:
+    return sum(x.nbytes for x in {id(x): x for x in arrays if isinstance(x, jax.Array)}.values())
+
+
+def test_a_training_holds_its_state_and_its_fixed_models_once(tmp_path, tiny_config, monkeypatch):
+    """Also where it goes on from a checkpoint. In round 1 the start, the reference and π_SFT are one model."""
+    seen = []
+
+    def weighed(loop, name):
+        def train(first, *rest, **options):
+            state, fixed = rest[:2] if name == "train_ppo" else (rest[0], ())
+            gc.collect()
+            wanted = live_bytes(jax.tree.leaves((state, fixed)))
+            fresh = int(state.step) == 0
+            models_held = live_bytes(jax.tree.leaves(fixed)) / live_bytes(jax.tree.leaves(state.params)) if fixed else 0
+            seen.append(((live_bytes(jax.live_arrays()) - before) / wanted, models_held))
+            for one in loop(first, *rest, **options):
+                yield one
+                if fresh:
+                    raise InterruptedError("stopped after the first step")
+
+        return train
+
+    for name in ("train", "train_ppo"):
+        monkeypatch.setattr(models, name, weighed(getattr(models, name), name))
+    gc.collect()
+    before = live_bytes(jax.live_arrays())
+    config = tiny_config(tmp_path, checkpoint={"every": 1})
+    for _ in ("sft", "reward", "policy"):
+        with pytest.raises(InterruptedError):
+            run(config, until="ppo")
+    run(config, until="ppo")
+    assert len(seen) == 6  # every training twice
+    assert [held for held, _ in seen] == pytest.approx([1] * 6, abs=0.05)
+    assert [fixed for _, fixed in seen[4:]] == pytest.approx([1, 1], abs=0.1)  # one reference and one reward model beside policy and critic
