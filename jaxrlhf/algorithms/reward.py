@@ -12,7 +12,7 @@ import numpy as np
 from jaxrlhf import sharding
 from jaxrlhf.algorithms.supervised import optimizer_of
 from jaxrlhf.config import RewardConfig
-from jaxrlhf.losses import PAIR_LOSSES, bind
+from jaxrlhf.losses import PAIR_LOSSES, bind, hyperparameter_names
 from jaxrlhf.scorers.reward_model import score_responses
 from jaxrlhf.steps.pair import make_pair_step
 from jaxrlhf.types import Model, PairBatch, PairLoss, Params, TextBatch
@@ -20,11 +20,11 @@ from jaxrlhf.types import Model, PairBatch, PairLoss, Params, TextBatch
 
 @lru_cache(maxsize=16)
 def reward_loss(config: RewardConfig, plugin: Callable[[str], PairLoss]) -> PairLoss:
-    """The section's pair loss with its hyperparameters bound. Raises ValueError where it is not one for scalar heads."""
-    name = config.loss
-    if name == "bradley_terry":
-        named = PAIR_LOSSES["bradley_terry_margin" if config.use_margin else "bradley_terry"]
-        return bind(named, center=config.center_rewards_coefficient)
+    """The section's pair loss with those of the section's hyperparameters bound that it has.
+
+    Raises ValueError where it is not one for scalar heads, or does not know what the section sets.
+    """
+    name = "bradley_terry_margin" if config.use_margin and config.loss == "bradley_terry" else config.loss
     if ":" not in name and name not in PAIR_LOSSES:
         raise ValueError(f"reward.loss {name!r} is unknown; use one of {', '.join(PAIR_LOSSES)} or module:attribute.")
     loss = plugin(name) if ":" in name else PAIR_LOSSES[name]
@@ -32,6 +32,16 @@ def reward_loss(config: RewardConfig, plugin: Callable[[str], PairLoss]) -> Pair
         raise ValueError(f"reward.loss {name!r} is a {type(loss).__name__}; name a jaxrlhf.types.PairLoss(head, columns, loss).")
     if loss.head != "scalar":
         raise ValueError(f"reward.loss {name!r} needs head {loss.head!r}; a reward model has head 'scalar'.")
+    if config.use_margin and "margin" not in loss.columns:
+        raise ValueError(f"reward.use_margin is set, but reward.loss {name!r} reads no column 'margin'; unset it or name another loss.")
+    center = config.center_rewards_coefficient
+    if "center" in hyperparameter_names(loss):
+        return bind(loss, center=center)
+    if center:
+        raise ValueError(
+            f"reward.center_rewards_coefficient is {center}, but reward.loss {name!r} has no hyperparameter 'center'; "
+            "set it to 0 or give the loss that keyword."
+        )
     return loss
 
 

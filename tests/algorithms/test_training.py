@@ -15,7 +15,7 @@ from jaxrlhf.config import PPOConfig, RewardConfig
 from jaxrlhf.data.pairs import Pair
 from jaxrlhf.losses import PAIR_LOSSES, POLICY_LOSSES
 from jaxrlhf.plugins import plugin
-from jaxrlhf.types import PairBatch
+from jaxrlhf.types import PairBatch, PairLoss
 
 
 def pairs(n=4) -> Pairs:
@@ -83,6 +83,24 @@ def test_reward_loss_by_name():
         reward_loss(RewardConfig(loss="dpo"), plugin)
     with pytest.raises(ValueError, match=r"'math:exp' is a builtin_function_or_method; name a jaxrlhf.types.PairLoss"):
         reward_loss(RewardConfig(loss="math:exp"), plugin)
+
+
+def test_reward_settings_act_in_whichever_loss_knows_them_and_are_refused_elsewhere():
+    """Under its own name, as a plug-in, and not at all: nothing that is set is without effect."""
+    margin = reward_loss(RewardConfig(loss="bradley_terry_margin", center_rewards_coefficient=0.3), plugin)
+    assert margin.columns == ("margin",) and margin.loss.keywords == {"center": 0.3}
+    same = reward_loss(RewardConfig(loss="bradley_terry_margin", use_margin=True), plugin)
+    assert same.columns == ("margin",) and same.loss.func is margin.loss.func
+    centred = PairLoss("scalar", (), lambda outputs, batch, *, total=None, center=1.0: None)
+    plain = PairLoss("scalar", (), lambda outputs, batch, *, total=None: None)
+    with_margin = PairLoss("scalar", ("margin",), plain.loss)
+    assert reward_loss(RewardConfig(loss="my:loss", center_rewards_coefficient=0.2), lambda name: centred).loss.keywords == {"center": 0.2}
+    assert reward_loss(RewardConfig(loss="my:loss"), lambda name: plain) is plain
+    assert reward_loss(RewardConfig(loss="my:loss", use_margin=True), lambda name: with_margin) is with_margin
+    with pytest.raises(ValueError, match=r"center_rewards_coefficient is 0.2, but reward.loss 'my:loss' has no hyperparameter 'center'"):
+        reward_loss(RewardConfig(loss="my:loss", center_rewards_coefficient=0.2), lambda name: plain)
+    with pytest.raises(ValueError, match=r"use_margin is set, but reward.loss 'my:loss' reads no column 'margin'"):
+        reward_loss(RewardConfig(loss="my:loss", use_margin=True), lambda name: plain)
 
 
 def test_policy_loss_takes_its_own_hyperparameters():
