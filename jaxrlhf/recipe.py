@@ -199,14 +199,61 @@ def _out_of_range(config: Config) -> Iterator[str]:
         yield f"pairs.temperature is {pairs.temperature}; greedy sampling gives the same response twice, give a number above 0."
     if not 0 <= pairs.label_flip < 0.5:
         yield f"pairs.label_flip is {pairs.label_flip}; it must lie in [0, 0.5), beyond that labels say the opposite."
+    yield from _outside_of_training(config)
     if config.evaluation.temperature < 0:
         yield f"evaluation.temperature is {config.evaluation.temperature}; it must be at least 0, which is greedy."
     if not 0 <= weights.alpha < 1:
         yield f"weights.alpha is {weights.alpha}; the relative ratio needs 0 ≤ alpha < 1."
     if weights.temperature <= 0:
         yield f"weights.temperature is {weights.temperature}; log-probs need a temperature above 0."
+    if weights.eta != "ess" and not weights.eta >= 0:
+        yield f"weights.eta is {weights.eta}; below 0 it prefers pairs the policy would never say, give at least 0 (no correction) or ess."
     if weights.eta == "ess" and not 0 < weights.ess_target <= 1:
         yield f"weights.ess_target is {weights.ess_target}; it is the share of pairs that should count, 0 < ess_target ≤ 1."
+
+
+# Numbers of the optimizers and of PPO that must be above 0 where they are given, and those that may be 0 (none of it).
+_POSITIVE = ("learning_rate", "critic_learning_rate", "adam_epsilon", "max_grad_norm", "kl_target")
+_POSITIVE += ("cliprange", "cliprange_high", "cliprange_value")
+_NOT_NEGATIVE = ("weight_decay", "kl_coef", "kl_coef_previous", "vf_coef", "center_rewards_coefficient", "missing_eos_penalty")
+
+
+def _outside_of_training(config: Config) -> Iterator[str]:
+    """The numbers of SFT, reward training and PPO. `not x > 0`, and not `x <= 0`: NaN is a fault too."""
+    for part in ("sft", "reward", "ppo"):
+        section = getattr(config, part)
+        for key, value in dataclasses.asdict(section).items():
+            if value is None:
+                continue
+            if key in _POSITIVE and not value > 0:
+                yield f"{part}.{key} is {value}; it must be above 0."
+            elif key in _NOT_NEGATIVE and not value >= 0:
+                yield f"{part}.{key} is {value}; it must be at least 0."
+            elif key.startswith("adam_beta") and not 0 <= value < 1:
+                yield f"{part}.{key} is {value}; it must lie in [0, 1)."
+    dual = config.ppo.dual_clip
+    if dual is not None and not dual > 1:
+        yield f"ppo.dual_clip is {dual}; it bounds a ratio from above and must be above 1 (3 is usual), or left out."
+
+
+def _warm_ups(config: Config) -> Iterator[str]:
+    """Warm-ups that would never end. An SFT or reward training without max_steps is as long as its data, which is not known here."""
+    ppo = config.ppo
+    for name, section in (("sft", config.sft), ("reward", config.reward)):
+        if section.max_steps and section.warmup_steps >= section.max_steps:
+            yield (
+                f"{name}.warmup_steps {section.warmup_steps} leaves nothing of {name}.max_steps {section.max_steps}; "
+                "the learning rate would only rise, lower it."
+            )
+    updates = ppo.total_episodes // ppo.batch_size
+    if ppo.critic_warmup_updates >= updates:
+        yield (
+            f"ppo.critic_warmup_updates {ppo.critic_warmup_updates} leaves the policy none of the {updates} updates of a round "
+            "(total_episodes / batch_size); lower it."
+        )
+    steps = max(updates - ppo.critic_warmup_updates, 0) * ppo.num_ppo_epochs * ppo.num_mini_batches
+    if 0 < steps <= ppo.warmup_steps:
+        yield f"ppo.warmup_steps {ppo.warmup_steps} leaves nothing of the policy's {steps} optimizer steps of a round; lower it."
 
 
 def _at_odds(config: Config) -> Iterator[str]:
@@ -214,11 +261,18 @@ def _at_odds(config: Config) -> Iterator[str]:
     ppo, data = config.ppo, config.data
     if ppo.forward_batch_size is not None and ppo.batch_size % ppo.forward_batch_size:
         yield f"ppo.batch_size {ppo.batch_size} does not divide into passes of ppo.forward_batch_size {ppo.forward_batch_size}."
-    if config.reward.use_margin and config.pairs.source == "sample":
-        yield "reward.use_margin is set, but sampled pairs (pairs.source: sample) have no margins; unset it."
+    margin = "reward.use_margin is set" if config.reward.use_margin else "reward.loss is 'bradley_terry_margin'"
+    if (config.reward.use_margin or config.reward.loss == "bradley_terry_margin") and config.pairs.source == "sample":
+        yield f"{margin}, but sampled pairs (pairs.source: sample) have no margins; take the loss without."
+    if config.weights.reference_compat and config.weights.alpha == 0:
+        yield "weights.reference_compat is a floor inside the relative ratio; with weights.alpha 0 there is none, unset it."
+    if config.pairs.source == "data" and config.pairs.label_flip:
+        yield "pairs.label_flip is for sampled pairs; the labels of pairs.source: data are taken as they are, set it to 0."
     if ppo.missing_eos_penalty is not None and ppo.missing_eos_score is not None:
         yield "ppo.missing_eos_penalty subtracts and ppo.missing_eos_score replaces; set at most one of them."
-    if ppo.total_episodes < ppo.batch_size:
+    if ppo.total_episodes >= ppo.batch_size:
+        yield from _warm_ups(config)
+    else:
         yield f"ppo.total_episodes {ppo.total_episodes} is less than one batch of {ppo.batch_size}; raise it or lower ppo.batch_size."
     parts = ppo.num_mini_batches * ppo.gradient_accumulation_steps
     if ppo.batch_size % parts:

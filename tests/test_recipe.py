@@ -72,10 +72,46 @@ def test_unknown_keys_and_wrong_types(changes, message):
         ({"gold__kind": "none"}, "sampled pairs need a gold scorer"),
         ({"pairs__source": "data"}, "data.train is 'toy', which has no ready-made pairs"),
         ({"data__valid_fraction": 1.0}, "data.valid_fraction is 1.0"),
+        ({"sft__learning_rate": 0}, "sft.learning_rate is 0.0; it must be above 0."),
+        ({"reward__learning_rate": -1}, "reward.learning_rate is -1.0"),
+        ({"ppo__learning_rate": float("nan")}, "ppo.learning_rate is nan"),
+        ({"ppo__critic_learning_rate": 0}, "ppo.critic_learning_rate is 0.0"),
+        ({"ppo__max_grad_norm": 0}, "ppo.max_grad_norm is 0.0"),
+        ({"ppo__adam_beta2": 1}, "ppo.adam_beta2 is 1.0; it must lie in [0, 1)."),
+        ({"ppo__kl_coef": -0.1}, "ppo.kl_coef is -0.1; it must be at least 0."),
+        ({"ppo__kl_coef_previous": -0.1}, "ppo.kl_coef_previous is -0.1"),
+        ({"ppo__cliprange": 0}, "ppo.cliprange is 0.0; it must be above 0."),
+        ({"ppo__cliprange_value": -1}, "ppo.cliprange_value is -1.0"),
+        ({"ppo__dual_clip": 1}, "ppo.dual_clip is 1.0; it bounds a ratio"),
+        ({"reward__center_rewards_coefficient": -1}, "reward.center_rewards_coefficient is -1.0"),
+        ({"weights__eta": -0.5}, "weights.eta is -0.5"),
+        ({"pairs__label_flip": -0.1}, "pairs.label_flip is -0.1"),
+        ({"ppo__total_episodes": 1100, "ppo__critic_warmup_updates": 2}, "leaves the policy none of the 2 updates of a round"),
+        ({"ppo__total_episodes": 1100, "ppo__warmup_steps": 8}, "ppo.warmup_steps 8 leaves nothing of the policy's 8 optimizer steps"),
+        ({"ppo__total_episodes": 1100, "ppo__warmup_steps": 4, "ppo__critic_warmup_updates": 1}, "policy's 4 optimizer steps"),
+        ({"sft__max_steps": 5, "sft__warmup_steps": 5}, "sft.warmup_steps 5 leaves nothing of sft.max_steps 5"),
+        ({"reward__max_steps": 5, "reward__warmup_steps": 9}, "reward.warmup_steps 9 leaves nothing"),
+        ({"reward__loss": "bradley_terry_margin"}, "reward.loss is 'bradley_terry_margin', but sampled pairs"),
+        ({"weights__reference_compat": True, "weights__alpha": 0}, "with weights.alpha 0 there is none"),
+        (
+            {"data__train": "p.jsonl", "pairs__source": "data", "gold__kind": "none", "pairs__label_flip": 0.1},
+            "label_flip is for sampled pairs",
+        ),
     ],
 )
 def test_numbers_and_combinations_that_cannot_work(changes, message):
     assert message in fault(**changes)
+
+
+def test_the_last_values_that_work():
+    """One step beyond each is refused above."""
+    for changes in (
+        {"ppo": {"total_episodes": 1100, "critic_warmup_updates": 1, "warmup_steps": 3, "kl_coef": 0, "vf_coef": 0, "dual_clip": 1.01}},
+        {"sft": {"max_steps": 5, "warmup_steps": 4, "weight_decay": 0}, "reward": {"max_steps": 0, "warmup_steps": 9}},
+        {"weights": {"eta": 0, "alpha": 0}},
+        {"weights": {"reference_compat": True, "alpha": 0.1}},
+    ):
+        from_mapping(TOY | changes)
 
 
 def test_every_fault_is_told_at_once():
