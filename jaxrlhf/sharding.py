@@ -174,6 +174,26 @@ def place_batch(batch: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda leaf: _put(leaf, rows if np.ndim(leaf) else whole), batch)
 
 
+def keep_rows(mesh: Mesh | None) -> Callable[[Any], Any]:
+    """A function for use inside jit that cuts the leading axis of every leaf over `data` and `fsdp`, as `place_batch` does outside.
+
+    The compiler carries the layout of its inputs along, but not through a gather of rows that are known at run time only: a shuffled
+    minibatch would be whole on every device. Rows that do not divide over the mesh are left to the compiler, and that is said.
+    """
+    if mesh is None or mesh.size == 1:
+        return lambda tree: tree
+    rows, shards = NamedSharding(mesh, PartitionSpec(BATCH_AXES)), data_shards(mesh)
+
+    def keep(tree: Any) -> Any:
+        count = np.shape(jax.tree.leaves(tree)[0])[0]
+        if count % shards:
+            _say_once(f"a minibatch of {count} rows does not divide over {shards} data shards; every device may compute all of it.")
+            return tree
+        return jax.lax.with_sharding_constraint(tree, rows)
+
+    return keep
+
+
 def gather(tree: Any) -> Any:
     """The whole of every array on this host, as numpy: for export, metrics and tests."""
     if jax.process_count() == 1:

@@ -250,3 +250,18 @@ def test_a_model_computes_on_a_mesh_what_it_computes_on_one_device():
     mesh = sharding.make_mesh(1, 2, 2)
     made = sharding.jit(step, mesh, donate=False)(sharding.place(params, mesh), sharding.place_batch(batch, mesh))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), sharding.gather(made), expected)
+
+
+def test_rows_picked_at_run_time_are_dealt_out_again(caplog):
+    mesh = sharding.make_mesh(2, 2, 1)
+    rows, keep = sharding.place_batch(np.arange(16.0, dtype=np.float32).reshape(8, 2), mesh), sharding.keep_rows(mesh)
+    index = jnp.array([7, 0, 3, 1])
+    picked = jax.jit(lambda x, i: keep({"x": x[i]}))(rows, index)["x"]
+    np.testing.assert_array_equal(picked, np.asarray(rows)[np.asarray(index)])
+    assert picked.sharding.spec[0] == ("data", "fsdp")
+    with caplog.at_level(logging.WARNING):
+        three = jax.jit(lambda x, i: keep(x[i]))(rows, index[:3])
+    np.testing.assert_array_equal(three, np.asarray(rows)[[7, 0, 3]])
+    assert "3 rows does not divide over 4 data shards" in caplog.text
+    tree = {"x": 1}
+    assert sharding.keep_rows(None)(tree) is tree and sharding.keep_rows(sharding.make_mesh(1, devices=jax.devices()[:1]))(tree) is tree

@@ -89,6 +89,7 @@ def make_ppo_step(
     adaptive: dict[str, float] | None = None,
     accumulate: int = 1,
     axis_name: str | None = None,
+    keep_rows: Callable[[Rollout], Rollout] = lambda rows: rows,
 ) -> PPOStep:
     """A step (state, Rollout, key) → (state, metrics).
 
@@ -96,6 +97,8 @@ def make_ppo_step(
     `value_bias`. The key (derived by the caller from
     seed and step) shuffles rows over the *global* batch, so one device, a mesh and pmap take the same minibatches.
     `adaptive` ({"target", "horizon"}) moves the KL coefficient in `state.controller` after the update.
+    `keep_rows` (`sharding.keep_rows(mesh)`) is called on every minibatch: on a mesh the rows that a shuffle picks have to be
+    dealt out to the devices again, or every device computes all of them.
     Metrics are means over all minibatches; `…_first` is the first minibatch, where the ratio must be 1.
     """
 
@@ -117,7 +120,7 @@ def make_ppo_step(
             raise ValueError(f"{rows} rows do not divide into {num_mini_batches} minibatches × {accumulate} microbatches{over}.")
 
         def update(state: TrainState, index: Array) -> tuple[TrainState, Metrics]:
-            minibatch = jax.tree.map(lambda x: x[own_rows(index, axis_name)], everything)
+            minibatch = keep_rows(jax.tree.map(lambda x: x[own_rows(index, axis_name)], everything))
             live = minibatch.row_mask_B[:, None]
             masks = (minibatch.mask_BT & live, minibatch.value_mask_BT & live)
             totals = global_sum(tuple(mask.sum().astype(jnp.float32) for mask in masks), axis_name)

@@ -1,5 +1,6 @@
 """The PPO step: one update against plain loops, its shuffles, its masks, and the same step under accumulation, a mesh and pmap."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -128,7 +129,9 @@ def ways(tiny, noisy):
         return step_of(tiny, optimizer=optax.sgd(0.1), num_ppo_epochs=2, num_mini_batches=2, **how)
 
     mesh = sharding.make_mesh(4)
-    on_mesh = sharding.jit(make(), mesh, donate=False)(sharding.place(state, mesh), sharding.place_batch(noisy, mesh), key)
+    on_mesh = sharding.jit(make(keep_rows=sharding.keep_rows(mesh)), mesh, donate=False)(
+        sharding.place(state, mesh), sharding.place_batch(noisy, mesh), key
+    )
     mapped = sharding.pmap(lambda axis_name: make(axis_name=axis_name), donate=False)(state, noisy, key)
     return {
         "whole": jax.jit(make())(state, noisy, key), "accumulated": jax.jit(make(accumulate=4))(state, noisy, key),
@@ -144,6 +147,21 @@ def test_every_way_of_taking_the_update_is_the_same_update(ways, way):
     assert set(metrics) == set(other_metrics)
     for name in metrics:
         np.testing.assert_allclose(metrics[name], other_metrics[name], rtol=2e-4, atol=1e-5, err_msg=name)
+
+
+def rows_of_products(compiled):
+    """The longest leading axis of a matrix product in a compiled program: rows × positions of one device."""
+    return max(int(size) for size in re.findall(r"= f32\[(\d+),[\d,]*\]\S* dot\(", compiled.as_text()))
+
+
+@pytest.mark.parametrize(("axes", "accumulate"), [((4, 1, 1), 2), ((2, 2, 1), 1)])
+def test_every_device_computes_its_share_of_the_update(tiny, scored, axes, accumulate):
+    """The shuffle picks rows at run time, which alone would leave every minibatch whole on every device. Numbers: see `ways`."""
+    mesh, optimizer = sharding.make_mesh(*axes), optax.sgd(0.1)
+    step = step_of(tiny, optimizer=optimizer, num_mini_batches=2, accumulate=accumulate, keep_rows=sharding.keep_rows(mesh))
+    rollout, state = sharding.place_batch(scored(0.7, rows=32)[0], mesh), sharding.place(state_of(tiny, optimizer), mesh)
+    compiled = jax.jit(step).lower(state, rollout, jax.random.key(5)).compile()
+    assert rows_of_products(compiled) == 32 // 2 // accumulate // 4 * 9  # times L + T
 
 
 def test_rows_that_would_be_lost_are_refused(tiny, noisy):
