@@ -16,7 +16,8 @@ from jaxrlhf.data.pairs import Demonstration, Pair, Prompt, ReadReport, read_dem
 from jaxrlhf.data.report import DataError
 from jaxrlhf.data.sources import source_files
 from jaxrlhf.data.tokens import Limits
-from jaxrlhf.models.hub import FILES, resolve
+from jaxrlhf.models import DecoderConfig
+from jaxrlhf.models.hub import FILES, check_vocabulary, read_config, resolve
 from jaxrlhf.plugins import source_of
 from jaxrlhf.scorers import Scorer
 from jaxrlhf.scorers.function import function_scorer
@@ -95,15 +96,18 @@ def tokenizer_identity(source: str | None) -> str | None:
     return None if source is None else folder_identity(source, weights=False)
 
 
-def check(config: Config, tokenizer: Any = None) -> None:
-    """Raise before anything is built where a model, gold or data cannot be found, or data have no usable row.
+def check(config: Config, tokenizer: Any = None, *, columns: tuple[str, ...] = ()) -> None:
+    """Raise before anything is built where a model, gold or data cannot be found, do not fit together, or data have no usable row.
 
-    Hub ids are fetched here and not hours later; data are read to the first usable row of each source.
+    Hub ids are fetched here and not hours later; data are read to the first usable row of each source, pairs to their end where the reward
+    loss reads a column `margin` (`columns`).
     """
     data, options = config.data, _options(config, tokenizer)
     for model in (config.model.source, config.gold.source if config.gold.kind == "model" else None):
         if model is not None:
             resolve(model)
+    if config.model.source is not None:
+        check_model(config, read_config(resolve(config.model.source)), tokenizer)
     if config.gold.kind == "function":
         function_scorer(config.gold.source or "")
     if data.train == TOY:
@@ -117,6 +121,20 @@ def check(config: Config, tokenizer: Any = None) -> None:
     ):
         if sources is not None:
             read(sources, limit=1, **options)
+    if "margin" in columns and all(pair.margin is None for pair in pairs_of(config, tokenizer)[0]):
+        raise DataError(f"the reward loss reads a margin, and no pair of {data.train} has one; unset reward.use_margin or add the field.")
+
+
+def check_model(config: Config, model: DecoderConfig, tokenizer: Any) -> None:
+    """ValueError where the base model has no embedding for an id of the tokenizer, or none for a position of the longest text."""
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model.vocab_size)
+    prompt, response = config.data.limits.max_prompt_length, max(config.data.limits.max_response_length, config.ppo.response_length)
+    if model.positions == "learned" and prompt + response > model.max_positions:
+        raise ValueError(
+            f"prompts of {prompt} and responses of {response} tokens are {prompt + response} positions, and {config.model.source} has "
+            f"learned {model.max_positions}; lower data.limits.max_prompt_length, data.limits.max_response_length or ppo.response_length."
+        )
 
 
 def _options(config: Config, tokenizer: Any) -> dict[str, Any]:
@@ -236,6 +254,15 @@ def gold_of(config: Config, mesh: Any = None) -> Scorer | None:
     if gold.kind == "function":
         return function_scorer(gold.source or "")
     if gold.kind == "model":
-        limits = Limits(2 * config.data.limits.max_prompt_length, 2 * config.data.limits.max_response_length, "truncate", "truncate")
+        limits = gold_limits(config, read_config(resolve(gold.source or "")))
         return reward_model_scorer(gold.source or "", batch_size=gold.batch_size, limits=limits, dtype=gold.dtype, mesh=mesh)
     return None
+
+
+def gold_limits(config: Config, model: DecoderConfig) -> Limits:
+    """Twice the run's, because gold's tokenizer may need more tokens for a text; less where gold has not learned so many positions."""
+    prompt, response = 2 * config.data.limits.max_prompt_length, 2 * config.data.limits.max_response_length
+    if model.positions == "learned":
+        response = min(response, model.max_positions // 2)
+        prompt = min(prompt, model.max_positions - response)
+    return Limits(prompt, response, "truncate", "truncate")

@@ -56,9 +56,9 @@ def check(config: Config) -> None:
     method = method_named(config.method)
     if method.reward_update is not None:
         reward_update_named(method.reward_update, plugin)
-    reward_loss(config.reward, plugin)
+    loss = reward_loss(config.reward, plugin)
     policy_loss_of(config.ppo, plugin)
-    inputs.check(config, given_tokenizer(config))
+    inputs.check(config, given_tokenizer(config), columns=loss.columns)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shards = sharding.data_shards(mesh)
     sharding.check_batch_size(config.sft.batch_size, shards, name="sft.batch_size")

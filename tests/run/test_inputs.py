@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ from safetensors.numpy import save_file
 
 from jaxrlhf.cli import main
 from jaxrlhf.data.report import DataError
+from jaxrlhf.data.tokenizer import train_tokenizer
+from jaxrlhf.models import config_from_shape
+from jaxrlhf.models.hub import read_config
 from jaxrlhf.recipe import ConfigError, from_mapping, load_config, to_yaml
 from jaxrlhf.run import inputs
 from jaxrlhf.run.models import sft_stage, tokenizer_stage
@@ -217,3 +221,50 @@ def test_prompts_split_off_train_are_left_out_of_the_other_files(tmp_path):
     for rows, report in (inputs.demonstrations_of(one), inputs.prompts_of(one)):
         assert {row.prompt for row in rows} == {*names, "other"} - held
         assert report.reasons()["held out"] == len(held - {"train"})
+
+
+def test_a_loss_that_reads_margins_needs_one_in_the_training_pairs(tmp_path):
+    none = lines(tmp_path / "none.jsonl", PAIR, PAIR | {"prompt": "q"})
+    some = lines(tmp_path / "some.jsonl", PAIR, PAIR | {"prompt": "q", "margin": 0.5})
+    valid = lines(tmp_path / "valid.jsonl", PAIR | {"prompt": "v", "margin": 1.0})
+    for reward in ({"use_margin": True}, {"loss": "bradley_terry_margin"}):
+        with pytest.raises(DataError, match=r"reads a margin, and no pair of .*none.jsonl has one; unset reward.use_margin"):
+            check(config(none, valid, reward=reward))
+        check(config(some, valid, reward=reward))
+    check(config(none, valid))
+
+
+def gpt2_folder(path, **sizes):
+    """A config and a tokenizer of 260 ids; weights are not looked at before the first stage."""
+    path.mkdir()
+    hf, _ = config_from_shape({"family": "gpt2", "hidden_size": 8, "num_layers": 1, "num_heads": 1}, 260, max_positions=40, eos_id=1)
+    (path / "config.json").write_text(json.dumps({**hf.hf, **sizes}))
+    train_tokenizer([], 260).save_pretrained(str(path))
+    return str(path)
+
+
+def test_a_model_that_is_too_short_or_too_narrow_is_refused_at_the_start(tmp_path):
+    rows = lines(tmp_path / "t.jsonl", PAIR, PAIR | {"prompt": "q"})
+    folder = gpt2_folder(tmp_path / "m")
+
+    def made(prompt, response, sampled=8, source=folder, **sections):
+        limits = {"limits": {"max_prompt_length": prompt, "max_response_length": response}}
+        return config(rows, data=limits, model={"source": source}, ppo={"response_length": sampled}, **sections)
+
+    check(made(30, 10))
+    for lengths in ((31, 10), (30, 8, 11)):
+        with pytest.raises(ValueError, match=r"41 positions, and .*/m has learned 40; lower data.limits.max_prompt_length"):
+            check(made(*lengths))
+    narrow = gpt2_folder(tmp_path / "narrow", vocab_size=257)
+    with pytest.raises(ValueError, match=r"the tokenizer has 258 ids but the model's embedding only 257 rows"):
+        check(made(8, 8, source=narrow))
+    with pytest.raises(ValueError, match=r"the tokenizer has 258 ids"):
+        check(made(8, 8, source=narrow, tokenizer={"source": folder}))
+
+
+def test_gold_with_learned_positions_is_given_no_more_of_them(tmp_path):
+    model = read_config(Path(gpt2_folder(tmp_path / "m")))
+    for prompt, response, expected in ((8, 4, (16, 8)), (30, 4, (32, 8)), (30, 30, (20, 20))):
+        limits = {"limits": {"max_prompt_length": prompt, "max_response_length": response}}
+        found = inputs.gold_limits(from_mapping(SAMPLED | {"data": limits}), model)
+        assert (found.max_prompt_length, found.max_response_length) == expected
