@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import logging
 import os
 import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +42,36 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("JAXRLHF_TRACEBACK") or not _is_plain(error):
             raise
-        print(f"jaxrlhf: {error}", file=sys.stderr)
+        print(f"jaxrlhf: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)  # str() would quote a KeyError's
         for note in getattr(error, "__notes__", []):
-            print(f"  {note}", file=sys.stderr)
+            if "JAX_TRACEBACK_FILTERING" not in note:  # jax's, about a traceback that is not shown
+                print(f"  {note}", file=sys.stderr)
         return 1
 
 
 def _is_plain(error: Exception) -> bool:
-    """Errors whose message is written for users; anything else is a fault of ours and keeps its traceback."""
-    return isinstance(error, ValueError | OSError | ImportError | TypeError) or type(error).__name__ in ("CheckpointError", "StageError")
+    """Errors whose message is written for users: the system's, a missing module of another package, and what our `raise` statements say.
+
+    Anything else is a fault of ours or of the user's own code, and keeps its traceback.
+    """
+    if isinstance(error, ModuleNotFoundError):
+        return not (error.name or "").startswith("jaxrlhf")
+    return isinstance(error, OSError) or type(error).__module__.startswith("jaxrlhf.") or _raised_here(error)
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether a `raise` statement of the package raised it, rather than an operation that failed (`int("x")` is no message of ours)."""
+    where = None
+    for where in traceback.walk_tb(error.__traceback__):  # noqa: B007
+        pass
+    if where is None:
+        return False
+    frame, line = where
+    file = Path(frame.f_code.co_filename)
+    if not file.is_relative_to(Path(__file__).parent):
+        return False
+    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    return any(isinstance(node, ast.Raise) and node.exc is not None and node.lineno == line for node in nodes)
 
 
 def _run(command: str, argv: list[str]) -> int:
@@ -63,7 +87,7 @@ def _run(command: str, argv: list[str]) -> int:
     config = load_config(path)
     if overrides:
         config = _overridden(config, overrides, f"jaxrlhf {command} {path}")
-        faults = list(contradictions(config))
+        faults = [*contradictions(config), *_overruled(config, overrides)]
         if faults:
             raise ConfigError("\n".join(faults))
     _cache_compilations()
@@ -87,6 +111,19 @@ def _overridden(config: Any, overrides: list[str], prog: str) -> Any:
 
     # Keys are written as in the YAML; tyro takes underscores and hyphens alike.
     return tyro.cli(Config, default=config, args=overrides, prog=prog, config=(tyro.conf.FlagConversionOff,))
+
+
+def _overruled(config: Any, overrides: list[str]) -> Iterator[str]:
+    """The given keys that an arm sets itself: the arm's value would win, and the one given here would do nothing."""
+    given = [word[2:].partition("=")[0].replace("-", "_") for word in overrides if word.startswith("--")]
+    for key in given:
+        arms = [name for name, own in config.arms.items() if any(key == k or key.startswith(f"{k}.") for k in own)]
+        if arms:
+            several = len(arms) > 1
+            yield (
+                f"--{key} would do nothing: {'arms' if several else 'arm'} {', '.join(arms)} {'set' if several else 'sets'} {key} already; "
+                f"change it in the recipe, under arms, or run a copy of the recipe without arms."
+            )
 
 
 def _cache_compilations() -> None:

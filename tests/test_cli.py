@@ -1,8 +1,10 @@
 """The command line: exit status, one clear message, and nothing compiled or written before a recipe is known to be sound."""
 
+import importlib
 import json
 from pathlib import Path
 
+import jax
 import pytest
 import yaml
 
@@ -112,6 +114,16 @@ def test_overrides_keep_arms(recipe, calls):
     assert calls[0][0].rounds == 2 and calls[0][0].arms == {"a": {"ppo.kl_coef": 0.1}, "b": {}}
 
 
+@pytest.mark.parametrize("words", [["--method", "ppo"], ["--method=ppo"], ["--ppo.kl-coef", "0.2"], ["--weights.eta", "ess"]])
+def test_an_override_that_an_arm_overrules_is_refused(recipe, calls, capsys, words):
+    path = recipe(arms={"a": {"method": "ocrm", "weights": {"eta": 0.1}}, "b": {"ppo.kl_coef": 0.1, "method": "retrain"}})
+    assert cli.main(["run", path, "--rounds", "2", *words]) == 1
+    key = words[0][2:].partition("=")[0].replace("-", "_")
+    whose = {"method": "arms a, b set", "ppo.kl_coef": "arm b sets", "weights.eta": "arm a sets"}[key]
+    assert f"--{key} would do nothing: {whose} {key} already" in capsys.readouterr().err and not calls
+    assert cli.main(["run", path, "--ppo.kl_coef_previous", "0.2"]) == 0  # a key that only begins like an arm's
+
+
 def test_wrong_overrides(recipe, calls, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["run", recipe(), "--ppo.kl_coeff", "1"])
@@ -141,6 +153,45 @@ def test_faults_of_ours_keep_their_traceback(recipe, monkeypatch):
 
     monkeypatch.setattr(module, "run", stopped)
     assert cli.main(["run", recipe()]) == 130
+
+
+def test_only_messages_written_for_users_are_shown_without_a_traceback(recipe, monkeypatch, tmp_path, capsys):
+    """Our `raise` statements, the system and missing modules speak for themselves; a failing operation, ours or a plug-in's, does not."""
+    import jaxrlhf.run.run as module
+    from jaxrlhf.data.report import ReadReport
+    from jaxrlhf.data.tokens import Limits, pad_right
+    from jaxrlhf.losses.bradley_terry import column
+    from jaxrlhf.sharding import check_batch_size
+    from jaxrlhf.types import PairBatch
+
+    def outcome(fault):
+        monkeypatch.setattr(module, "run", lambda config, *, until=None: fault())
+        return cli.main(["run", recipe()])
+
+    def own():
+        raise ValueError("from code that is not the package's")
+
+    batch = PairBatch(*[None] * 9, {})
+    for fault, message in (
+        (lambda: Limits(0, 1), "max_prompt_length is 0"),  # an error type of ours
+        (lambda: check_batch_size(30, 4, name="b"), "does not divide"),  # a ValueError of ours
+        (jax.jit(lambda: pad_right([[1, 2]], 1, 0)), "row 0 has 2 tokens"),  # the same, raised while jax traces
+        (lambda: column(batch, "margin"), "the loss reads column 'margin', the batch has none"),  # a KeyError: its text, unquoted
+        (lambda: (tmp_path / "gone").read_text(), "No such file"),
+        (lambda: importlib.import_module("no_such_package"), "No module named 'no_such_package'"),
+    ):
+        assert outcome(fault) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.startswith("jaxrlhf: ") and "Traceback" not in error and len(error.splitlines()) == 1
+    for fault, kind in (
+        (own, ValueError),
+        (lambda: int("x"), ValueError),
+        (lambda: pad_right([["x"]], 1, 0), ValueError),  # numpy's complaint inside our function
+        (lambda: ReadReport().summary(limit="x"), TypeError),
+        (lambda: importlib.import_module("jaxrlhf.no_such_module"), ImportError),
+    ):
+        with pytest.raises(kind):
+            outcome(fault)
 
 
 def test_generate_prints_rows_and_writes_files_whole(monkeypatch, tmp_path, capsys):
