@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxrlhf import rng, sharding
 from jaxrlhf.algorithms.supervised import optimizer_of
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.losses import POLICY_LOSSES, bind, hyperparameter_names
-from jaxrlhf.rollouts.generate import generate
+from jaxrlhf.rollouts.generate import check_left_padded, generate
 from jaxrlhf.rollouts.score import RolloutModels, score_rollout
 from jaxrlhf.steps.ppo import make_ppo_step
 from jaxrlhf.steps.state import actor_critic
 from jaxrlhf.types import Completion, Metrics, Model, Params, PolicyLoss, PromptBatch, Rollout, TrainState
+
+_log = logging.getLogger(__name__)
 
 
 class PPOTrainer(NamedTuple):
@@ -76,6 +78,14 @@ def ppo_optimizer(config: PPOConfig) -> optax.GradientTransformation:
     )
 
 
+@cache
+def _say_truncated(top_k: int, top_p: float) -> None:
+    _log.warning(
+        f"ppo.top_k {top_k} and ppo.top_p {top_p} cut the distribution that responses are drawn from, but log-probs are trained "
+        "under the whole one: the updates are off-policy. top_k 0 and top_p 1 draw from all of it."
+    )
+
+
 @lru_cache(maxsize=8)
 def ppo_trainer(
     policy: Model,
@@ -89,6 +99,8 @@ def ppo_trainer(
     mesh: Any = None,
 ) -> PPOTrainer:
     """The compiled parts of a round; `scalar` is the model of both critic and reward. Equal arguments share compilations."""
+    if config.top_k or config.top_p < 1:
+        _say_truncated(config.top_k, config.top_p)
     optimizer = ppo_optimizer(config)
     models = RolloutModels(policy=policy, reference=policy, critic=scalar, reward=scalar)
     adaptive = {"target": config.kl_target, "horizon": config.kl_horizon} if config.adaptive_kl else None
@@ -108,17 +120,12 @@ def ppo_trainer(
             index_B=prompts.index_B,
             vocab_size=vocab_size,
             pad_id=pad_id,
+            check_padding=False,  # train_ppo has looked at the host's copy
         )
 
     def score(params: dict[str, Params], prompts: PromptBatch, completion: Completion, controller: dict, reward_bias) -> tuple:
-        sft_logp = None
-        if "sft" in params:
-            tokens = jnp.concatenate([prompts.prompt_BL, completion.tokens_BT], axis=1)
-            mask = jnp.concatenate([prompts.prompt_mask_BL, completion.mask_BT], axis=1)
-            start = prompts.prompt_BL.shape[1]
-            sft_logp = policy.score_tokens(params["sft"], tokens, mask, start=start, temperature=config.temperature).logp_BT
         rollout, metrics = score_rollout(
-            models,
+            models._replace(sft=policy if "sft" in params else None),
             params,
             prompts,
             completion,
@@ -135,7 +142,6 @@ def ppo_trainer(
             missing_eos_penalty=config.missing_eos_penalty,
             missing_eos_score=config.missing_eos_score,
             whiten_rewards=config.whiten_rewards,
-            sft_logp_BT=sft_logp,
             microbatch=config.forward_batch_size,
         )
         # Where the reference is π_SFT the two are one number; the k1 form is what both mean.
@@ -154,6 +160,7 @@ def ppo_trainer(
         vf_coef=config.vf_coef,
         adaptive=adaptive,
         accumulate=config.gradient_accumulation_steps,
+        keep_rows=sharding.keep_rows(mesh),
     )
     return PPOTrainer(optimizer, sample, jax.jit(score), sharding.jit(step, mesh))
 
@@ -175,6 +182,7 @@ def train_ppo(
     frozen = {"reference": fixed.reference, "reward": fixed.reward} | ({} if fixed.sft is None else {"sft": fixed.sft})
     for update, batch in enumerate(prompts, start=start):
         clock = _Clock()
+        check_left_padded(batch.prompt_mask_BL)
         batch = sharding.place_batch(batch, mesh)
         completion = clock.timed("generate", trainer.sample(state.params["policy"], batch, rng.stream(key, "rollout", update)))
         rollout, measured = clock.timed(
@@ -185,7 +193,11 @@ def train_ppo(
 
 
 class _Clock:
-    """Seconds of each phase. Waiting for the device costs nothing here: every phase needs the one before it."""
+    """Seconds of each phase, by waiting for its result.
+
+    That is three waits an update: phases cannot overlap anyway (each needs the one before), but the device stands idle
+    while the host launches the next one. It is the price of knowing the times.
+    """
 
     def __init__(self):
         self.seconds: dict[str, float] = {}

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxrlhf import sharding
 from jaxrlhf.data.batches import batches_per_epoch, evaluation_batches
-from jaxrlhf.rollouts.generate import generate
+from jaxrlhf.rollouts.generate import check_left_padded, generate
 from jaxrlhf.types import Model, Params, PromptBatch, TextBatch
 
 
@@ -41,12 +41,15 @@ def sample_dataset(
 ) -> TextBatch:
     """Prompts and sampled responses as one numpy table [N, …], in the order of the prompts.
 
-    A row's text depends on (key, its `index_B`) alone. `progress(done, total)` is called after every batch.
+    A row's text depends on (key, its `index_B`) alone. `progress(done, total)` is called with 0 batches and after every one.
     """
     parts: list[tuple[np.ndarray, np.ndarray]] = []
     n = len(prompts.index_B)
+    check_left_padded(prompts.prompt_mask_BL)
     batch_size = sharding.rows_at_once(n, batch_size, mesh)
     total = batches_per_epoch(prompts, batch_size)
+    if progress:
+        progress(0, total)
     for number, batch in enumerate(evaluation_batches(prompts, batch_size), start=1):
         batch = sharding.place_batch(batch, mesh)
         completion = generate(
@@ -63,6 +66,7 @@ def sample_dataset(
             index_B=batch.index_B,
             vocab_size=sampling.vocab_size,
             pad_id=sampling.pad_id,
+            check_padding=False,
         )
         host = sharding.gather(completion)
         parts.append((host.tokens_BT, host.mask_BT))

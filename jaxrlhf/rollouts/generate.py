@@ -29,6 +29,7 @@ def generate(
     index_B: Array | np.ndarray | None = None,
     vocab_size: int | None = None,
     pad_id: int | None = None,
+    check_padding: bool = True,
 ) -> Completion:
     """Up to `max_new_tokens` tokens after every left-padded prompt: `Completion(tokens_BT, mask_BT, logp_BT)`.
 
@@ -41,6 +42,8 @@ def generate(
       repeated rows with different indices.
     - A row whose mask is all False is one that fills a batch: it gets no tokens.
     - `vocab_size` (the tokenizer's length) bars ids that only pad the embedding.
+    - The check for left-padding reads the mask on the host, so it waits for a mask that is on a device. Loops call
+      `check_left_padded` before they place a batch, and give `check_padding=False` here.
 
     Compiles once for every (model, shapes, max_new_tokens, eos_ids, greedy or not, top_k, top_p, vocab_size, pad_id); a new
     temperature does not compile. Raises ValueError on arguments out of range and on prompts that are not left-padded.
@@ -49,6 +52,8 @@ def generate(
     eos_ids = tuple(int(token) for token in eos_ids)
     _check_options(max_new_tokens, eos_ids, temperature, top_k, top_p, vocab_size)
     _check_prompts(prompts_BL, mask_BL, index_B)
+    if check_padding:
+        check_left_padded(mask_BL)
     if pad_id is None:
         pad_id = eos_ids[0] if eos_ids else 0
     if index_B is None:
@@ -169,8 +174,13 @@ def _check_prompts(prompts_BL, mask_BL, index_B):
         raise ValueError(f"the prompt mask is {mask_BL.dtype}; it must be boolean.")
     if index_B is not None and index_B.shape != prompts_BL.shape[:1]:
         raise ValueError(f"index_B has shape {index_B.shape}; it must be {prompts_BL.shape[:1]}, one global row number a prompt.")
+
+
+def check_left_padded(mask_BL: Array | np.ndarray) -> None:
+    """Raise ValueError at the first row whose mask turns False after a True. A mask whose values cannot be seen here (traced, or
+    spread over processes) passes."""
     if isinstance(mask_BL, Tracer) or (isinstance(mask_BL, jax.Array) and not mask_BL.is_fully_addressable):
-        return  # values cannot be seen from here
+        return
     mask_BL = np.asarray(mask_BL)
     torn = np.flatnonzero(np.any(mask_BL[:, :-1] & ~mask_BL[:, 1:], axis=1))
     if torn.size:

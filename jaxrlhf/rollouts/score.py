@@ -16,12 +16,14 @@ from jaxrlhf.types import Array, Completion, Metrics, Model, Params, PromptBatch
 
 
 class RolloutModels(NamedTuple):
-    """The models that read a rollout. Without a critic values are 0; without a reward model scores are given from outside."""
+    """The models that read a rollout. Without a critic values are 0; without a reward model scores are given from outside;
+    `sft` is π_SFT where the KL to it is to be measured and it is not the reference."""
 
     policy: Model
     reference: Model
     critic: Model | None = None
     reward: Model | None = None
+    sft: Model | None = None
 
 
 class Readings(NamedTuple):
@@ -32,6 +34,7 @@ class Readings(NamedTuple):
     reference_logp_BT: Array
     values_BT: Array
     scores_B: Array
+    sft_logp_BT: Array | None = None
 
 
 def score_rollout(
@@ -54,7 +57,6 @@ def score_rollout(
     missing_eos_penalty: float | None = None,
     missing_eos_score: float | None = None,
     whiten_rewards: bool = False,
-    sft_logp_BT: Array | None = None,
     microbatch: int | None = None,
     axis_name: str | None = None,
 ) -> tuple[Rollout, Metrics]:
@@ -79,7 +81,7 @@ def score_rollout(
         prompts, completion, readings,
         eos_ids=eos_ids, kl_coef=kl_coef, gamma=gamma, lam=lam, kl_estimator=kl_estimator, score_placement=score_placement,
         missing_eos_penalty=missing_eos_penalty, missing_eos_score=missing_eos_score, whiten_rewards=whiten_rewards,
-        sft_logp_BT=sft_logp_BT, axis_name=axis_name,
+        axis_name=axis_name,
     )  # fmt: skip
 
 
@@ -118,7 +120,10 @@ def read_rollout(
             values_BT = critic_values(models.critic, params["critic"], *pieces, value_bias)
         if models.reward is not None:
             scores = response_scores(models.reward, params["reward"], *pieces, reward_bias)
-        return Readings(logp_BT, entropy_BT, reference.logp_BT, values_BT, scores)
+        sft_BT = None
+        if models.sft is not None:
+            sft_BT = models.sft.score_tokens(params["sft"], tokens, mask, **options).logp_BT
+        return Readings(logp_BT, entropy_BT, reference.logp_BT, values_BT, scores, sft_BT)
 
     readings = _by_microbatch(read, (prompts, completion), microbatch)
     return readings if scores_B is None else readings._replace(scores_B=scores_B)
@@ -138,7 +143,6 @@ def assemble_rollout(
     missing_eos_penalty: float | None = None,
     missing_eos_score: float | None = None,
     whiten_rewards: bool = False,
-    sft_logp_BT: Array | None = None,
     axis_name: str | None = None,
 ) -> tuple[Rollout, Metrics]:
     """Readings → rewards → advantages, whitened once over the global batch. Everything outside its mask is 0."""
@@ -185,8 +189,8 @@ def assemble_rollout(
     if readings.entropy_BT is not None:
         metrics["rollout/entropy"] = mean(readings.entropy_BT, mask_BT)
         metrics["rollout/decode_mismatch"] = mean(jnp.abs(logp_BT - masked_fill(completion.logp_BT, mask_BT)), mask_BT)
-    if sft_logp_BT is not None:
-        metrics["kl/sft"] = of_response(logp_BT - masked_fill(sft_logp_BT, mask_BT))
+    if readings.sft_logp_BT is not None:
+        metrics["kl/sft"] = of_response(logp_BT - masked_fill(readings.sft_logp_BT, mask_BT))
     return rollout, metrics
 
 

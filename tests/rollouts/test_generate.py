@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxrlhf.rollouts.generate import generate, sample, token_uniforms
+from jaxrlhf.rollouts.generate import check_left_padded, generate, sample, token_uniforms
 from jaxrlhf.types import Model
 
 EOS = 2
@@ -207,6 +207,16 @@ def test_prompts_out_of_shape():
     ]:
         with pytest.raises(ValueError, match=message):
             generate(MODEL, PARAMS, bad_tokens, bad_mask, KEY, max_new_tokens=2, eos_ids=(EOS,))
+
+
+def test_the_padding_check_can_be_done_before():
+    """Device arrays are checked by default too; a loop that has checked the host's copy does not wait for the device's."""
+    tokens, torn = jnp.asarray(prompts(2)[0]), jnp.array([[True] * 3, [False, True, False]])
+    with pytest.raises(ValueError, match="row 1 is not left-padded"):
+        generate(MODEL, PARAMS, tokens, torn, KEY, max_new_tokens=2, eos_ids=(EOS,))
+    with pytest.raises(ValueError, match="row 1 is not left-padded"):
+        check_left_padded(np.asarray(torn))
+    generate(MODEL, PARAMS, tokens, torn, KEY, max_new_tokens=2, eos_ids=(EOS,), check_padding=False)  # not looked at, so not refused
 
 
 def test_inside_a_program_of_ones_own():

@@ -177,7 +177,10 @@ def test_padding_with_eos_does_not_end_a_response():
 def test_forward_passes_against_loops():
     """Log-probs at the temperature, values before each token, scores at the last response token, all read row by row."""
     prompts, completion = make()
-    rollout, metrics = score(PARAMS, prompts, completion, reward_bias=0.25, value_bias=0.5, sft_logp_BT=jnp.full((8, 6), -2.0))
+    params = {**PARAMS, "sft": {"table": jax.random.normal(jax.random.key(2), (5, 5))}}
+    models = MODELS._replace(sft=table_lm())
+    options = dict(OPTIONS, **{"lam": 0.95, "reward_bias": 0.25, "value_bias": 0.5, "temperature": 0.7})
+    rollout, metrics = jax.jit(partial(score_rollout, models, **options))(params, prompts, completion)
     kl_sft = []
     for row in range(8):
         tokens = np.concatenate([prompts.prompt_BL[row], completion.tokens_BT[row]])
@@ -192,7 +195,9 @@ def test_forward_passes_against_loops():
             value = PARAMS["critic"]["weight"][tokens[2 + t]] + seen[2 + t] - 0.5
             np.testing.assert_allclose(rollout.values_BT[row, t], value, rtol=1e-4)
         np.testing.assert_allclose(rollout.scores_B[row], PARAMS["reward"]["weight"][tokens[2 + n]] + seen[2 + n] - 0.25, rtol=1e-5)
-        kl_sft.append(float(rollout.logp_BT[row, :n].sum()) + 2 * n)
+        logits = np.asarray(params["sft"]["table"])[tokens[2 : 2 + n]] / 0.7
+        logp = logits[np.arange(n), tokens[3 : 3 + n]] - np.log(np.exp(logits).sum(axis=1))
+        kl_sft.append(float(rollout.logp_BT[row, :n].sum()) - logp.sum())
     np.testing.assert_allclose(metrics["kl/sft"], np.mean(kl_sft), rtol=1e-5)
     np.testing.assert_allclose(metrics["rollout/score"], np.mean(rollout.scores_B), rtol=1e-6)
 
@@ -225,6 +230,22 @@ def test_microbatch_changes_nothing():
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), parts, whole)
     with pytest.raises(ValueError, match="microbatch 3 does not divide 8 rows; try 2"):
         score_rollout(MODELS, PARAMS, prompts, completion, temperature=0.7, microbatch=3, **OPTIONS)
+
+
+def test_every_model_keeps_to_the_microbatch():
+    rows = []
+
+    def watched(model):
+        def watch(function):
+            return function and (
+                lambda params, tokens, *rest, **options: (rows.append(len(tokens)), function(params, tokens, *rest, **options))[1]
+            )
+
+        return Model(*map(watch, model))
+
+    models = RolloutModels(*(watched(model) for model in (*MODELS[:4], table_lm())))
+    score_rollout(models, {**PARAMS, "sft": PARAMS["reference"]}, *make(), temperature=0.7, microbatch=2, **OPTIONS)
+    assert rows == [2] * 5
 
 
 def test_sampler_logp_saves_the_forward_pass():
