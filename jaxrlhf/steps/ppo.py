@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,7 @@ def make_ppo_step(
     adaptive: dict[str, float] | None = None,
     accumulate: int = 1,
     axis_name: str | None = None,
-    keep_rows: Callable[[Rollout], Rollout] = lambda rows: rows,
+    keep_rows: Callable[[Any], Any] = lambda rows: rows,
 ) -> PPOStep:
     """A step (state, Rollout, key) → (state, metrics).
 
