@@ -19,18 +19,19 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize
 from scipy.sparse import csr_matrix
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
 from jaxrlhf.data.pairs import Pair, read_pairs, split_by_prompt
 from jaxrlhf.evaluation.diagnostics import pair_accuracy
 from jaxrlhf.evaluation.winrate import wilson_interval
+from jaxrlhf.recipe import load_config
+from jaxrlhf.run.run import run
 
 
 class PreferenceSet(NamedTuple):
@@ -46,7 +47,8 @@ SETS = {
     "persona": PreferenceSet("persona_yesno", "real_rm_persona.yaml", 0.90),
     "ukp": PreferenceSet("ukp_convarg", "real_rm_ukp.yaml", 0.75),
 }
-PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # L2, on the sum of the log-losses
+PENALTIES = (300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3)  # L2, on the sum of the log-losses; from strong to weak, each from the last's weights
+MIN_PAIRS = 2  # a word that tells fewer pairs of train apart is left out
 INNER_FRACTION = 0.2  # share of train, by prompt, on which the penalty is chosen
 FEW_RESPONSES = 8  # with at most so many different responses a word of the prompt counts once for each of them
 
@@ -65,7 +67,7 @@ def length_baseline(train: Sequence[Pair], valid: Sequence[Pair]) -> tuple[float
 def words(text: str) -> list[str]:
     """Lower-case words and single marks of punctuation, and neighbouring pairs of them."""
     single = re.findall(r"\w+|[^\w\s]", text.lower())
-    return single + [f"{a} {b}" for a, b in zip(single, single[1:], strict=False)]
+    return single + [f"{a} {b}" for a, b in pairwise(single)]
 
 
 def differences(pairs: Iterable[Pair], vocabulary: dict[str, int] | None, *, crossed: bool) -> tuple[csr_matrix, dict[str, int]]:
@@ -91,28 +93,107 @@ def differences(pairs: Iterable[Pair], vocabulary: dict[str, int] | None, *, cro
     return csr_matrix((values, columns, pointer), shape=(len(rows), len(known))), known
 
 
-def fit_bradley_terry(differences_NV: csr_matrix, penalty: float) -> np.ndarray:
-    """w_V that minimises Σ −log σ(d·w) + penalty/2 · |w|²."""
+def fit_bradley_terry(differences_NV: csr_matrix, penalty: float, start_V: np.ndarray | None = None) -> np.ndarray:
+    """w_V that minimises Σ −log σ(d·w) + penalty/2 · |w|², from `start_V` or 0."""
 
     def objective(w: np.ndarray) -> tuple[float, np.ndarray]:
         margins = differences_NV @ w
         slope = -1.0 / (1.0 + np.exp(np.clip(margins, -500, 500)))
         return float(np.logaddexp(0.0, -margins).sum() + 0.5 * penalty * w @ w), differences_NV.T @ slope + penalty * w
 
-    found = minimize(objective, np.zeros(differences_NV.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 500})
-    return found.x
+    start = np.zeros(differences_NV.shape[1]) if start_V is None else start_V
+    return minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x
 
 
 def word_baseline(train: Sequence[Pair], valid: Sequence[Pair]) -> tuple[float, float]:
     """(accuracy, penalty): Bradley–Terry on counts of words; the penalty is chosen on pairs of train held out by prompt."""
     crossed = len({side for pair in train for side in (pair.chosen, pair.rejected)}) <= FEW_RESPONSES
 
-    def accuracy(fit: Sequence[Pair], test: Sequence[Pair], penalty: float) -> float:
+    def accuracies(fit: Sequence[Pair], test: Sequence[Pair], penalties: Sequence[float]) -> list[float]:
         seen, vocabulary = differences(fit, None, crossed=crossed)
         unseen, _ = differences(test, vocabulary, crossed=crossed)
-        margins = unseen @ fit_bradley_terry(seen, penalty)
-        return pair_accuracy(margins, np.zeros_like(margins)) or 0.0
+        kept = np.bincount(seen.indices[seen.data != 0], minlength=len(vocabulary)) >= MIN_PAIRS
+        seen, unseen, w, found = seen[:, kept], unseen[:, kept], None, []
+        for penalty in penalties:
+            w = fit_bradley_terry(seen, penalty, w)
+            margins = unseen @ w
+            found.append(pair_accuracy(margins, np.zeros_like(margins)) or 0.0)
+        return found
 
     inner, held = split_by_prompt(train, INNER_FRACTION, seed=0)
-    best = max(PENALTIES, key=lambda penalty: accuracy(inner, held, penalty))
-    return accuracy(train, valid, best), best
+    best = PENALTIES[int(np.argmax(accuracies(inner, held, PENALTIES)))]
+    return accuracies(train, valid, [best])[0], best
+
+
+def paths(one: PreferenceSet) -> dict[str, str]:
+    """train and valid of a set under JAXRLHF_DATA."""
+    folder = Path(os.environ["JAXRLHF_DATA"]) / one.folder
+    return {split: str(folder / f"{split}.jsonl.gz") for split in ("train", "valid")}
+
+
+def baselines(one: PreferenceSet) -> dict[str, Any]:
+    """Both baselines of a set, with the number of rows they were taken on."""
+    train, valid = (read_pairs(path)[0] for path in paths(one).values())
+    length, direction = length_baseline(train, valid)
+    bag, penalty = word_baseline(train, valid)
+    return {"rows": len(valid), "length": length, "direction": direction, "words": bag, "penalty": penalty}
+
+
+def reward_model(name: str, one: PreferenceSet, seed: int, output: str) -> dict[str, Any]:
+    """The result of the reward stage of one seed, with the seconds of this call and of the stages when they were built."""
+    start = time.perf_counter()
+    config = load_config(one.recipe)
+    config = replace(config, name=f"{name}-{seed}", seed=seed, output=output, data=replace(config.data, **paths(one)))
+    stages = sorted((run(config, until="reward") / "stages").iterdir())
+    records = [json.loads((stage / "stage.json").read_text()) for stage in stages]
+    reward = next(r for r in reversed(records) if "accuracy_valid" in (r.get("result") or {}))
+    return {"accuracy": reward["result"]["accuracy_valid"], "steps": reward["result"]["steps"], "pairs": reward["result"]["pairs"],
+            "call_seconds": time.perf_counter() - start, "seconds": sum(r["seconds"] for r in records)}  # fmt: skip
+
+
+def row_of(name: str, one: PreferenceSet, plain: dict[str, Any], accuracies: Sequence[float]) -> str:
+    """A line of the table. The interval is Wilson's for the mean accuracy on the rows of one valid file: seeds share their rows, so
+    pooling them as if they were independent would make it too narrow."""
+    n, mean = plain["rows"], float(np.mean(accuracies))
+    low, high = wilson_interval(round(mean * n), n)
+    seeds = " ".join(f"{a:.3f}" for a in accuracies)
+    met = "met" if mean >= one.threshold else "NOT MET"
+    return (
+        f"| {name} | {n} | {mean:.3f} [{low:.3f}, {high:.3f}] | {seeds} | {plain['length']:.3f} ({plain['direction']}) "
+        f"| {plain['words']:.3f} (L2 {plain['penalty']:g}) | {one.threshold:.2f} {met} |"
+    )
+
+
+HEADER = """| set | valid rows | reward model, mean of seeds [95 % Wilson, n = rows] | seeds | length only | words | threshold |
+|---|---|---|---|---|---|---|"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--output", default="runs/real-preferences", help="run folders and results.jsonl; finished stages are not run again"
+    )
+    options = parser.parse_args()
+    if "JAXRLHF_DATA" not in os.environ:
+        parser.error("set JAXRLHF_DATA to the folder that holds polite_style, persona_yesno and ukp_convarg.")
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    table = [HEADER]
+    for name in options.sets:
+        one, found = SETS[name], []
+        for seed in options.seeds:
+            found.append({"set": name, "seed": seed, **reward_model(name, one, seed, str(output))})
+            print(json.dumps(found[-1]), flush=True)
+        plain = baselines(one)
+        print(json.dumps({"set": name, **plain}), flush=True)
+        with (output / "results.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in [*found, {"set": name, **plain}])
+        table.append(row_of(name, one, plain, [row["accuracy"] for row in found]))
+    print("\n".join(table))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
