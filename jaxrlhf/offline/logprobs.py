@@ -42,11 +42,16 @@ def response_logps(
     mesh: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Σ_t log π(y_t | x, y_<t) of every response, EOS included, at `temperature`; float32 [N] in nats."""
+    """Σ_t log π(y_t | x, y_<t) of every response, EOS included, at `temperature`; float32 [N] in nats.
+
+    `progress(done, total)` is called with 0 batches and after every one.
+    """
     score = _scorer(model, temperature)
     n = len(texts.index_B)
     batch_size = sharding.rows_at_once(n, batch_size, mesh)
     total, parts = batches_per_epoch(texts, batch_size), []
+    if progress:
+        progress(0, total)
     for number, batch in enumerate(evaluation_batches(texts, batch_size), start=1):
         parts.append(score(params, sharding.place_batch(batch, mesh)))
         if progress:
@@ -55,17 +60,27 @@ def response_logps(
 
 
 def pair_logps(
-    model: Model, params: Params, pairs: PairBatch, *, temperature: float, batch_size: int, max_tokens: int | None = None, mesh: Any = None
+    model: Model,
+    params: Params,
+    pairs: PairBatch,
+    *,
+    temperature: float,
+    batch_size: int,
+    max_tokens: int | None = None,
+    mesh: Any = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, np.ndarray]:
     """{"chosen_logp", "rejected_logp"}, each float32 [N]; over the first `max_tokens` response tokens only where it is given."""
     columns = {}
-    for name, response, mask in zip(
-        NAMES, (pairs.chosen_BT, pairs.rejected_BT), (pairs.chosen_mask_BT, pairs.rejected_mask_BT), strict=True
+    for side, (name, response, mask) in enumerate(
+        zip(NAMES, (pairs.chosen_BT, pairs.rejected_BT), (pairs.chosen_mask_BT, pairs.rejected_mask_BT), strict=True)
     ):
         texts = TextBatch(pairs.prompt_BL, pairs.prompt_mask_BL, response, mask, pairs.row_mask_B, pairs.index_B)
         if max_tokens is not None:
             texts = replace(texts, response_BT=response[:, :max_tokens], response_mask_BT=mask[:, :max_tokens])
-        columns[name] = response_logps(model, params, texts, temperature=temperature, batch_size=batch_size, mesh=mesh)
+        # Both sides are one pass to whoever watches.
+        report = None if progress is None else lambda done, total, side=side: progress(side * total + done, 2 * total)
+        columns[name] = response_logps(model, params, texts, temperature=temperature, batch_size=batch_size, mesh=mesh, progress=report)
     return columns
 
 
@@ -77,7 +92,12 @@ def cached_pair_logps(
     Raises ColumnError where the folder holds columns of another data set, model, tokenizer or temperature.
     """
     if not folder.exists():
-        write_columns(folder, ids, compute(), header)
+        columns = compute()
+        try:
+            write_columns(folder, ids, columns, header)
+        except OSError:
+            if not folder.exists():  # else another process was first; what it wrote is checked like any other
+                raise
     return join_columns(ids, folder, NAMES, expect=header)
 
 

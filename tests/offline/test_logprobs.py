@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf import sharding
-from jaxrlhf.data.columns import ColumnError
+from jaxrlhf.data.columns import ColumnError, write_columns
 from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.model import build_model
 from jaxrlhf.offline.logprobs import cached_pair_logps, pair_logps, response_logps
@@ -48,7 +48,11 @@ def test_against_a_plain_loop_whatever_the_batch(model, table):
 def test_first_tokens_alone(model, table):
     built, params = model
     whole = pair_logps(built, params, table, temperature=0.7, batch_size=4)
-    cut = pair_logps(built, params, table, temperature=0.7, batch_size=4, max_tokens=2)
+    reported = []
+    cut = pair_logps(
+        built, params, table, temperature=0.7, batch_size=4, max_tokens=2, progress=lambda done, total: reported.append((done, total))
+    )
+    assert reported[0] == (0, 4) and sorted(set(reported)) == [(done, 4) for done in range(5)]  # both sides are one pass
     short = np.asarray(table.chosen_mask_BT).sum(axis=1) <= 2
     np.testing.assert_allclose(cut["chosen_logp"][short], whole["chosen_logp"][short], rtol=1e-4, atol=1e-5)
     assert (cut["chosen_logp"][~short] > whole["chosen_logp"][~short]).all() and short.any() and not short.all()
@@ -67,3 +71,22 @@ def test_computed_once_and_never_taken_for_another(tmp_path):
     assert calls == [1] and again["chosen_logp"].tolist() == first["chosen_logp"].tolist()[::-1]
     with pytest.raises(ColumnError, match=r"temperature"):
         cached_pair_logps(tmp_path / "columns", ["a", "b"], header | {"temperature": 0.7}, compute)
+
+
+def test_two_processes_at_once(tmp_path):
+    """The second to finish reads what the first wrote, under the same checks; an error of its own stays one."""
+    folder, header = tmp_path / "columns", {"model": "m"}
+    columns = {name: np.array([-1.0], np.float32) for name in ("chosen_logp", "rejected_logp")}
+
+    def overtaken(by):
+        write_columns(folder, ["a"], {name: 2 * values for name, values in columns.items()}, by)
+        return columns
+
+    found = cached_pair_logps(folder, ["a"], header, lambda: overtaken(header))
+    assert found["chosen_logp"].tolist() == [-2.0]
+    folder = tmp_path / "other"
+    with pytest.raises(ColumnError, match="model"):
+        cached_pair_logps(folder, ["a"], header, lambda: overtaken({"model": "n"}))
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        cached_pair_logps(tmp_path / "file" / "columns", ["a"], header, lambda: columns)
