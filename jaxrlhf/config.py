@@ -145,6 +145,7 @@ class PairsConfig:
 
     source: Literal["data", "sample"] = "data"
     num_pairs: int = 2_000  # sampled pairs
+    num_valid: int = 500  # held-out prompts sampled twice, for the reward models' accuracy; pairs of equal gold are left out
     temperature: float = 1.0  # the importance weights' denominator is π_SFT at this temperature
     label: Literal["argmax", "bradley_terry"] = "argmax"  # argmax: ties to the first; bradley_terry: sampled
     label_flip: float = 0.0  # share of labels flipped at random

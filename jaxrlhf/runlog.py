@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -81,6 +81,11 @@ class RunLog:
             _append(self.folder / FILE, lines)
         return len(lines)
 
+    def keep_only(self, stages: Collection[tuple[str, int | None]]) -> None:
+        """Drop the lines of every (stage, round) that is not among `stages`: an earlier run under this name took them."""
+        if self.folder is not None:
+            _rewrite(self.folder / FILE, lambda line: (line["stage"], line["round"]) in stages)
+
     def note(self, text: str) -> None:
         """Say something to whoever watches."""
         if self._stage and self._stage.bar:
@@ -121,9 +126,8 @@ class StageLog:
             repair(path)
             forget(path, name, round, after=start)
         self._files = [open(path, "a", encoding="utf-8") for path in paths]  # noqa: SIM115 (closed in close)
-        if log._wandb:
-            log._wandb.define_metric(f"{_title(name, round)}/*", step_metric=f"{_title(name, round)}/step")
-        self._board = _open_tensorboard(log.folder, name, round, start) if log._tensorboard else None
+        self._board: Any = None
+        self._plots = False  # whether the plots know of this stage: with its first metrics
         self.bar, self._task = (None, None) if log._plain or log.folder is None else _bar(log._console, self._title, total, start)
 
     def phase(self, name: str) -> None:
@@ -136,7 +140,7 @@ class StageLog:
         """Step `n` (1 is the first) has been dispatched and gave `metrics`, name → scalar.
 
         `tokens` is how many were worked on since the last call; not every step has to be logged. Writes the
-        step before it. Raises ValueError for metrics that are no scalars.
+        step before it; a step without metrics moves the progress alone. Raises ValueError for metrics that are no scalars.
         """
         if any(name in RESERVED for name in metrics):
             raise ValueError(f"metrics of stage {self._name} may not be called {', '.join(RESERVED)}; rename them.")
@@ -179,18 +183,28 @@ class StageLog:
         if self._pending is None:
             return
         (n, metrics), self._pending = self._pending, None
+        if not metrics:  # a pass that only shows how far it is
+            return
         numbers = scalars(metrics)
         self._last = numbers
         line = _line({"stage": self._name, "round": self._round, "step": n, **numbers})
         for file in self._files:
             file.write(line)
             file.flush()
-        plottable = {name: value for name, value in numbers.items() if isinstance(value, int | float)}
+        self._plot(n, {name: value for name, value in numbers.items() if isinstance(value, int | float)})
+
+    def _plot(self, n: int, plottable: Mapping[str, int | float]) -> None:
+        title = _title(self._name, self._round)
+        if not self._plots:
+            self._plots = True
+            if self._log._wandb:
+                self._log._wandb.define_metric(f"{title}/*", step_metric=f"{title}/step")
+            if self._log._tensorboard:
+                self._board = _open_tensorboard(self._log.folder, self._name, self._round, self._start)
         if self._board:
             for name, value in plottable.items():
                 self._board.add_scalar(name, value, n)
         if self._log._wandb:
-            title = _title(self._name, self._round)
             self._log._wandb.log({f"{title}/{name}": value for name, value in plottable.items()} | {f"{title}/step": n})
 
     def _show(self, *, force: bool = False) -> None:
@@ -260,8 +274,12 @@ def repair(path: Path) -> None:
 
 def forget(path: Path, stage: str, round: int | None, *, after: int) -> None:
     """Drop the lines of `stage` in `round` whose step is past `after`: a resumed run takes those steps again."""
+    _rewrite(path, lambda line: (line["stage"], line["round"]) != (stage, round) or line["step"] <= after)
+
+
+def _rewrite(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     lines = read(path)
-    kept = [line for line in lines if (line["stage"], line["round"]) != (stage, round) or line["step"] <= after]
+    kept = [line for line in lines if wanted(line)]
     if len(kept) < len(lines):
         fresh = path.with_suffix(".jsonl.new")
         fresh.unlink(missing_ok=True)

@@ -209,3 +209,21 @@ def test_no_folder_writes_and_shows_nothing(tmp_path, capsys, monkeypatch):
         stage.step(1, {"loss": 1.0})
         log.note("hello")
     assert capsys.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
+
+
+def test_a_pass_without_metrics_is_shown_and_not_kept(tmp_path):
+    file = StringIO()
+    with RunLog(tmp_path, tensorboard=True, file=file) as log, log.stage("sampling", total_steps=2) as stage:
+        stage.step(1, {}, tokens=5)
+        stage.step(2, {}, tokens=5)
+    assert read(tmp_path / FILE) == [] and not (tmp_path / "tensorboard").exists()
+    assert "sampling: step 2/2" in file.getvalue()
+
+
+def test_lines_of_an_earlier_config_go(tmp_path):
+    with RunLog(tmp_path, file=StringIO()) as log:
+        for name, round in (("sft", None), ("reward", 1), ("reward", 2)):
+            with log.stage(name, round=round) as stage:
+                stage.step(1, {"loss": 1.0})
+        log.keep_only({("sft", None), ("reward", 1)})
+    assert [(line["stage"], line["round"]) for line in read(tmp_path / FILE)] == [("sft", None), ("reward", 1)]

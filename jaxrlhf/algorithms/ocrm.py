@@ -27,10 +27,10 @@ COMPAT_FLOOR = 1e-36
 def importance_weighted(context: RoundContext, pairs: Pairs) -> tuple[Pairs, np.ndarray]:
     """All pairs, with w = exp(η · [log r_α(y⁺) + log r_α(y⁻)]) of the current policy against π_SFT."""
     weights = context.config.weights
-    policy = _logps(context, pairs, context.policy, context.policy_hash)
-    sft = _logps(context, pairs, context.sft, context.sft_hash)
+    policy = _logps(context, pairs, context.policy, context.policy_hash, "log-probs under the policy")
+    sft = _logps(context, pairs, context.sft, context.sft_hash, "log-probs under π_SFT")
     weights_N, report = weights_of(policy, sft, weights)
-    (context.folder / "report.json").write_text(json.dumps(report, indent=1))
+    (context.folder / "report.json").write_text(json.dumps({**report, "needs_sampler": True}, indent=1))
     return pairs, weights_N
 
 
@@ -47,7 +47,7 @@ def weights_of(policy: dict[str, np.ndarray], sft: dict[str, np.ndarray], config
     return np.asarray(weights_N), {"eta": eta, "alpha": config.alpha, "pairs": len(weights_N), **summary}
 
 
-def _logps(context: RoundContext, pairs: Pairs, model: Loaded, model_hash: str) -> dict[str, np.ndarray]:
+def _logps(context: RoundContext, pairs: Pairs, model: Loaded, model_hash: str, what: str) -> dict[str, np.ndarray]:
     """Log-probs of all pairs under one model, from disk where that model has seen this data set before."""
     config = context.config.weights
     header = column_header(
@@ -71,5 +71,6 @@ def _logps(context: RoundContext, pairs: Pairs, model: Loaded, model_hash: str) 
             batch_size=config.batch_size,
             max_tokens=config.max_tokens,
             mesh=context.mesh,
+            progress=context.progress(what),
         ),
     )

@@ -42,7 +42,9 @@ class RoundContext:
     """Where a reward update stands: `policy` is the policy the new reward model is for, `sft` the sampler of the pairs.
 
     `folder` is the update's own stage folder: what it writes there is kept with the run; numbers in its `report.json`
-    reach the run's summary. `columns` is the folder of precomputed columns, shared by rounds, arms and runs;
+    reach the run's metrics as weights/NAME, and "ess", "ess_fraction" and "eta" its summary. "needs_sampler": true there says
+    that the weights take `sft` for the sampler of the pairs, and the run notes where it is not. `progress(what)` gives what a
+    pass reports (batches done, of all) to. `columns` is the folder of precomputed columns, shared by rounds, arms and runs;
     `policy_hash` and `sft_hash` name the two models there.
     """
 
@@ -57,6 +59,7 @@ class RoundContext:
     policy_hash: str
     sft_hash: str
     mesh: Any = None
+    progress: Callable[[str], Callable[[int, int], None] | None] = lambda what: None
 
     @staticmethod
     def fingerprint(header: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -55,7 +56,6 @@ def pairs_stage(setting: Setting, tokenizer_done: Done, sft: Done) -> Done:
         "limits": asdict(config.data.limits),
         "gold": inputs.gold_identity(config) if sampled else None,
         "response_length": config.ppo.response_length if sampled else None,
-        "held_out": config.evaluation.num_prompts if sampled else None,
         "seed": config.seed,
     }
     sources = {"tokenizer": tokenizer_done} | ({"sft": sft} if sampled else {})
@@ -72,19 +72,19 @@ def stored_pairs(setting: Setting, folder: Path, tokenizer_done: Done) -> dict[s
         report_rows(setting, folder, name.removesuffix(".parquet"), read if name == TRAIN else type(read)(), cut)
         write_pair_table(folder / name, [rows[i] for i in cut.rows], table, pad_id=pad_id_of(tokenizer))
         counts[name.removesuffix(".parquet")] = cut.kept
-    return {**counts, "dropped": len(read.dropped), "sampled_from_sft": False}
+    return {**counts, "dropped": len(read.dropped)}
 
 
 def sampled_pairs(setting: Setting, folder: Path, sft: Loaded) -> dict[str, Any]:
-    """Two responses of π_SFT to each prompt, labelled by gold; held-out pairs from the evaluation prompts, labelled without noise."""
+    """Two responses of π_SFT to each prompt, labelled by gold; held-out pairs from other prompts, labelled without noise."""
     config, tokenizer = setting.config, sft.tokenizer
     prompts, read = inputs.prompts_of(config, tokenizer)
     rows = _cycled(prompts, config.pairs.num_pairs)
     noisy = {"rule": config.pairs.label, "label_flip": config.pairs.label_flip}
     result = labelled(setting, folder, TRAIN, sft, rows, read, **noisy)
-    held_out = inputs.evaluation_prompts_of(config, tokenizer)
-    valid = labelled(setting, folder, VALID, sft, held_out, ReadReport(kept=len(held_out)), rule="argmax", label_flip=0.0)
-    return {**result, "valid": valid["train"], "sampled_from_sft": True}
+    held_out = inputs.valid_prompts_of(config, tokenizer)
+    valid = labelled(setting, folder, VALID, sft, held_out, ReadReport(kept=len(held_out)), rule="strict", label_flip=0.0)
+    return {"train": result["kept"], "valid": valid["kept"], "identical": result["identical"], "gold_mean": result["gold_mean"]}
 
 
 def labelled(
@@ -99,9 +99,18 @@ def labelled(
     rows = [rows[i] for i in cut.rows]
     sampling = sampling_of(sft, max_new_tokens=config.ppo.response_length, temperature=config.pairs.temperature)
     key = rng.stream(setting.key, f"pairs/{what}")
-    size = config.pairs.batch_size
+    size = min(config.pairs.batch_size, max(len(rows), 1))
     sides = [
-        _sampled(setting, f"{what} pairs, response {n} of 2", sft, renumbered(table, n), rng.stream(key, "side", n), sampling, size)
+        sample_dataset(
+            sft.model,
+            sft.params,
+            renumbered(table, n),
+            rng.stream(key, "side", n),
+            sampling,
+            batch_size=size,
+            mesh=setting.mesh,
+            progress=setting.progress(f"{what} pairs, response {n} of 2", tokens=size * sampling.max_new_tokens),
+        )
         for n in (1, 2)
     ]
     texts = [decode_responses(side.response_BT, side.response_mask_BT, tokenizer, sampling.eos_ids) for side in sides]  # type: ignore[arg-type]
@@ -109,10 +118,11 @@ def labelled(
     scores = [gold(asked, text) for text in texts]
     pairs, first, kept = label_pairs(rows, texts[0], texts[1], scores[0], scores[1], rule=rule, label_flip=label_flip, seed=config.seed)
     write_pair_table(folder / name, pairs, pair_batch(sides[0], sides[1], first, kept), pad_id=pad_id_of(tokenizer))
-    equal = len(rows) - len(kept)
-    if equal:
-        setting.log.note(f"{what} pairs: {equal} of {len(rows)} prompts got the same text twice; they say nothing and are left out")
-    return {"train": len(kept), "identical": equal, "gold_mean": float(np.mean(np.concatenate(scores)))}
+    identical = sum(a == b for a, b in zip(*texts, strict=True))
+    for number, fault in ((identical, "got the same text twice"), (len(rows) - identical - len(kept), "got two texts of equal gold")):
+        if number:
+            setting.log.note(f"{what} pairs: {number} of {len(rows)} prompts {fault}; they say nothing and are left out")
+    return {"kept": len(kept), "identical": identical, "gold_mean": float(np.mean(np.concatenate(scores)))}
 
 
 def _cycled(rows: list[Prompt], n: int) -> list[Prompt]:
@@ -124,22 +134,6 @@ def renumbered(table: PromptBatch, number: int) -> PromptBatch:
     """The same prompts under row numbers of their own, so that no two samples share random numbers."""
     n = len(table.index_B)
     return replace(table, index_B=np.arange(n, dtype=np.int32) + number * n)
-
-
-def _sampled(setting: Setting, name: str, loaded: Loaded, table: PromptBatch, key: Any, sampling: Sampling, batch_size: int) -> TextBatch:
-    with setting.log.stage(name, total_steps=-(-len(table.index_B) // min(batch_size, len(table.index_B)))) as stage:
-        stage.phase("compiling")
-        tokens = batch_size * sampling.max_new_tokens
-        return sample_dataset(
-            loaded.model,
-            loaded.params,
-            table,
-            key,
-            sampling,
-            batch_size=batch_size,
-            mesh=setting.mesh,
-            progress=lambda done, total: stage.step(done, {}, tokens=tokens),
-        )
 
 
 def pair_batch(first: TextBatch, second: TextBatch, first_is_chosen: np.ndarray, kept: np.ndarray) -> PairBatch:
@@ -177,6 +171,7 @@ def update_stage(setting: Setting, round: Round, *, pairs: Done, sft: Done, poli
             policy_hash=policy.hash,
             sft_hash=sft.hash,
             mesh=setting.mesh,
+            progress=lambda what: setting.progress(f"update, {what}", round=round.number),
         )
         update: Callable = reward_update_named(name, plugin)
         setting.log.note(f"round {round.number} update: {name} on {len(rows)} pairs")
@@ -184,6 +179,12 @@ def update_stage(setting: Setting, round: Round, *, pairs: Done, sft: Done, poli
         np.save(folder / WEIGHTS, np.asarray(weights_N, np.float32), allow_pickle=False)
         if chosen is not given:
             write_pair_table(folder / UPDATED, chosen.rows, chosen.tokens, pad_id=pad_id_of(context.sft.tokenizer))
+        health = {
+            name: value for name, value in report_of(folder).items() if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        if health:
+            with setting.log.stage("update", round=round.number, total_steps=1, folder=folder) as stage:
+                stage.step(1, {f"weights/{name}": value for name, value in health.items()})
         return {"update": name, "pairs": len(chosen.rows), "of": len(rows)}
 
     slice_ = {
@@ -195,7 +196,14 @@ def update_stage(setting: Setting, round: Round, *, pairs: Done, sft: Done, poli
     if ":" in name:  # code that is not ours may read all of the config
         slice_ |= {"plugin": source_of(name), "config": read_by_plugins(config)}
     sources = {"pairs": pairs, "sft": sft, "policy": policy, "reward": reward}
-    return setting.build(Stage(f"r{round.number}-update", "data", "update", slice_, sources, parent="policy"), build, round=round.number)
+    stage = Stage(f"r{round.number}-update", "data", "update", slice_, sources, version=2, parent="policy")
+    return setting.build(stage, build, round=round.number)
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    """What a reward update reported of itself (`report.json` in its folder), if anything."""
+    path = folder / "report.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def read_by_plugins(config: Config) -> dict[str, Any]:

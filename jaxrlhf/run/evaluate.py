@@ -47,8 +47,8 @@ def evaluation_stage(setting: Setting, number: int, *, policy: Done, sft: Done, 
         setting.log.note(f"{'SFT' if number == 0 else f'round {number}'} evaluation on {config.evaluation.num_prompts} prompts")
         loaded = setting.load(policy, head="lm")
         gold = inputs.gold_of(config, setting.mesh)
-        samples = draw(setting, folder, loaded, gold)
-        kl = np.zeros(len(samples.rows), np.float32) if policy.hash == sft.hash else kl_to(setting, loaded, sft, samples.tables[0])
+        samples = draw(setting, folder, loaded, gold, number)
+        kl = np.zeros(len(samples.rows), np.float32) if policy.hash == sft.hash else kl_to(setting, loaded, sft, samples.tables[0], number)
         result = {**gold_figures(samples, gold), "kl_sft": float(kl.mean()), **length_figures(samples, loaded)}
         proxy = None
         if reward is not None:
@@ -70,10 +70,10 @@ def evaluation_stage(setting: Setting, number: int, *, policy: Done, sft: Done, 
     sources |= {"reward": reward} if reward is not None else {}
     sources |= {"before": before} if before is not None else {}
     name = "sft-evaluation" if number == 0 else f"r{number}-evaluation"
-    return setting.build(Stage(name, "data", "evaluation", slice_, sources, parent="policy"), build, round=number)
+    return setting.build(Stage(name, "data", "evaluation", slice_, sources, version=2, parent="policy"), build, round=number)
 
 
-def draw(setting: Setting, folder: Path, loaded: Loaded, gold: Scorer | None) -> Samples:
+def draw(setting: Setting, folder: Path, loaded: Loaded, gold: Scorer | None, round: int) -> Samples:
     """Two responses to every evaluation prompt, from the same random numbers for every policy: differences are the policies'."""
     config = setting.config
     rows = inputs.evaluation_prompts_of(config, loaded.tokenizer)
@@ -82,6 +82,7 @@ def draw(setting: Setting, folder: Path, loaded: Loaded, gold: Scorer | None) ->
     rows = [rows[i] for i in cut.rows]
     sampling = sampling_of(loaded, max_new_tokens=config.ppo.response_length, temperature=config.evaluation.temperature)
     key = rng.stream(setting.key, "evaluation")
+    size = min(config.evaluation.batch_size, max(len(rows), 1))
     tables = tuple(
         sample_dataset(
             loaded.model,
@@ -89,8 +90,9 @@ def draw(setting: Setting, folder: Path, loaded: Loaded, gold: Scorer | None) ->
             renumbered(table, number),
             key,
             sampling,
-            batch_size=config.evaluation.batch_size,
+            batch_size=size,
             mesh=setting.mesh,
+            progress=setting.progress(f"evaluation, response {number + 1} of 2", round=round, tokens=size * sampling.max_new_tokens),
         )
         for number in (0, 1)
     )
@@ -102,14 +104,16 @@ def draw(setting: Setting, folder: Path, loaded: Loaded, gold: Scorer | None) ->
 
 def gold_figures(samples: Samples, gold: Scorer | None) -> dict[str, float | None]:
     """Mean gold of the first responses, and how often they beat their references."""
+    nothing: dict[str, float | None] = {"win_rate": None, "win_rate_low": None, "win_rate_high": None, "tie_rate": None}
     if gold is None or samples.gold is None:
-        return {"gold": None, "win_rate": None, "win_rate_low": None, "win_rate_high": None, "tie_rate": None}
+        return {"gold": None, **nothing}
     scores = samples.gold[0]
-    with_reference = np.array([i for i, row in enumerate(samples.rows) if row.reference is not None], np.int64)
-    prompts = [samples.rows[i].prompt for i in with_reference]
-    reference = gold(prompts, [samples.rows[i].reference or "" for i in with_reference]) if len(prompts) else np.zeros(0, np.float32)
-    won = win_rate(scores[with_reference], reference)
-    return {"gold": float(scores.mean()), **{name: value for name, value in won._asdict().items() if name != "n"}}
+    with_reference = [i for i, row in enumerate(samples.rows) if row.reference is not None]
+    if not with_reference:
+        return {"gold": float(scores.mean()), **nothing}
+    prompts, references = ([getattr(samples.rows[i], name) for i in with_reference] for name in ("prompt", "reference"))
+    won = win_rate(scores[with_reference], gold(prompts, references))
+    return {"gold": float(scores.mean()), **{name: getattr(won, name) for name in nothing}}
 
 
 def length_figures(samples: Samples, loaded: Loaded) -> dict[str, float]:
@@ -118,7 +122,7 @@ def length_figures(samples: Samples, loaded: Loaded) -> dict[str, float]:
     return {"length": float(np.asarray(first.response_mask_BT).sum(axis=1).mean()), "eos_rate": float(ended.mean())}
 
 
-def kl_to(setting: Setting, loaded: Loaded, sft: Done, texts: TextBatch) -> np.ndarray:
+def kl_to(setting: Setting, loaded: Loaded, sft: Done, texts: TextBatch, round: int) -> np.ndarray:
     """log π(y) − log π_SFT(y) of every response, nats [N] (k1), at the temperature they were sampled at."""
     options = {
         "temperature": setting.config.evaluation.temperature or 1.0,  # greedy text has no density of its own; it is read at 1
@@ -126,9 +130,13 @@ def kl_to(setting: Setting, loaded: Loaded, sft: Done, texts: TextBatch) -> np.n
         "mesh": setting.mesh,
     }
     reference = setting.load(sft, head="lm")
-    return response_logps(loaded.model, loaded.params, texts, **options) - response_logps(
-        reference.model, reference.params, texts, **options
-    )
+    logps = [
+        response_logps(
+            one.model, one.params, texts, progress=setting.progress(f"evaluation, log-probs under {name}", round=round), **options
+        )
+        for one, name in ((loaded, "the policy"), (reference, "π_SFT"))
+    ]
+    return logps[0] - logps[1]
 
 
 def proxy_figures(setting: Setting, reward: Done, samples: Samples, earlier: Samples) -> tuple[dict[str, float | None], np.ndarray]:

@@ -220,6 +220,14 @@ def evaluation_prompts_of(config: Config, tokenizer: Any = None) -> list[Prompt]
     return held_out_of(config, tokenizer)[:n]
 
 
+def valid_prompts_of(config: Config, tokenizer: Any = None) -> list[Prompt]:
+    """Held-out prompts for sampled pairs, at most `pairs.num_valid`; from files they are among those of the evaluation."""
+    n = config.pairs.num_valid
+    if config.data.train == TOY:
+        return toy.prompts(config.data.toy, n, config.seed, "valid")
+    return held_out_of(config, tokenizer)[:n]
+
+
 def held_out_of(config: Config, tokenizer: Any = None) -> list[Prompt]:
     """The prompts of the valid rows: no training of any kind sees them."""
     data, options = config.data, _options(config, tokenizer)

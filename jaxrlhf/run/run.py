@@ -7,14 +7,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxrlhf import sharding
 from jaxrlhf.algorithms.rounds import Round, method_named, reward_update_named, rounds_of
 from jaxrlhf.config import Config
 from jaxrlhf.data.tables import read_pair_table
 from jaxrlhf.plugins import plugin
-from jaxrlhf.recipe import arms, to_yaml
+from jaxrlhf.recipe import ConfigError, arms, to_yaml
 from jaxrlhf.run import inputs
-from jaxrlhf.run.data import VALID, pairs_stage, update_stage, updated_pairs
+from jaxrlhf.run.data import VALID, pairs_stage, report_of, update_stage, updated_pairs
 from jaxrlhf.run.evaluate import evaluation_stage
 from jaxrlhf.run.models import given_tokenizer, policy_stage, reward_stage, sft_stage, tokenizer_stage
 from jaxrlhf.run.setting import Setting
@@ -23,10 +25,7 @@ from jaxrlhf.runlog import RunLog
 
 UNTIL = ("sft", "reward", "ppo")  # where a single-stage command stops; the latter two in round 1
 
-HEURISTIC = (
-    "the pairs were not sampled from this run's SFT policy, so π/π_SFT is not their density ratio: "
-    "the importance weights are a heuristic here (pairs.source: sample makes them exact)."
-)
+HEURISTIC = "the importance weights are a heuristic here, not the density ratio of the pairs"
 
 
 def run(config: Config, *, until: str | None = None, log: RunLog | None = None) -> Path:
@@ -36,6 +35,11 @@ def run(config: Config, *, until: str | None = None, log: RunLog | None = None) 
     stage from its last checkpoint, and arms share what they have in common. `until`: stop after "sft", or after "reward" or "ppo" of
     round 1. Raises ConfigError, DataError and the like before anything is compiled where the config or the data cannot work.
     """
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"this is process {jax.process_index()} of {jax.process_count()}, and a run is one process, which uses all devices of its "
+            "machine: start it once, without jax.distributed. (Runs of several processes come in a later version.)"
+        )
     if until is not None and until not in UNTIL:
         raise ValueError(f"until {until!r} is none of {', '.join(UNTIL)}.")
     for one in arms(config).values():
@@ -79,7 +83,7 @@ def _run_one(config: Config, until: str | None, log: RunLog | None) -> None:
         setting = Setting(config, store, folder, own, mesh)
         _stages(setting, until)
         if until is None:
-            setting.tidy()
+            setting.tidy(metrics=log is None)  # a log that was given may hold other runs
     finally:
         if log is None:
             own.close()
@@ -106,9 +110,9 @@ def _stages(setting: Setting, until: str | None) -> None:
         if round.reward_update is not None:
             assert reward is not None, "round 1 fits the first reward model"
             update = update_stage(setting, round, pairs=pairs, sft=sft, policy=policies[-1], reward=reward)
-            if round.reward_update == "importance-weighted" and not pairs.record["result"]["sampled_from_sft"] and round.number == 2:
-                setting.log.note(f"note: {HEURISTIC}")
-                summary.notes.append(HEURISTIC)
+            if update_report(update).get("needs_sampler") and not summary.notes and (reasons := not_the_sampler(config)):
+                summary.notes.append(f"{HEURISTIC}: {'; '.join(reasons)}.")
+                setting.log.note(f"note: {summary.notes[0]}")
         if round.fits_reward:
             tokens, weights = updated_pairs(update, pairs)
             sources = {"pairs": pairs} | ({"update": update} if update is not None else {})
@@ -124,6 +128,23 @@ def _stages(setting: Setting, until: str | None) -> None:
         before = evaluations[round.policy_start]
         evaluations.append(evaluation_stage(setting, round.number, policy=policies[-1], sft=sft, reward=reward, before=before))
         summary.add(round.number, evaluations[-1], reward=reward, update=update)
+
+
+def not_the_sampler(config: Config) -> list[str]:
+    """Why π_SFT, as the importance weights read it, is not what the pairs were drawn from; empty where it is."""
+    pairs, weights = config.pairs, config.weights
+    if pairs.source != "sample":
+        return ["the pairs were not sampled from this run's SFT policy (pairs.source: sample)"]
+    reasons = []
+    if pairs.temperature != weights.temperature:
+        reasons.append(
+            f"the pairs were sampled at temperature {pairs.temperature} and are weighed at weights.temperature {weights.temperature}"
+        )
+    if weights.max_tokens is not None and weights.max_tokens < config.ppo.response_length:
+        reasons.append(
+            f"weights.max_tokens {weights.max_tokens} leaves out what follows in responses of up to {config.ppo.response_length}"
+        )
+    return reasons
 
 
 def _carried(rounds: list[Round], round: Round) -> bool:
@@ -159,10 +180,8 @@ class Summary:
         _write(self._setting.folder / "summary.json", json.dumps(body, indent=1) + "\n")
 
 
-def update_report(update: Done | None) -> dict[str, float]:
-    """What a reward update reported of itself (`report.json` in its folder), if anything."""
-    path = None if update is None else update.folder / "report.json"
-    return json.loads(path.read_text()) if path is not None and path.exists() else {}
+def update_report(update: Done | None) -> dict[str, Any]:
+    return {} if update is None else report_of(update.folder)
 
 
 def _write(path: Path, text: str) -> None:

@@ -15,10 +15,11 @@ from jaxrlhf.checkpoint import Checkpoints
 from jaxrlhf.config import Config
 from jaxrlhf.models.hub import Loaded, load
 from jaxrlhf.run.stages import Done, Stage, Store
-from jaxrlhf.runlog import FILE, RunLog
+from jaxrlhf.runlog import FILE, RunLog, StageLog
 from jaxrlhf.types import Metrics, TrainState
 
 CHECKPOINT = "checkpoint"  # the folder of training state inside a stage's
+Progress = Callable[[int, int], None]  # (batches done, of all)
 Loop = Callable[[TrainState, int], Iterator[tuple[TrainState, Metrics]]]
 
 
@@ -32,6 +33,7 @@ class Setting:
     log: RunLog
     mesh: Any
     stages: list[Done] = field(default_factory=list)
+    logged: set[tuple[str, int | None]] = field(default_factory=set)  # (stage, round) of the lines in metrics.jsonl that are this run's
 
     @property
     def key(self) -> jax.Array:
@@ -56,18 +58,37 @@ class Setting:
                 shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
             return result
 
+        name = stage.name.removeprefix(f"r{round}-")  # what it logs under
+        self.logged.add((name, round))
         done = self.store.build(stage, whole)
         if done.cached:
             self.log.note(f"{stage.name}: finished before ({done.record['seconds']:.0f} s), taken from {done.folder}")
             if (done.folder / FILE).exists():
-                # The name it trained under: a stage found again must not appear twice.
-                self.log.replay(done.folder / FILE, stage.name.removeprefix(f"r{round}-"), round=round)
+                self.log.replay(done.folder / FILE, name, round=round)
         self.store.link(done, self.folder, len(self.stages), standalone=self.config.standalone)
         self.stages.append(done)
         return done
 
-    def tidy(self) -> None:
-        """Remove links that an earlier config of this name left in the run folder."""
+    def progress(self, what: str, *, round: int | None = None, tokens: int = 0) -> Progress:
+        """What a pass over a table reports its batches (of so many `tokens`) to, from (0, total) on: shown, and not kept."""
+        stage: StageLog | None = None
+
+        def report(done: int, total: int) -> None:
+            nonlocal stage
+            if stage is None:
+                stage = self.log.stage(what, round=round, total_steps=total)
+                stage.phase("compiling")
+            if done:
+                stage.step(done, {}, tokens=tokens)
+            if done == total:
+                stage.close()
+
+        return report
+
+    def tidy(self, *, metrics: bool) -> None:
+        """Remove what an earlier config of this name left in the run folder: links, and lines of metrics.jsonl."""
+        if metrics:
+            self.log.keep_only(self.logged)
         current = {f"{number:02d}-{done.name}" for number, done in enumerate(self.stages)}
         for link in (self.folder / "stages").iterdir():
             if link.is_symlink() and link.name not in current:

@@ -23,6 +23,13 @@ def test_argmax_takes_the_higher_and_the_first_of_a_tie():
     assert [p.prompt for p in pairs] == ["prompt 0", "prompt 1", "prompt 2"] and pairs[1].source == "f:1"
 
 
+def test_strict_leaves_ties_out():
+    pairs, wins, kept = label(["a", "b", "c"], ["x", "y", "z"], [1.0, 0.25, 2.0], [0.5, 0.75, 2.0], rule="strict")
+    assert [(p.chosen, p.rejected) for p in pairs] == [("a", "x"), ("y", "b")]
+    assert wins.tolist() == [True, False] and kept.tolist() == [0, 1]
+    assert label(["a"], ["x"], [1.0], [1.0], rule="strict")[0] == []
+
+
 def test_equal_texts_are_left_out_and_ids_stay_unique():
     texts = (["same", "a", "b"], ["same", "c", "d"])
     pairs, wins, kept = label(*texts, [0, 1, 0], [0, 0, 1])

@@ -15,7 +15,7 @@ TINY: dict[str, Any] = {
     "method": "ppo",
     "data": {"num_demonstrations": 96, "num_prompts": 48, "limits": {"max_prompt_length": 17, "max_response_length": 8}},
     "model": {"shape": {"family": "llama", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}},
-    "pairs": {"source": "sample", "num_pairs": 40, "batch_size": 32},
+    "pairs": {"source": "sample", "num_pairs": 40, "num_valid": 20, "batch_size": 32},
     "gold": {"kind": "toy"},
     "sft": {"batch_size": 32, "learning_rate": 1e-2, "lr_scheduler_type": "constant"},
     "reward": {"batch_size": 32, "learning_rate": 1e-3, "num_reference_rows": 32, "eval_batch_size": 32},

@@ -13,11 +13,12 @@ import jaxrlhf
 from jaxrlhf.algorithms import rounds
 from jaxrlhf.algorithms.rounds import Method
 from jaxrlhf.data.tables import read_table
-from jaxrlhf.recipe import load_config
-from jaxrlhf.run.run import run
+from jaxrlhf.recipe import ConfigError, load_config
+from jaxrlhf.run.run import not_the_sampler, run
 from jaxrlhf.run.stages import read_record
 from jaxrlhf.run.table import read_summaries
 from jaxrlhf.runlog import read
+from jaxrlhf.scorers.toy import toy_gold
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -124,7 +125,11 @@ def test_metrics_file(finished):
         assert {"loss/pair", "pair/accuracy", "grad_norm"} <= names["reward", number][0].keys()
     # Round 2's reference is round 1's policy: the penalty starts at 0, the distance to SFT does not.
     assert names["policy", 2][0]["kl/penalty"] == 0 != names["policy", 2][0]["kl/sft"]
-    assert {stage for stage, _ in names} == {"sft", "reward", "policy"} | {s for s, _ in names if s.startswith("pairs")}
+    (line,) = names["update", 2]
+    row = json.loads((finished / "ocrm" / "summary.json").read_text())["rounds"][2]
+    assert {f"weights/{name}" for name in ("mean", "max", "largest_share", "q05", "q50", "q95")} < line.keys() and line["step"] == 1
+    assert [line[f"weights/{name}"] for name in ("ess", "ess_fraction", "eta")] == [row[name] for name in ("ess", "ess_fraction", "eta")]
+    assert set(names) == {("sft", None), ("update", 2), *((stage, n) for stage in ("reward", "policy") for n in (1, 2))}
 
 
 def test_running_again_builds_nothing_and_changes_no_line(finished, store, tiny_config):
@@ -136,7 +141,7 @@ def test_running_again_builds_nothing_and_changes_no_line(finished, store, tiny_
     assert {arm: (finished / arm / "summary.json").read_text() for arm in ARMS} == texts
     for arm in ARMS:
         again = [json.dumps(line) for line in read(finished / arm / "metrics.jsonl")]
-        assert len(again) == len(set(again)) and set(lines[arm]) - {line for line in lines[arm] if '"pairs' in line} <= set(again)
+        assert sorted(again) == lines[arm]
 
 
 def test_stage_folders_open_as_models(finished):
@@ -254,7 +259,40 @@ def test_without_gold(finished, store, tiny_config, tmp_path):
     for row in summary["rounds"]:
         assert [row[name] for name in ("gold", "win_rate", "win_rate_low", "tie_rate", "reward_accuracy")] == [None] * 5
     assert summary["rounds"][2]["ess"] > 0 and 0 <= summary["rounds"][2]["reward_accuracy_valid"] <= 1
-    assert len(summary["notes"]) == 1 and "heuristic" in summary["notes"][0]
+    assert len(summary["notes"]) == 1 and "a heuristic here" in summary["notes"][0] and "were not sampled" in summary["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"weights__max_tokens": 8}, None),
+        ({"weights__max_tokens": 7}, r"weights.max_tokens 7 leaves out what follows in responses of up to 8"),
+        ({"pairs__temperature": 0.5}, r"sampled at temperature 0.5 and are weighed at weights.temperature 1.0"),
+    ],
+)
+def test_reasons_why_the_weights_would_be_no_density_ratio(tmp_path, tiny_config, changes, reason):
+    reasons = not_the_sampler(tiny_config(tmp_path, **changes))
+    assert len(reasons) == (reason is not None) and all(reason in one for one in reasons)
+
+
+def test_held_out_pairs(finished, store, tiny_config):
+    """Strict labels, prompts of their own, and nothing that the evaluation's settings could change."""
+    found = stages(finished / "ocrm")
+    (valid, _), (train, _) = (read_table(found["pairs"] / f"{name}.parquet") for name in ("valid", "train"))
+    gold = toy_gold(tiny_config(store).data.toy)
+    assert (gold(valid["prompt"], valid["chosen"]) > gold(valid["prompt"], valid["rejected"])).all() and 5 < len(valid["prompt"]) <= 20
+    evaluated, _ = read_table(found["r1-evaluation"] / "samples.parquet")
+    assert not set(valid["prompt"]) & (set(train["prompt"]) | set(evaluated["prompt"]))
+    other = stages(run(tiny_config(store, name="evaluated", evaluation__num_prompts=7), until="reward"))
+    assert other["pairs"] == found["pairs"] and other["r1-reward"] == found["r1-reward"]
+
+
+def test_one_of_several_processes_is_refused(tmp_path, tiny_config, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"process 0 of 2, and a run is one process, which uses all devices .* start it once"):
+        run(tiny_config(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_until(finished, store, tiny_config):
@@ -271,6 +309,9 @@ def test_standalone_copies_and_a_shorter_config_leaves_no_links(finished, store,
     assert (folder / "stages" / "01-sft" / "config.json").exists()
     folder = run(tiny_config(store, name="links", method="ocrm"))
     assert "r2-update" in stages(folder)
+    assert ("update", 2) in {(line["stage"], line["round"]) for line in read(folder / "metrics.jsonl")}
     run(tiny_config(store, name="links", rounds=1))
     assert list(stages(folder))[-1] == "r1-evaluation" and len(stages(folder)) == 7
+    kept = {(line["stage"], line["round"]) for line in read(folder / "metrics.jsonl")}
+    assert kept == {("sft", None), ("reward", 1), ("policy", 1)}  # of the longer run nothing is left
     shutil.rmtree(store / "alone")
