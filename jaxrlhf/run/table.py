@@ -24,11 +24,19 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("win_rate", "win rate\n[95 %]"),
 )
 
-LEGEND = (
-    "gold: true reward of the policy. proxy before / after: the round's reward model on the policy that enters / leaves the round (nats "
-    "of preference; not comparable across rounds that refit). KL to SFT: nats a response. ESS: pairs that still count after weighting. "
-    "RM accuracy: on fresh pairs of the policy that enters the round, labelled by gold. win rate: against the reference responses, strict."
-)
+NEED_GOLD = ("gold", "reward_accuracy", "win_rate")
+WITHOUT_GOLD = (("reward_accuracy_valid", "RM acc.\nheld-out"),)
+
+LEGENDS = {
+    "gold": "gold: true reward of the policy.",
+    "proxy": "proxy before / after: the round's reward model on the policy that enters / leaves the round (nats of preference; not "
+    "comparable across rounds that refit).",
+    "kl_sft": "KL to SFT: nats a response.",
+    "ess": "ESS: pairs that still count after weighting.",
+    "reward_accuracy": "RM accuracy: on fresh pairs of the policy that enters the round, labelled by gold.",
+    "win_rate": "win rate: against the reference responses, strict.",
+    "reward_accuracy_valid": "RM acc. held-out: on held-out pairs. No gold is named: nothing here says whether the policy became better.",
+}
 
 
 def read_summaries(folder: Path) -> dict[str, Summary]:
@@ -51,20 +59,28 @@ def _arms(folder: Path) -> list[str]:
 def show(summaries: dict[str, Summary], console: Console | None = None) -> None:
     """One table for all arms, a legend, and what the figures say."""
     console = console or Console()
+    columns = columns_of(summaries)
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
     if len(summaries) > 1:
         table.add_column("arm")
-    for _, title in COLUMNS:
+    for _, title in columns:
         table.add_column(title, justify="right", no_wrap=True)
     for arm, summary in summaries.items():
         for row in summary["rounds"]:
-            cells = [_cell(row, name) for name, _ in COLUMNS]
+            cells = [_cell(row, name) for name, _ in columns]
             named = arm if row is summary["rounds"][0] else ""
             table.add_row(*([named, *cells] if len(summaries) > 1 else cells), end_section=row is summary["rounds"][-1])
     console.print(table)
-    console.print(LEGEND, style="dim", highlight=False)
+    console.print(" ".join(LEGENDS[name] for name, _ in columns if name in LEGENDS), style="dim", highlight=False)
     for line in findings(summaries):
         console.print(f"- {line}", highlight=False)
+
+
+def columns_of(summaries: dict[str, Summary]) -> tuple[tuple[str, str], ...]:
+    """The columns that can say something: without gold the reward models' accuracy on held-out pairs, in place of all that needs it."""
+    if any(row["gold"] is not None for summary in summaries.values() for row in summary["rounds"]):
+        return COLUMNS
+    return tuple(column for column in COLUMNS if column[0] not in NEED_GOLD) + WITHOUT_GOLD
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
@@ -75,7 +91,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
         return "–"
     if name == "win_rate":
         return f"{value:.2f} [{row['win_rate_low']:.2f}, {row['win_rate_high']:.2f}]"
-    return f"{value:.0f}" if name == "ess" else f"{value:.3f}" if name == "reward_accuracy" else f"{value:.2f}"
+    return f"{value:.0f}" if name == "ess" else f"{value:.3f}" if name.startswith("reward_accuracy") else f"{value:.2f}"
 
 
 def findings(summaries: dict[str, Summary]) -> list[str]:

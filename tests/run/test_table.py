@@ -98,3 +98,15 @@ def test_the_table_shows_what_there_is():
     text = file.getvalue()
     for cell in ("mine", "other", "SFT", "1.23", "0.625", "17", "0.50 [0.25, 0.75]", "–", "gold: true reward of the policy"):
         assert cell in text, cell
+
+
+def test_without_gold_the_table_shows_the_accuracy_on_held_out_pairs():
+    file = io.StringIO()
+    rows = row(0, reward_accuracy_valid=None), row(1, None, 0.5, 0.75, reward_accuracy_valid=0.8125)
+    show({"mine": summary(*rows)}, Console(file=file, width=80))
+    text = file.getvalue()
+    assert "RM acc." in text and "0.812" in text and "whether the policy became better" in " ".join(text.split())
+    assert "win rate" not in text and "true reward" not in text
+    file = io.StringIO()
+    show({"mine": summary(*rows), "other": summary(row(0, 1.0), row(1, 2.0, 0.5, 0.75, 0.625))}, Console(file=file, width=80))
+    assert "RM acc." not in file.getvalue() and "win rate" in file.getvalue()  # one arm with gold keeps its columns
