@@ -101,7 +101,7 @@ def fit_bradley_terry(differences_NV: csr_matrix, penalty: float, start_V: np.nd
         slope = -1.0 / (1.0 + np.exp(np.clip(margins, -500, 500)))
         return float(np.logaddexp(0.0, -margins).sum() + 0.5 * penalty * w @ w), differences_NV.T @ slope + penalty * w
 
-    start = np.zeros(differences_NV.shape[1]) if start_V is None else start_V
+    start = np.zeros(np.shape(differences_NV)[1]) if start_V is None else start_V
     return minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x
 
 
