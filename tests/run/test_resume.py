@@ -13,7 +13,7 @@ import yaml
 
 import jaxrlhf
 from jaxrlhf.recipe import from_mapping
-from jaxrlhf.run import models
+from jaxrlhf.run import models, setting
 from jaxrlhf.run.run import run
 from jaxrlhf.run.stages import read_record
 from jaxrlhf.runlog import read
@@ -139,7 +139,10 @@ def test_a_training_holds_its_state_and_its_fixed_models_once(tmp_path, tiny_con
     for _ in ("sft", "reward", "policy"):
         with pytest.raises(InterruptedError):
             run(config, until="ppo")
+    read_models, load = [], setting.load
+    monkeypatch.setattr(setting, "load", lambda *given, head, **options: read_models.append(head) or load(*given, head=head, **options))
     run(config, until="ppo")
+    assert read_models == ["lm", "scalar"]
     assert len(seen) == 6  # every training twice
     assert [held for held, _ in seen] == pytest.approx([1] * 6, abs=0.05)
     assert [fixed for _, fixed in seen[4:]] == pytest.approx([1, 1], abs=0.1)  # one reference and one reward model beside policy and critic
