@@ -93,16 +93,15 @@ def differences(pairs: Iterable[Pair], vocabulary: dict[str, int] | None, *, cro
     return csr_matrix((values, columns, pointer), shape=(len(rows), len(known))), known
 
 
-def fit_bradley_terry(differences_NV: csr_matrix, penalty: float, start_V: np.ndarray | None = None) -> np.ndarray:
-    """w_V that minimises Σ −log σ(d·w) + penalty/2 · |w|², from `start_V` or 0."""
+def fit_bradley_terry(differences_NV: csr_matrix, penalty: float, start_V: np.ndarray) -> np.ndarray:
+    """w_V that minimises Σ −log σ(d·w) + penalty/2 · |w|², searched from `start_V`."""
 
     def objective(w: np.ndarray) -> tuple[float, np.ndarray]:
         margins = differences_NV @ w
         slope = -1.0 / (1.0 + np.exp(np.clip(margins, -500, 500)))
         return float(np.logaddexp(0.0, -margins).sum() + 0.5 * penalty * w @ w), differences_NV.T @ slope + penalty * w
 
-    start = np.zeros(np.shape(differences_NV)[1]) if start_V is None else start_V
-    return minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x
+    return minimize(objective, start_V, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x
 
 
 def word_baseline(train: Sequence[Pair], valid: Sequence[Pair]) -> tuple[float, float]:
@@ -113,7 +112,7 @@ def word_baseline(train: Sequence[Pair], valid: Sequence[Pair]) -> tuple[float, 
         seen, vocabulary = differences(fit, None, crossed=crossed)
         unseen, _ = differences(test, vocabulary, crossed=crossed)
         kept = np.bincount(seen.indices[seen.data != 0], minlength=len(vocabulary)) >= MIN_PAIRS
-        seen, unseen, w, found = seen[:, kept], unseen[:, kept], None, []
+        seen, unseen, w, found = seen[:, kept], unseen[:, kept], np.zeros(int(kept.sum())), []
         for penalty in penalties:
             w = fit_bradley_terry(seen, penalty, w)
             margins = unseen @ w
