@@ -34,10 +34,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)  # the checkpoint library narrates every save
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # `module:attribute` names a file beside the config, last: it shadows nothing installed
     try:
         return commands[argv[0]](argv[0], argv[1:])
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print("\nstopped; the same command goes on from the last finished stage, or from a checkpoint inside one.", file=sys.stderr)
         return 130
     except Exception as error:
         if os.environ.get("JAXRLHF_TRACEBACK") or not _is_plain(error):

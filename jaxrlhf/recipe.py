@@ -32,7 +32,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{found} is not YAML: {error}") from error
     if raw is None:
-        return {}
+        raise ConfigError(f"{found} is empty; a recipe is a mapping of sections (jaxrlhf run configs/quickstart.yaml shows one).")
     if not isinstance(raw, dict):
         raise ConfigError(f"{found} holds a {type(raw).__name__}; a recipe is a mapping of sections.")
     return raw
@@ -187,6 +187,10 @@ def contradictions(config: Config) -> Iterator[str]:
 
 def _out_of_range(config: Config) -> Iterator[str]:
     """Single numbers that mean nothing."""
+    shape = config.model.shape
+    if config.model.source is None and shape.hidden_size % shape.num_heads:
+        fits = max(shape.hidden_size // shape.num_heads, 1) * shape.num_heads
+        yield f"model.shape.hidden_size {shape.hidden_size} does not divide over num_heads {shape.num_heads}; try {fits}."
     ppo, weights, pairs = config.ppo, config.weights, config.pairs
     if ppo.temperature <= 0:
         yield f"ppo.temperature is {ppo.temperature}; greedy sampling does not explore, give a number above 0."

@@ -17,9 +17,11 @@ import jaxrlhf.run.run, jaxrlhf.run.stages
 for run in (first, jaxrlhf.run):
     assert callable(run)
     try:
-        run("no config")
-    except AttributeError as error:
-        assert "'str'" in str(error)
+        run("no_such_recipe.yaml")
+    except ValueError as error:
+        assert "no recipe at no_such_recipe.yaml" in str(error)
+    else:
+        raise AssertionError("a recipe that is not there was run")
 from jaxrlhf import run
 assert callable(run) and jaxrlhf.run.stages.Store
 """

@@ -156,3 +156,11 @@ def test_files(tmp_path):
 def test_all_keys_reach_every_depth():
     keys = set(all_keys())
     assert {"seed", "ppo", "ppo.kl_coef", "data.limits.max_prompt_length", "data.toy.overlong_penalty", "model.shape.family"} <= keys
+
+
+def test_an_empty_recipe_and_heads_that_do_not_divide_are_refused(tmp_path):
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    with pytest.raises(ConfigError, match=r"empty\.yaml is empty"):
+        load_config(tmp_path / "empty.yaml")
+    with pytest.raises(ConfigError, match=r"hidden_size 48 does not divide over num_heads 5; try 45"):
+        from_mapping({"data": {"train": "rows.jsonl"}, "model": {"shape": {"hidden_size": 48, "num_heads": 5}}})

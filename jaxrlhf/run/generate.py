@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,11 @@ def generate_texts(
     """{"id", "prompt", "response", "sample", "finished"} a sample. Prompts over the limit are named on standard error and left out."""
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; at least 1 response a prompt is needed.")
+    classes = _classes(folder)
+    if any(name.endswith("SequenceClassification") for name in classes):
+        raise ValueError(
+            f"{folder} holds a reward model ({classes[0]}), which writes no text; name a policy folder, such as a stage …-policy."
+        )
     loaded = load(folder, head="lm")
     if loaded.tokenizer is None:
         raise ValueError(f"{folder} has no tokenizer; save one beside the model.")
@@ -61,6 +68,12 @@ def generate_texts(
         finished = finished_responses(texts.response_BT, texts.response_mask_BT, sampling.eos_ids)  # type: ignore[arg-type]
         for row, response, done in zip(rows, responses, finished, strict=True):
             yield {"id": row.id, "prompt": row.prompt, "response": response, "sample": sample, "finished": bool(done)}
+
+
+def _classes(folder: str) -> list[str]:
+    """What config.json says the model is; nothing where there is none (`load` says that better)."""
+    path = Path(folder) / "config.json"
+    return list(json.loads(path.read_text(encoding="utf-8")).get("architectures") or []) if path.is_file() else []
 
 
 def _prompts(prompts: list[str], file: str | None, tokenizer: Any) -> list[Prompt]:

@@ -14,7 +14,7 @@ from jaxrlhf.algorithms.rounds import Round, method_named, reward_update_named, 
 from jaxrlhf.config import Config
 from jaxrlhf.data.tables import read_pair_table
 from jaxrlhf.plugins import plugin
-from jaxrlhf.recipe import ConfigError, arms, to_yaml
+from jaxrlhf.recipe import ConfigError, arms, load_config, to_yaml
 from jaxrlhf.run import inputs
 from jaxrlhf.run.data import VALID, pairs_stage, report_of, update_stage, updated_pairs
 from jaxrlhf.run.evaluate import evaluation_stage
@@ -28,13 +28,15 @@ UNTIL = ("sft", "reward", "ppo")  # where a single-stage command stops; the latt
 HEURISTIC = "the importance weights are a heuristic here, not the density ratio of the pairs"
 
 
-def run(config: Config, *, until: str | None = None, log: RunLog | None = None) -> Path:
-    """Run a config, or all its arms one after the other; the run folder.
+def run(config: Config | str | Path, *, until: str | None = None, log: RunLog | None = None) -> Path:
+    """Run a config (or the recipe at a path), or all its arms one after the other; the run folder.
 
     Finished stages are found again by what they depend on: a run that was stopped goes on from its last finished stage, inside that
     stage from its last checkpoint, and arms share what they have in common. `until`: stop after "sft", or after "reward" or "ppo" of
     round 1. Raises ConfigError, DataError and the like before anything is compiled where the config or the data cannot work.
     """
+    if not isinstance(config, Config):
+        config = load_config(config)
     if jax.process_count() > 1:
         raise ConfigError(
             f"this is process {jax.process_index()} of {jax.process_count()}, and a run is one process, which uses all devices of its "

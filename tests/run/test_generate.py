@@ -54,3 +54,10 @@ def test_what_it_cannot_do(folder, monkeypatch):
         list(generate_texts(**options))
     with pytest.raises(ValueError, match=r"bare has no tokenizer; save one beside the model"):
         list(generate_texts(**{**options, "folder": str(folder / "bare"), "prompts": ["x"]}))
+
+
+def test_a_reward_model_is_no_policy(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["GPTNeoXForSequenceClassification"]}')
+    options = {"file": None, "max_new_tokens": 2, "max_prompt_length": 4, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    with pytest.raises(ValueError, match="reward model"):
+        list(generate_texts(folder=str(tmp_path), prompts=["a"], num_samples=1, batch_size=1, seed=0, **options))
