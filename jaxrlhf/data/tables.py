@@ -13,6 +13,8 @@ from jaxrlhf.data.report import DataError
 from jaxrlhf.data.tokens import pad_left, pad_right
 from jaxrlhf.types import PairBatch, TextBatch
 
+COLUMN = "column/"  # before the name of a precomputed column of the pairs
+
 
 def write_table(path: Path, columns: dict[str, Any], **metadata: int | str) -> None:
     """One Parquet file of equally long columns; it appears whole or not at all."""
@@ -53,12 +55,15 @@ def write_pair_table(path: Path, rows: list[Pair], tokens: PairBatch, *, pad_id:
     columns["prompt_tokens"] = unpadded(tokens.prompt_BL, tokens.prompt_mask_BL)  # type: ignore[arg-type]
     columns["chosen_tokens"] = unpadded(tokens.chosen_BT, tokens.chosen_mask_BT)  # type: ignore[arg-type]
     columns["rejected_tokens"] = unpadded(tokens.rejected_BT, tokens.rejected_mask_BT)  # type: ignore[arg-type]
+    for name, values in tokens.columns.items():
+        if name != "margin":  # which stands beside the text
+            columns[f"{COLUMN}{name}"] = np.asarray(values).tolist()
     L, T = tokens.prompt_BL.shape[1], tokens.chosen_BT.shape[1]
     write_table(path, columns, prompt_width=L, response_width=T, pad_id=pad_id)
 
 
 def read_pair_table(path: Path) -> tuple[list[Pair], PairBatch]:
-    """What `write_pair_table` wrote: rows and tokens, padded as they were, weights 1, `index_B` 0..N−1."""
+    """What `write_pair_table` wrote: rows and tokens, padded as they were, weights 1, `index_B` 0..N−1, columns in float32."""
     columns, facts = read_table(path)
     names = ("id", "prompt", "chosen", "rejected", "source", "margin", "templated")
     rows = [Pair(**dict(zip(names, values, strict=True))) for values in zip(*(columns[name] for name in names), strict=True)]
@@ -69,7 +74,9 @@ def read_pair_table(path: Path) -> tuple[list[Pair], PairBatch]:
         *pad_right(columns["chosen_tokens"], T, pad),
         *pad_right(columns["rejected_tokens"], T, pad),
     )
-    extra = {} if all(m is None for m in columns["margin"]) else {"margin": np.array([m or 0.0 for m in columns["margin"]], np.float32)}
+    extra = {name.removeprefix(COLUMN): np.array(values, np.float32) for name, values in columns.items() if name.startswith(COLUMN)}
+    if not all(m is None for m in columns["margin"]):
+        extra["margin"] = np.array([m or 0.0 for m in columns["margin"]], np.float32)
     weights, row_mask, index = np.ones(n, np.float32), np.ones(n, bool), np.arange(n, dtype=np.int32)
     return rows, PairBatch(*sides, weights, row_mask, index, extra)  # type: ignore[arg-type]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf import rng
-from jaxrlhf.algorithms.rounds import Round, reward_update_named
+from jaxrlhf.algorithms.rounds import SECTIONS_READ, Round, reward_update_named
 from jaxrlhf.algorithms.update import Pairs, RoundContext
 from jaxrlhf.config import Config
 from jaxrlhf.data.batches import take
@@ -23,12 +23,11 @@ from jaxrlhf.offline.label import label_pairs
 from jaxrlhf.plugins import plugin, source_of
 from jaxrlhf.rollouts.dataset import Sampling, sample_dataset
 from jaxrlhf.run import inputs
-from jaxrlhf.run.models import report_rows
 from jaxrlhf.run.setting import Setting
 from jaxrlhf.run.stages import Done, Stage
 from jaxrlhf.types import PairBatch, PromptBatch, TextBatch
 
-TRAIN, VALID, UPDATED, WEIGHTS = "train.parquet", "valid.parquet", "pairs.parquet", "weights.npy"
+TRAIN, VALID, UPDATED, WEIGHTS, REPORT = "train.parquet", "valid.parquet", "pairs.parquet", "weights.npy", "report.json"
 
 
 def sampling_of(loaded: Loaded, *, max_new_tokens: int, temperature: float) -> Sampling:
@@ -69,7 +68,7 @@ def stored_pairs(setting: Setting, folder: Path, tokenizer_done: Done) -> dict[s
     counts = {}
     for name, rows in ((TRAIN, train), (VALID, valid)):
         table, cut = tokenize_pairs(rows, tokenizer, limits, eos_ids=eos_ids_of(tokenizer))
-        report_rows(setting, folder, name.removesuffix(".parquet"), read if name == TRAIN else type(read)(), cut)
+        setting.report_rows(folder, name.removesuffix(".parquet"), read if name == TRAIN else type(read)(), cut)
         write_pair_table(folder / name, [rows[i] for i in cut.rows], table, pad_id=pad_id_of(tokenizer))
         counts[name.removesuffix(".parquet")] = cut.kept
     return {**counts, "dropped": len(read.dropped)}
@@ -95,7 +94,7 @@ def labelled(
     gold = inputs.gold_of(config, setting.mesh)
     assert gold is not None, "a config that samples pairs names a gold scorer"
     table, cut = tokenize_prompts(rows, tokenizer, inputs.limits_of(config))
-    report_rows(setting, folder, f"{what}-prompts", read, cut)
+    setting.report_rows(folder, f"{what}-prompts", read, cut)
     rows = [rows[i] for i in cut.rows]
     sampling = sampling_of(sft, max_new_tokens=config.ppo.response_length, temperature=config.pairs.temperature)
     key = rng.stream(setting.key, f"pairs/{what}")
@@ -151,18 +150,27 @@ def pair_batch(first: TextBatch, second: TextBatch, first_is_chosen: np.ndarray,
     )
 
 
-def update_stage(setting: Setting, round: Round, *, pairs: Done, sft: Done, policy: Done, reward: Done) -> Done:
-    """A reward update: which pairs the next reward model is fitted on, and with which weights."""
+def check_update(config: Config, name: str) -> None:
+    """Raise before anything is built where the update `name` cannot work with this config."""
+    if "encoder" in SECTIONS_READ.get(name, ()):
+        from jaxrlhf.offline.embed import encoder_identity
+
+        encoder_identity(config.encoder)
+
+
+def update_stage(setting: Setting, round: Round, *, pairs: Done, sft: Done, policy: Done, reward: Done, before: Done | None) -> Done:
+    """A reward update: which pairs the next reward model is fitted on, and with which weights. `before` is the last update."""
     config = setting.config
     name = round.reward_update or ""
 
     def build(folder: Path) -> dict[str, Any]:
         rows, tokens = read_pair_table(pairs.folder / TRAIN)
         given = Pairs(rows, tokens)
+        sampler = setting.load(sft, head="lm")
         context = RoundContext(
             round=round.number,
             policy=setting.load(policy, head="lm"),
-            sft=setting.load(sft, head="lm"),
+            sft=sampler,
             reward=setting.load(reward, head="scalar"),
             key=rng.stream(setting.key, "update", round.number),
             folder=folder,
@@ -172,8 +180,11 @@ def update_stage(setting: Setting, round: Round, *, pairs: Done, sft: Done, poli
             sft_hash=sft.hash,
             mesh=setting.mesh,
             progress=lambda what: setting.progress(f"update, {what}", round=round.number),
+            prompts=lambda: inputs.prompts_of(config, sampler.tokenizer)[0],
+            kept_before=None if before is None else frozenset(updated_pairs(before, pairs)[0].ids),
         )
         update: Callable = reward_update_named(name, plugin)
+        (folder / REPORT).unlink(missing_ok=True)  # of an attempt that was stopped
         setting.log.note(f"round {round.number} update: {name} on {len(rows)} pairs")
         chosen, weights_N = update(context, given)
         np.save(folder / WEIGHTS, np.asarray(weights_N, np.float32), allow_pickle=False)
@@ -187,22 +198,28 @@ def update_stage(setting: Setting, round: Round, *, pairs: Done, sft: Done, poli
                 stage.step(1, {f"weights/{name}": value for name, value in health.items()})
         return {"update": name, "pairs": len(chosen.rows), "of": len(rows)}
 
-    slice_ = {
-        "update": name,
-        "round": round.number,
-        "seed": config.seed,
-        "weights": asdict(config.weights) if name != "unweighted" else None,
-    }
-    if ":" in name:  # code that is not ours may read all of the config
-        slice_ |= {"plugin": source_of(name), "config": read_by_plugins(config)}
-    sources = {"pairs": pairs, "sft": sft, "policy": policy, "reward": reward}
-    stage = Stage(f"r{round.number}-update", "data", "update", slice_, sources, version=2, parent="policy")
+    slice_ = {"update": name, "round": round.number, "seed": config.seed, **_read_by(name, config)}
+    sources = {"pairs": pairs, "sft": sft, "policy": policy, "reward": reward} | ({} if before is None else {"before": before})
+    stage = Stage(f"r{round.number}-update", "data", "update", slice_, sources, version=3, parent="policy")
     return setting.build(stage, build, round=round.number)
+
+
+def _read_by(name: str, config: Config) -> dict[str, Any]:
+    """What the update `name` reads of the config; code that is not ours may read all of it."""
+    if ":" in name:
+        return {"plugin": source_of(name), "config": read_by_plugins(config)}
+    sections: dict[str, Any] = {section: asdict(getattr(config, section)) for section in SECTIONS_READ[name]}
+    if "encoder" in sections:
+        from jaxrlhf.offline.embed import encoder_identity
+
+        sections["encoder"] = asdict(encoder_identity(config.encoder))
+        sections["text"] = {"data": inputs.identity(config), "response_length": config.ppo.response_length}
+    return sections
 
 
 def report_of(folder: Path) -> dict[str, Any]:
     """What a reward update reported of itself (`report.json` in its folder), if anything."""
-    path = folder / "report.json"
+    path = folder / REPORT
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
@@ -212,9 +229,14 @@ def read_by_plugins(config: Config) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in elsewhere}
 
 
-def updated_pairs(update: Done | None, pairs: Done) -> tuple[PairBatch, np.ndarray]:
-    """(tokens, weights_N) a reward model is fitted on: all pairs with weight 1 where nothing was updated."""
-    folder = pairs.folder / TRAIN if update is None or not (update.folder / UPDATED).exists() else update.folder / UPDATED
-    _, tokens = read_pair_table(folder)
-    weights = np.ones(len(tokens.index_B), np.float32) if update is None else np.load(update.folder / WEIGHTS, allow_pickle=False)
-    return tokens, weights
+def updated_pairs(update: Done | None, pairs: Done) -> tuple[Pairs, np.ndarray]:
+    """(pairs, weights_N) to be fitted on: all pairs with weight 1 where nothing was updated."""
+    changed = update is not None and (update.folder / UPDATED).exists()
+    rows, tokens = read_pair_table(update.folder / UPDATED if changed else pairs.folder / TRAIN)  # type: ignore[union-attr]
+    weights = np.ones(len(rows), np.float32) if update is None else np.load(update.folder / WEIGHTS, allow_pickle=False)
+    return Pairs(rows, tokens), weights
+
+
+def valid_pairs(pairs: Done) -> PairBatch:
+    """The held-out pairs: never filtered, never weighted, the same for every method."""
+    return read_pair_table(pairs.folder / VALID)[1]

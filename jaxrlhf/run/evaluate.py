@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from jaxrlhf.offline.logprobs import response_logps
 from jaxrlhf.rollouts.dataset import sample_dataset
 from jaxrlhf.run import inputs
 from jaxrlhf.run.data import renumbered, sampling_of
-from jaxrlhf.run.models import report_rows
 from jaxrlhf.run.setting import Setting
 from jaxrlhf.run.stages import Done, Stage
 from jaxrlhf.scorers import Scorer
@@ -39,8 +38,18 @@ class Samples(NamedTuple):
     gold: tuple[np.ndarray, np.ndarray] | None
 
 
-def evaluation_stage(setting: Setting, number: int, *, policy: Done, sft: Done, reward: Done | None, before: Done | None) -> Done:
-    """`before` is the evaluation of the policy the round started from; `reward` the reward model of the round. Round 0 is π_SFT."""
+def evaluation_stage(
+    setting: Setting,
+    number: int,
+    *,
+    policy: Done,
+    sft: Done,
+    rewards: tuple[Done, ...],
+    ensemble: Literal["mean", "mean-minus-spread"] | None,
+    before: Done | None,
+) -> Done:
+    """`before` is the evaluation of the policy the round started from; `rewards` the reward model of the round, or the members of its
+    `ensemble`; none where the method has none. Round 0 is π_SFT."""
     config = setting.config
 
     def build(folder: Path) -> dict[str, Any]:
@@ -51,9 +60,9 @@ def evaluation_stage(setting: Setting, number: int, *, policy: Done, sft: Done, 
         kl = np.zeros(len(samples.rows), np.float32) if policy.hash == sft.hash else kl_to(setting, loaded, sft, samples.tables[0], number)
         result = {**gold_figures(samples, gold), "kl_sft": float(kl.mean()), **length_figures(samples, loaded)}
         proxy = None
-        if reward is not None:
+        if rewards:
             earlier = read_samples(before, loaded) if before is not None else samples
-            figures, proxy = proxy_figures(setting, reward, samples, earlier)
+            figures, proxy = proxy_figures(setting, rewards, ensemble, samples, earlier)
             result |= figures
         write_samples(folder, samples, kl, proxy)
         return result
@@ -67,8 +76,9 @@ def evaluation_stage(setting: Setting, number: int, *, policy: Done, sft: Done, 
         "dtype": config.model.dtype,
     }
     sources = {"policy": policy, "sft": sft}
-    sources |= {"reward": reward} if reward is not None else {}
+    sources |= {f"reward-{n}" if n else "reward": reward for n, reward in enumerate(rewards)}
     sources |= {"before": before} if before is not None else {}
+    slice_ |= {"ensemble": ensemble, "spread_coef": config.reward.spread_coef} if ensemble else {}
     name = "sft-evaluation" if number == 0 else f"r{number}-evaluation"
     return setting.build(Stage(name, "data", "evaluation", slice_, sources, version=2, parent="policy"), build, round=number)
 
@@ -78,7 +88,7 @@ def draw(setting: Setting, folder: Path, loaded: Loaded, gold: Scorer | None, ro
     config = setting.config
     rows = inputs.evaluation_prompts_of(config, loaded.tokenizer)
     table, cut = tokenize_prompts(rows, loaded.tokenizer, inputs.limits_of(config))
-    report_rows(setting, folder, "prompts", ReadReport(kept=len(rows)), cut)
+    setting.report_rows(folder, "prompts", ReadReport(kept=len(rows)), cut)
     rows = [rows[i] for i in cut.rows]
     sampling = sampling_of(loaded, max_new_tokens=config.ppo.response_length, temperature=config.evaluation.temperature)
     key = rng.stream(setting.key, "evaluation")

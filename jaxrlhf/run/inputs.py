@@ -38,11 +38,11 @@ def identity(config: Config) -> dict[str, Any]:
     data = config.data
     section = asdict(data)
     if data.train == TOY:
-        return {"toy": section["toy"], "num_demonstrations": data.num_demonstrations, "num_prompts": data.num_prompts, "seed": config.seed}
+        return {"toy": section["toy"], "num_demonstrations": data.num_demonstrations, "num_prompts": data.num_prompts, "seed": config.text_seed}
     for name in ("train", "valid", "demonstrations", "prompts"):
         section[name] = [_content(source) for source in _several(section[name])]
     del section["toy"], section["num_demonstrations"], section["num_prompts"], section["limits"]
-    return section | {"pairs": config.pairs.source, "seed": config.seed}
+    return section | {"pairs": config.pairs.source, "seed": config.text_seed}
 
 
 def _several(sources: Sources | None) -> tuple[str, ...]:
@@ -152,7 +152,7 @@ def demonstrations_of(config: Config, tokenizer: Any = None) -> tuple[list[Demon
     """Text for SFT: its own file, else the chosen responses of the training pairs; less the prompts held out."""
     data = config.data
     if data.train == TOY:
-        rows = toy.demonstrations(data.toy, data.num_demonstrations, config.seed)
+        rows = toy.demonstrations(data.toy, data.num_demonstrations, config.text_seed)
         return rows, ReadReport(kept=len(rows))
     rows, report = read_demonstrations(data.demonstrations or data.train, **_options(config, tokenizer))
     if data.demonstrations is not None or data.valid is not None:
@@ -186,7 +186,7 @@ def pairs_of(config: Config, tokenizer: Any = None) -> tuple[list[Pair], list[Pa
     data, options = config.data, _options(config, tokenizer)
     train, report = read_pairs(data.train, limit=data.max_pairs, **options)
     if data.valid is None:
-        return *split_by_prompt(train, data.valid_fraction, config.seed), report
+        return *split_by_prompt(train, data.valid_fraction, config.text_seed), report
     valid, valid_report = read_pairs(data.valid, **options)
     train, report = without_held_out(train, report, _as_prompts(valid), "data.train")
     report.dropped += valid_report.dropped
@@ -198,7 +198,7 @@ def prompts_of(config: Config, tokenizer: Any = None) -> tuple[list[Prompt], Rea
     """Prompts for PPO and for sampled pairs, each once, less those held out."""
     data, options = config.data, _options(config, tokenizer)
     if data.train == TOY:
-        rows = toy.prompts(data.toy, data.num_prompts, config.seed, "train")
+        rows = toy.prompts(data.toy, data.num_prompts, config.text_seed, "train")
         return rows, ReadReport(kept=len(rows))
     if data.prompts is not None or data.valid is not None:
         rows, report = read_prompts(data.prompts or data.train, unique=True, **options)
@@ -207,7 +207,7 @@ def prompts_of(config: Config, tokenizer: Any = None) -> tuple[list[Prompt], Rea
         rows, report = _as_prompts(pairs_of(config, tokenizer)[0]), ReadReport()
     else:
         rows, report = read_prompts(data.train, unique=True, **options)
-        rows = split_by_prompt(rows, data.valid_fraction, config.seed)[0]
+        rows = split_by_prompt(rows, data.valid_fraction, config.text_seed)[0]
     report.kept = len(rows)
     return rows, report
 
@@ -216,7 +216,7 @@ def evaluation_prompts_of(config: Config, tokenizer: Any = None) -> list[Prompt]
     """Held-out prompts, each once, with a reference response where there is one; as many as `evaluation.num_prompts`."""
     n = config.evaluation.num_prompts
     if config.data.train == TOY:
-        return toy.prompts(config.data.toy, n, config.seed, "evaluation")
+        return toy.prompts(config.data.toy, n, config.text_seed, "evaluation")
     return held_out_of(config, tokenizer)[:n]
 
 
@@ -224,7 +224,7 @@ def valid_prompts_of(config: Config, tokenizer: Any = None) -> list[Prompt]:
     """Held-out prompts for sampled pairs, at most `pairs.num_valid`; from files they are among those of the evaluation."""
     n = config.pairs.num_valid
     if config.data.train == TOY:
-        return toy.prompts(config.data.toy, n, config.seed, "valid")
+        return toy.prompts(config.data.toy, n, config.text_seed, "valid")
     return held_out_of(config, tokenizer)[:n]
 
 
@@ -234,7 +234,7 @@ def held_out_of(config: Config, tokenizer: Any = None) -> list[Prompt]:
     if config.pairs.source == "data":
         return _as_prompts(pairs_of(config, tokenizer)[1])
     rows, _ = read_prompts(data.train if data.valid is None else data.valid, unique=True, **options)
-    return rows if data.valid is not None else split_by_prompt(rows, data.valid_fraction, config.seed)[1]
+    return rows if data.valid is not None else split_by_prompt(rows, data.valid_fraction, config.text_seed)[1]
 
 
 def _as_prompts(pairs: list[Pair]) -> list[Prompt]:

@@ -39,11 +39,14 @@ from jaxrlhf.models.hub import (
 )
 from jaxrlhf.plugins import plugin, source_of
 from jaxrlhf.run import inputs
+from jaxrlhf.run.data import updated_pairs, valid_pairs
 from jaxrlhf.run.setting import CHECKPOINT, Setting
 from jaxrlhf.run.stages import Done, Stage
 from jaxrlhf.scorers.reward_model import score_responses
 from jaxrlhf.steps.state import init_state, restarted_schedules
-from jaxrlhf.types import PairBatch, Params, PromptBatch, TextBatch, TrainState
+from jaxrlhf.types import Params, PromptBatch, TextBatch, TrainState
+
+OF_ENSEMBLES = ("ensemble_size", "spread_coef")  # of config.reward, but nothing that one reward model depends on
 
 
 def tokenizer_stage(setting: Setting) -> Done:
@@ -98,7 +101,7 @@ def base_model(setting: Setting, tokenizer: Any) -> Loaded:
         bos_id=tokenizer.bos_token_id,
         eos_id=tokenizer.eos_token_id,
     )
-    key = rng.stream(setting.key, "model/init")
+    key = rng.stream(rng.root_key(config.text_seed), "model/init")
     return initialise(decoder, key=key, tokenizer=tokenizer, dtype=config.model.dtype, mesh=setting.mesh)
 
 
@@ -110,7 +113,7 @@ def sft_stage(setting: Setting, tokenizer_done: Done) -> Done:
         tokenizer = read_tokenizer(tokenizer_done.folder)
         rows, report = inputs.demonstrations_of(config, tokenizer)
         table, cut = tokenize_demonstrations(rows, tokenizer, inputs.limits_of(config), eos_ids=eos_ids_of(tokenizer))
-        report_rows(setting, folder, "demonstrations", report, cut)
+        setting.report_rows(folder, "demonstrations", report, cut)
         base = base_model(setting, tokenizer)
         steps = num_steps(
             len(table.index_B),
@@ -123,7 +126,7 @@ def sft_stage(setting: Setting, tokenizer_done: Done) -> Done:
         base = base._replace(params=None)  # the memory is wanted for the training
 
         def loop(state: TrainState, start: int) -> Iterator:
-            stream = batches(table, config.sft.batch_size, seed=config.seed, name="sft", bucket=config.data.bucket, start=start)
+            stream = batches(table, config.sft.batch_size, seed=config.text_seed, name="sft", bucket=config.data.bucket, start=start)
             return train(step, state, placed(setting, islice(stream, steps - start)))
 
         state = setting.train(folder, "sft", state, loop, steps=steps, tokens=config.sft.batch_size * width(table))
@@ -142,25 +145,23 @@ def sft_stage(setting: Setting, tokenizer_done: Done) -> Done:
 
 
 def reward_stage(
-    setting: Setting,
-    round: Round,
-    sft: Done,
-    previous: Done | None,
-    pairs: PairBatch,
-    weights_N: np.ndarray,
-    valid: PairBatch,
-    sources: dict[str, Done],
+    setting: Setting, round: Round, sft: Done, previous: Done | None, pairs: Done, update: Done | None, *, member: int = 0
 ) -> Done:
-    """The reward model of a round: Bradley–Terry on the (weighted) pairs, then the bias that puts reference responses at 0."""
+    """The reward model of a round: Bradley–Terry on the (weighted) pairs, then the bias that puts reference responses at 0.
+
+    `member` numbers the models of an ensemble: each has its own new head and its own order of the pairs; 0 is the model of a run without.
+    """
     config = setting.config
     continues = previous is not None and round.reward_start == "previous"
     start = previous if previous is not None and continues else sft
+    of_member = f"/{member}" if member else ""
 
     def build(folder: Path) -> dict[str, Any]:
-        key = rng.stream(setting.key, "reward/head", round.number)
+        key = rng.stream(setting.key, f"reward/head{of_member}", round.number)
         base = setting.load(start, head="scalar", key=None if continues else key)
         loss = reward_loss(config.reward, plugin)
-        table = with_weights(pairs, weights_N)
+        fitted, weights_N = updated_pairs(update, pairs)
+        table, valid = with_weights(fitted.tokens, weights_N), valid_pairs(pairs)
         n, section = len(table.index_B), config.reward
         steps = num_steps(n, batch_size=section.batch_size, num_train_epochs=section.num_train_epochs, max_steps=section.max_steps)
         optimizer, step = reward_trainer(base.model, loss, section, max(steps, 1), setting.mesh)
@@ -168,7 +169,7 @@ def reward_stage(
         base = base._replace(params=None)
 
         def loop(state: TrainState, start: int) -> Iterator:
-            name = f"reward/r{round.number}"
+            name = f"reward{of_member}/r{round.number}"
             stream = batches(table, section.batch_size, seed=config.seed, name=name, bucket=config.data.bucket, start=start)
             return train(step, state, placed(setting, islice(stream, steps - start)))
 
@@ -182,7 +183,7 @@ def reward_stage(
         return {"steps": steps, "pairs": n, "reward_bias": bias, "accuracy_valid": accuracy}
 
     slice_ = {
-        "reward": asdict(config.reward) | {"plugin": source_of(config.reward.loss)},
+        "reward": {k: v for k, v in asdict(config.reward).items() if k not in OF_ENSEMBLES} | {"plugin": source_of(config.reward.loss)},
         "round": round.number,
         "seed": config.seed,
         "start": round.reward_start,
@@ -191,9 +192,10 @@ def reward_stage(
         "bucket": config.data.bucket,
         "dtype": config.model.dtype,
     }
-    parent = {"previous" if continues else "sft": start}
-    stage = Stage(f"r{round.number}-reward", "model", "reward", slice_, {**parent, **sources}, parent=next(iter(parent)))
-    return setting.build(stage, build, round=round.number)
+    slice_ |= {"member": member} if member else {}
+    sources = {"previous" if continues else "sft": start, "pairs": pairs} | ({} if update is None else {"update": update})
+    name = f"r{round.number}-reward" + (f"-{member + 1}" if member else "")
+    return setting.build(Stage(name, "model", "reward", slice_, sources, parent=next(iter(sources))), build, round=round.number)
 
 
 def reference_responses(setting: Setting, tokenizer: Any) -> TextBatch:
@@ -208,7 +210,7 @@ def prompt_table(setting: Setting, folder: Path, tokenizer: Any) -> PromptBatch:
     """All PPO prompts as tokens."""
     rows, report = inputs.prompts_of(setting.config, tokenizer)
     table, cut = tokenize_prompts(rows, tokenizer, inputs.limits_of(setting.config))
-    report_rows(setting, folder, "prompts", report, cut)
+    setting.report_rows(folder, "prompts", report, cut)
     return table
 
 
@@ -321,13 +323,3 @@ def placed(setting: Setting, stream: Iterator) -> Iterator:
 
 def width(table: TextBatch) -> int:
     return table.prompt_BL.shape[1] + table.response_BT.shape[1]
-
-
-def report_rows(setting: Setting, folder: Path, what: str, *reports: Any) -> None:
-    """Say what was dropped on the way, and write every dropped row beside the stage."""
-    for kind, report in zip(("read", "tokenised"), reports, strict=False):
-        file = f"dropped-{what}-{kind}.jsonl"
-        if report.dropped or any(report.counts.values()):
-            setting.log.note(f"{what} {kind}: {report.summary(rest=f'{file} in the folder of the stage lists them all')}")
-        if report.dropped:
-            report.write(folder / file)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxrlhf import sharding
-from jaxrlhf.algorithms.rounds import Round, method_named, reward_update_named, rounds_of
+from jaxrlhf.algorithms.rounds import PREFERENCE, Method, Round, method_of, num_rounds, reward_update_named, round_of
 from jaxrlhf.config import Config
-from jaxrlhf.data.tables import read_pair_table
 from jaxrlhf.plugins import plugin
 from jaxrlhf.recipe import ConfigError, arms, load_config, to_yaml
 from jaxrlhf.run import inputs
-from jaxrlhf.run.data import VALID, pairs_stage, report_of, update_stage, updated_pairs
+from jaxrlhf.run.data import check_update, pairs_stage, report_of, update_stage
 from jaxrlhf.run.evaluate import evaluation_stage
 from jaxrlhf.run.models import given_tokenizer, policy_stage, reward_stage, sft_stage, tokenizer_stage
+from jaxrlhf.run.preference import preference_stage
+from jaxrlhf.run.refit import refit_due
 from jaxrlhf.run.setting import Setting
 from jaxrlhf.run.stages import Done, Store
 from jaxrlhf.runlog import RunLog
@@ -57,19 +59,25 @@ def run(config: Config | str | Path, *, until: str | None = None, log: RunLog | 
 def check(config: Config) -> None:
     """What the config alone cannot say of itself: unknown names, unreadable data and batches that do not divide are refused here."""
     from jaxrlhf.algorithms.ppo import policy_loss_of
+    from jaxrlhf.algorithms.preference import preference_loss
     from jaxrlhf.algorithms.reward import reward_loss
 
-    method = method_named(config.method)
+    method = method_of(config.method, config.row, plugin)
     if method.reward_update is not None:
         reward_update_named(method.reward_update, plugin)
+        check_update(config, method.reward_update)
     loss = reward_loss(config.reward, plugin)
-    policy_loss_of(config.ppo, plugin)
-    inputs.check(config, given_tokenizer(config), columns=loss.columns)
+    columns = loss.columns
+    if method.policy_update in PREFERENCE:
+        columns = (*columns, *preference_loss(config.dpo, method.policy_update, plugin).columns)
+    else:
+        policy_loss_of(config.ppo, plugin)
+    inputs.check(config, given_tokenizer(config), columns=columns)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shards = sharding.data_shards(mesh)
-    sharding.check_batch_size(config.sft.batch_size, shards, name="sft.batch_size")
-    sharding.check_batch_size(config.reward.batch_size, shards, name="reward.batch_size")
-    sharding.check_batch_size(config.ppo.batch_size, shards, name="ppo.batch_size")
+    used = ["sft"] + ["reward"] * method.needs_reward + ["dpo" if method.policy_update in PREFERENCE else "ppo"]
+    for name in used:
+        sharding.check_batch_size(getattr(config, name).batch_size, shards, name=f"{name}.batch_size")
 
 
 def _run_one(config: Config, until: str | None, log: RunLog | None) -> None:
@@ -91,45 +99,81 @@ def _run_one(config: Config, until: str | None, log: RunLog | None) -> None:
             own.close()
 
 
+@dataclass
+class Track:
+    """What the rounds so far have made; policies and evaluations stand at the number of their round, 0 is π_SFT."""
+
+    policies: list[Done]
+    evaluations: list[Done] = field(default_factory=list)
+    rewards: tuple[Done, ...] = ()  # the reward model in use: one, or the members of an ensemble
+    update: Done | None = None  # the reward update it was fitted by
+    refitted: int = 0  # the policy it was fitted for
+    last: Round | None = None
+
+
 def _stages(setting: Setting, until: str | None) -> None:
-    """The stages of one method, in order. What a round needs is one row of `rounds_of`; nothing here knows a method's name."""
+    """The stages of one method, in order. What a round needs is one row of the table; nothing here knows a method's name."""
     config = setting.config
-    method = method_named(config.method)
+    method = method_of(config.method, config.row, plugin)
     tokenizer = tokenizer_stage(setting)
     sft = sft_stage(setting, tokenizer)
     if until == "sft":
         return
     pairs = pairs_stage(setting, tokenizer, sft)
-    evaluations, summary = [], Summary(setting, pairs)
+    track, summary = Track([sft]), Summary(setting, pairs)
     if until is None:
-        evaluations.append(evaluation_stage(setting, 0, policy=sft, sft=sft, reward=None, before=None))
-        summary.add(0, evaluations[0])
-    valid = read_pair_table(pairs.folder / VALID)[1]
-    policies, reward = [sft], None
-    rounds = rounds_of(method, config.rounds)
-    for round in rounds:
-        update = None
-        if round.reward_update is not None:
-            assert reward is not None, "round 1 fits the first reward model"
-            update = update_stage(setting, round, pairs=pairs, sft=sft, policy=policies[-1], reward=reward)
-            if update_report(update).get("needs_sampler") and not summary.notes and (reasons := not_the_sampler(config)):
-                summary.notes.append(f"{HEURISTIC}: {'; '.join(reasons)}.")
-                setting.log.note(f"note: {summary.notes[0]}")
-        if round.fits_reward:
-            tokens, weights = updated_pairs(update, pairs)
-            sources = {"pairs": pairs} | ({"update": update} if update is not None else {})
-            reward = reward_stage(setting, round, sft, reward, tokens, weights, valid, sources)
-        assert reward is not None
+        track.evaluations.append(evaluation_stage(setting, 0, policy=sft, sft=sft, rewards=(), ensemble=None, before=None))
+        summary.add(0, track.evaluations[0])
+    for number in range(1, num_rounds(method, config.rounds) + 1):
+        round = _next_round(setting, method, track, number, pairs)
+        update = _reward(setting, round, track, pairs)
         if until == "reward":
             return
-        start = policies[round.policy_start]
-        models = {"sft": sft, "start": start, "reference": policies[round.reference], "reward": reward, "previous": policies[-1]}
-        policies.append(policy_stage(setting, round, **models, carries=_carried(rounds, round)))
+        track.policies.append(_policy(setting, method, round, track, pairs))
         if until == "ppo":
             return
-        before = evaluations[round.policy_start]
-        evaluations.append(evaluation_stage(setting, round.number, policy=policies[-1], sft=sft, reward=reward, before=before))
-        summary.add(round.number, evaluations[-1], reward=reward, update=update)
+        before = track.evaluations[round.policy_start]
+        models = {"policy": track.policies[-1], "sft": sft, "rewards": track.rewards, "before": before}
+        track.evaluations.append(evaluation_stage(setting, number, ensemble=round.ensemble, **models))
+        if update is not None and update_report(update).get("needs_sampler") and (reasons := not_the_sampler(config)):
+            summary.note(f"{HEURISTIC}: {'; '.join(reasons)}.")
+        summary.add(number, track.evaluations[-1], rewards=track.rewards, update=update)
+        track.last = round
+
+
+def _next_round(setting: Setting, method: Method, track: Track, number: int, pairs: Done) -> Round:
+    """The row's round `number`, with or without a refit."""
+    due = number == 1 or method.reward_update is None or setting.config.refit.when == "round"
+    due = due or refit_due(setting, number, track, pairs)
+    return round_of(method, number, track.last, due=due, updated=track.update is not None)
+
+
+def _reward(setting: Setting, round: Round, track: Track, pairs: Done) -> Done | None:
+    """The round's reward update and the reward models fitted by it, put into `track`; the update, if the round has one."""
+    update, sft = None, track.policies[0]
+    if round.reward_update is not None:
+        models = {"sft": sft, "policy": track.policies[-1], "reward": track.rewards[0]}
+        update = update_stage(setting, round, pairs=pairs, before=track.update, **models)
+        track.update = update
+    if round.fits_reward:
+        track.refitted = round.number - 1
+        members = setting.config.reward.ensemble_size if round.ensemble else 1
+        track.rewards = tuple(
+            reward_stage(setting, round, sft, track.rewards[n] if track.rewards else None, pairs, update, member=n) for n in range(members)
+        )
+    return update
+
+
+def _policy(setting: Setting, method: Method, round: Round, track: Track, pairs: Done) -> Done:
+    """The policy of a round."""
+    sft, start, reference = track.policies[0], track.policies[round.policy_start], track.policies[round.reference]
+    if round.policy_update in PREFERENCE:
+        return preference_stage(setting, round, sft=sft, start=start, reference=reference, pairs=pairs, update=track.update)
+    more = round.number < num_rounds(method, setting.config.rounds)
+    skips = method.reward_update is not None and setting.config.refit.when != "round"
+    carries = more and (skips or not (method.restart_optimizer and method.restart_critic))
+    models = {"sft": sft, "start": start, "reference": reference, "rewards": track.rewards, "previous": track.policies[-1]}
+    return policy_stage(setting, round, **models, carries=carries)
 
 
 def not_the_sampler(config: Config) -> list[str]:
@@ -149,12 +193,6 @@ def not_the_sampler(config: Config) -> list[str]:
     return reasons
 
 
-def _carried(rounds: list[Round], round: Round) -> bool:
-    """Whether the round after this one takes over its optimizer or its critic."""
-    later = next((other for other in rounds if other.number == round.number + 1), None)
-    return later is not None and not (later.restart_optimizer and later.restart_critic)
-
-
 class Summary:
     """summary.json, rewritten after every round so that a stopped run has one too."""
 
@@ -164,14 +202,21 @@ class Summary:
         self._rounds: list[dict[str, Any]] = []
         self._counted = 0  # stages whose seconds stand in a round already
 
-    def add(self, number: int, evaluation: Done, *, reward: Done | None = None, update: Done | None = None) -> None:
+    def note(self, text: str) -> None:
+        """Something the reader of the figures has to know; said once."""
+        if text not in self.notes:
+            self.notes.append(text)
+            self._setting.log.note(f"note: {text}")
+
+    def add(self, number: int, evaluation: Done, *, rewards: tuple[Done, ...] = (), update: Done | None = None) -> None:
         figures = evaluation.record["result"]
         names = ("gold", "proxy_start", "proxy", "kl_sft")
         row: dict[str, Any] = {"round": number, **{name: figures.get(name) for name in names}}
         report = update_report(update)
         row |= {"ess": report.get("ess"), "ess_fraction": report.get("ess_fraction"), "eta": report.get("eta")}
         row |= {"reward_accuracy": figures.get("reward_accuracy")}
-        row |= {"reward_accuracy_valid": reward.record["result"]["accuracy_valid"] if reward else None}
+        row |= {"reward_accuracy_valid": rewards[0].record["result"]["accuracy_valid"] if rewards else None}
+        row |= {"refit": update is not None}
         row |= {name: figures.get(name) for name in ("win_rate", "win_rate_low", "win_rate_high", "tie_rate", "length", "eos_rate")}
         done = self._setting.stages[self._counted :]  # a reward model that is kept was paid for before
         self._counted = len(self._setting.stages)

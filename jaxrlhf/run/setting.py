@@ -13,6 +13,7 @@ import jax
 from jaxrlhf import rng, sharding
 from jaxrlhf.checkpoint import Checkpoints
 from jaxrlhf.config import Config
+from jaxrlhf.data.report import ReadReport
 from jaxrlhf.models.hub import Loaded, load
 from jaxrlhf.run.stages import Done, Stage, Store
 from jaxrlhf.runlog import FILE, RunLog, StageLog
@@ -84,6 +85,15 @@ class Setting:
                 stage.close()
 
         return report
+
+    def report_rows(self, folder: Path, what: str, *reports: ReadReport) -> None:
+        """Say what was dropped on the way, and write every dropped row beside the stage."""
+        for kind, report in zip(("read", "tokenised"), reports, strict=False):
+            file = f"dropped-{what}-{kind}.jsonl"
+            if report.dropped or any(report.counts.values()):
+                self.log.note(f"{what} {kind}: {report.summary(rest=f'{file} in the folder of the stage lists them all')}")
+            if report.dropped:
+                report.write(folder / file)
 
     def tidy(self, *, metrics: bool) -> None:
         """Remove what an earlier config of this name left in the run folder: links, and lines of metrics.jsonl."""

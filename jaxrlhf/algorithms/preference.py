@@ -1,0 +1,5 @@
+"""DPO and WPO."""
+
+
+def preference_loss(config, policy_update, plugin):
+    raise NotImplementedError
