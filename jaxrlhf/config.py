@@ -300,7 +300,9 @@ class FilterConfig:
     rule: Literal["either", "both", "chosen", "rejected", "half-half"] = "either"
     n: int | None = 2_000  # keep the n most similar pairs; None: all above `threshold`
     threshold: float | None = None  # cosine below which no pair is kept; None: none
-    compare: Literal["own", "nearest"] = "own"  # own: the policy's text for the pair's own prompt (the public code); nearest: over all prompts
+    compare: Literal["own", "nearest"] = (
+        "own"  # own: the policy's text for the pair's own prompt (the public code); nearest: over all prompts
+    )
     k: int = 1  # nearest: mean cosine with the k most similar generations
     num_prompts: int = 2_000  # nearest: prompts the policy answers
     round_prompts: Literal["fresh", "same"] = "fresh"  # nearest: every round asks other prompts, or the same ones

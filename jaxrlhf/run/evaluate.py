@@ -149,12 +149,14 @@ def kl_to(setting: Setting, loaded: Loaded, sft: Done, texts: TextBatch, round: 
     return logps[0] - logps[1]
 
 
-def proxy_figures(setting: Setting, reward: Done, samples: Samples, earlier: Samples) -> tuple[dict[str, float | None], np.ndarray]:
+def proxy_figures(
+    setting: Setting, rewards: tuple[Done, ...], ensemble: str | None, samples: Samples, earlier: Samples
+) -> tuple[dict[str, float | None], np.ndarray]:
     """The reward model on what the round's policy writes (`proxy`) and on what it wrote before the round (`proxy_start`).
 
     `reward_accuracy` is taken on the latter: on text of the policy that it produced, selection puts even a perfect fit below one half.
     """
-    loaded = setting.load(reward, head="scalar")
+    loaded = setting.load(rewards[0], head="scalar")
     options = {"batch_size": setting.config.reward.eval_batch_size, "mesh": setting.mesh, "bias": reward_bias(loaded)}
 
     def scores(table: TextBatch) -> np.ndarray:

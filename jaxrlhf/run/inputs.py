@@ -38,7 +38,8 @@ def identity(config: Config) -> dict[str, Any]:
     data = config.data
     section = asdict(data)
     if data.train == TOY:
-        return {"toy": section["toy"], "num_demonstrations": data.num_demonstrations, "num_prompts": data.num_prompts, "seed": config.text_seed}
+        counts = {"num_demonstrations": data.num_demonstrations, "num_prompts": data.num_prompts}
+        return {"toy": section["toy"], **counts, "seed": config.text_seed}
     for name in ("train", "valid", "demonstrations", "prompts"):
         section[name] = [_content(source) for source in _several(section[name])]
     del section["toy"], section["num_demonstrations"], section["num_prompts"], section["limits"]

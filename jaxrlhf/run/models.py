@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from jaxrlhf import rng, sharding
 from jaxrlhf.algorithms.ppo import RoundModels, num_updates, ppo_trainer, train_ppo
@@ -215,14 +214,14 @@ def prompt_table(setting: Setting, folder: Path, tokenizer: Any) -> PromptBatch:
 
 
 def policy_stage(
-    setting: Setting, round: Round, *, sft: Done, start: Done, reference: Done, reward: Done, previous: Done, carries: bool
+    setting: Setting, round: Round, *, sft: Done, start: Done, reference: Done, rewards: tuple[Done, ...], previous: Done, carries: bool
 ) -> Done:
     """The policy of a round: PPO from `start` against `reward`, its KL taken to `reference`.
 
     `previous` is the policy of the round before, whose optimizer or critic the method may carry on (wherever the policy itself starts).
     `carries`: the next round takes over optimizer or critic, so the final training state stays in the folder.
     """
-    config, number = setting.config, round.number
+    config, number, reward = setting.config, round.number, rewards[0]
     section = config.ppo
     kl_coef = section.kl_coef_previous if round.moved_reference and section.kl_coef_previous is not None else section.kl_coef
 
