@@ -194,6 +194,32 @@ def keep_rows(mesh: Mesh | None) -> Callable[[Any], Any]:
     return keep
 
 
+def replicate(tree: Any, mesh: Mesh | None) -> Any:
+    """Put a whole copy of every leaf on every device of the mesh."""
+    single, device = _only_device(mesh)
+    if single or mesh is None:
+        return jax.device_put(tree, device)
+    return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, PartitionSpec())), tree)
+
+
+def jit_rows(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """`jax.jit` of (rows, *rest) → rows, every device on its own rows and nothing sent between them.
+
+    For what treats each row by itself and the compiler does not cut: it would gather all rows on every device for a top-k. `rows` comes
+    from `place_batch`, `rest` from `replicate`.
+    """
+    if mesh is None or mesh.size == 1:
+        return jax.jit(function)
+    rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
+
+    def run(first: Any, *rest: Any) -> Any:
+        specs = (rows, *(whole for _ in rest))
+        # Each device's rows are its own business: there is nothing for the check of replication to see.
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(first, *rest)
+
+    return jax.jit(run)
+
+
 def gather(tree: Any) -> Any:
     """The whole of every array on this host, as numpy: for export, metrics and tests."""
     if jax.process_count() == 1:
