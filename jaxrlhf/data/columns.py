@@ -85,16 +85,29 @@ def read_header(folder: str | Path) -> dict[str, Any]:
     return body
 
 
-def join_columns(pair_ids: Sequence[str], folder: str | Path, names: Sequence[str], *, expect: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def join_columns(
+    pair_ids: Sequence[str], folder: str | Path, names: Sequence[str], *, expect: Mapping[str, Any], command: str | None = None
+) -> dict[str, np.ndarray]:
     """The named columns in the order of `pair_ids`; rows of the folder that are not asked for are ignored.
 
     Every field of `expect` must equal the folder's header. Raises ColumnError naming the field that differs, the column that is not there,
-    or the pair id without a row.
+    or the pair id without a row; and, given `command`, a pair id that waits for its values and the command that computes them.
     """
+    try:
+        return _join(pair_ids, Path(folder), names, expect)
+    except ColumnError as error:
+        if command is None:
+            raise
+        named = not len(pair_ids) or str(error).startswith("pair id")
+        waiting = "" if named else f" Pair id {pair_ids[0]!r} is the first of {len(pair_ids)} that need it."
+        raise ColumnError(f"{error}{waiting} What computes it: {command}") from error
+
+
+def _join(pair_ids: Sequence[str], folder: Path, names: Sequence[str], expect: Mapping[str, Any]) -> dict[str, np.ndarray]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    folder, body = Path(folder), read_header(folder)
+    body = read_header(folder)
     for field, wanted in _plain(expect).items():
         found = body["header"].get(field)
         if found != wanted:
