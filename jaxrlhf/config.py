@@ -310,6 +310,7 @@ class FilterConfig:
     temperature: float = 0.9  # of the policy's generations, as are top_k and top_p
     top_k: int = 0
     top_p: float = 1.0
+    max_new_tokens: int | None = None  # of a generation; None: ppo.response_length
     batch_size: int = 128
     dedupe: bool = True  # of pairs with equal texts one is kept
 

@@ -204,6 +204,7 @@ def _out_of_range(config: Config) -> Iterator[str]:
     if not 0 <= pairs.label_flip < 0.5:
         yield f"pairs.label_flip is {pairs.label_flip}; it must lie in [0, 0.5), beyond that labels say the opposite."
     yield from _outside_of_training(config)
+    yield from _outside_of_updates(config)
     if config.evaluation.temperature < 0:
         yield f"evaluation.temperature is {config.evaluation.temperature}; it must be at least 0, which is greedy."
     if not 0 <= weights.alpha < 1:
@@ -218,13 +219,21 @@ def _out_of_range(config: Config) -> Iterator[str]:
 
 # Numbers of the optimizers and of PPO that must be above 0 where they are given, and those that may be 0 (none of it).
 _POSITIVE = ("learning_rate", "critic_learning_rate", "adam_epsilon", "max_grad_norm", "kl_target")
-_POSITIVE += ("cliprange", "cliprange_high", "cliprange_value")
-_NOT_NEGATIVE = ("weight_decay", "kl_coef", "kl_coef_previous", "vf_coef", "center_rewards_coefficient", "missing_eos_penalty")
+_POSITIVE += ("cliprange", "cliprange_high", "cliprange_value", "beta", "wpo_clip")
+_NOT_NEGATIVE = (
+    "weight_decay",
+    "kl_coef",
+    "kl_coef_previous",
+    "vf_coef",
+    "center_rewards_coefficient",
+    "missing_eos_penalty",
+    "spread_coef",
+)
 
 
 def _outside_of_training(config: Config) -> Iterator[str]:
     """The numbers of SFT, reward training and PPO. `not x > 0`, and not `x <= 0`: NaN is a fault too."""
-    for part in ("sft", "reward", "ppo"):
+    for part in ("sft", "reward", "ppo", "dpo"):
         section = getattr(config, part)
         for key, value in dataclasses.asdict(section).items():
             if value is None:
@@ -240,10 +249,31 @@ def _outside_of_training(config: Config) -> Iterator[str]:
         yield f"ppo.dual_clip is {dual}; it bounds a ratio from above and must be above 1 (3 is usual), or left out."
 
 
+def _outside_of_updates(config: Config) -> Iterator[str]:
+    """The numbers of the filter and of synthetic pairs."""
+    chosen, made, smoothing = config.filter, config.synthesize, config.dpo.label_smoothing
+    if not 0 <= smoothing < 0.5:
+        yield f"dpo.label_smoothing is {smoothing}; it must lie in [0, 0.5), beyond that labels say the opposite."
+    if chosen.threshold is not None and not -1 <= chosen.threshold <= 1:
+        yield f"filter.threshold is {chosen.threshold}; it is a cosine, which lies in [-1, 1]."
+    if chosen.temperature < 0:
+        yield f"filter.temperature is {chosen.temperature}; it must be at least 0, which is greedy."
+    if not 0 < chosen.top_p <= 1:
+        yield f"filter.top_p is {chosen.top_p}; it must lie in (0, 1], and 1 keeps every token."
+    if made.temperature <= 0:
+        yield f"synthesize.temperature is {made.temperature}; greedy sampling gives the same response every time, give a number above 0."
+    if not 0 < made.confidence <= 1:
+        yield f"synthesize.confidence is {made.confidence}; it is the share of a prompt's responses in one cluster, 0 < confidence ≤ 1."
+    if not -1 <= made.similarity <= 1:
+        yield f"synthesize.similarity is {made.similarity}; it is a cosine, which lies in [-1, 1]."
+    if made.num_samples < 2:
+        yield f"synthesize.num_samples is {made.num_samples}; a pair needs at least 2 responses to a prompt."
+
+
 def _warm_ups(config: Config) -> Iterator[str]:
     """Warm-ups that would never end. An SFT or reward training without max_steps is as long as its data, which is not known here."""
     ppo = config.ppo
-    for name, section in (("sft", config.sft), ("reward", config.reward)):
+    for name, section in (("sft", config.sft), ("reward", config.reward), ("dpo", config.dpo)):
         if section.max_steps and section.warmup_steps >= section.max_steps:
             yield (
                 f"{name}.warmup_steps {section.warmup_steps} leaves nothing of {name}.max_steps {section.max_steps}; "
@@ -282,10 +312,16 @@ def _at_odds(config: Config) -> Iterator[str]:
     if ppo.batch_size % parts:
         fits = max(ppo.batch_size // parts, 1) * parts
         yield f"ppo.batch_size {ppo.batch_size} does not divide into num_mini_batches × gradient_accumulation_steps = {parts}; try {fits}."
-    for name, section in (("sft", config.sft), ("reward", config.reward)):
+    for name, section in (("sft", config.sft), ("reward", config.reward), ("dpo", config.dpo)):
         if section.batch_size % section.gradient_accumulation_steps:
             parts = section.gradient_accumulation_steps
             yield f"{name}.batch_size {section.batch_size} does not divide by gradient_accumulation_steps {parts}."
+    if config.filter.n is None and config.filter.threshold is None:
+        yield "filter.n and filter.threshold are both null, which would keep every pair; give one of them."
+    if config.filter.rule == "half-half" and config.filter.n is None:
+        yield "filter.rule is 'half-half', which fills each half up to filter.n / 2; give filter.n."
+    if config.filter.k > config.filter.num_prompts:
+        yield f"filter.k {config.filter.k} is more than the {config.filter.num_prompts} generations of filter.num_prompts; lower it."
     if config.gold.kind in ("model", "function") and not config.gold.source:
         wanted = "folder" if config.gold.kind == "model" else "module:attribute"
         yield f"gold.kind is {config.gold.kind!r} but gold.source is empty; name the {wanted}."

@@ -22,3 +22,8 @@ def stream(root: jax.Array, name: str, step: int | jax.Array = 0) -> jax.Array:
 def per_row(key: jax.Array, index_B: jax.Array) -> jax.Array:
     """One key a row, from the row's global number: a row's samples do not depend on its batch or on the mesh."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index_B)
+
+
+def number(key: jax.Array) -> int:
+    """A whole number from a key, for what is seeded by one on the host."""
+    return int(jax.random.bits(key))

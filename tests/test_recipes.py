@@ -8,7 +8,7 @@ import pytest
 
 from jaxrlhf.algorithms.ppo import num_updates, ppo_trainer
 from jaxrlhf.algorithms.reward import reward_loss, reward_trainer
-from jaxrlhf.algorithms.rounds import method_named, rounds_of
+from jaxrlhf.algorithms.rounds import method_of, num_rounds
 from jaxrlhf.algorithms.supervised import sft_trainer
 from jaxrlhf.models.families import config_from_hf
 from jaxrlhf.models.model import build_model
@@ -41,7 +41,7 @@ def test_recipe_resolves_and_opens_with_its_command(name):
     config = load_config(name)
     assert from_mapping(to_mapping(config)) == config
     for one in arms(config).values():
-        rounds_of(method_named(one.method), one.rounds)
+        assert num_rounds(method_of(one.method, one.row, plugin), one.rounds) >= 1
         reward_loss(one.reward, plugin)
     first = (recipe_folder() / name).read_text(encoding="utf-8").splitlines()[0]
     assert re.match(rf"# jaxrlhf \w+ configs/{re.escape(name)}\b", first), "the first line of a recipe is the command that runs it"

@@ -6,20 +6,13 @@ defaults are those of its public code, with the deviations that `offline/select.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxrlhf import rng
 from jaxrlhf.algorithms.ocrm import importance_weighted
 from jaxrlhf.algorithms.update import Pairs, RoundContext
-from jaxrlhf.data.columns import column_header
-from jaxrlhf.data.pairs import dataset_hash
-from jaxrlhf.data.tokens import Limits, decode_responses, pad_id_of, tokenize_prompts, tokenizer_fingerprint
-from jaxrlhf.models.hub import eos_ids
-from jaxrlhf.rollouts.dataset import Sampling, sample_dataset
-from jaxrlhf.types import PromptBatch
 
 
 class Similar(NamedTuple):
