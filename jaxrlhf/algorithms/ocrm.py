@@ -5,19 +5,13 @@ Ackermann, Ishida, Sugiyama (2025), Off-Policy Corrected Reward Modeling for RLH
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.algorithms.update import Pairs, RoundContext
+from jaxrlhf.algorithms.update import Pairs, RoundContext, stored_pair_logps
 from jaxrlhf.config import WeightsConfig
-from jaxrlhf.data.columns import column_header
-from jaxrlhf.data.pairs import dataset_hash
-from jaxrlhf.data.tokens import tokenizer_fingerprint
 from jaxrlhf.losses import eta_for_ess, importance_weights, relative_log_ratio, weight_summary
 from jaxrlhf.models.hub import Loaded
-from jaxrlhf.offline.logprobs import cached_pair_logps, pair_logps
 
 # The public code adds this to the mixture before its logarithm; in float32 that decides the result below about −83 nats.
 COMPAT_FLOOR = 1e-36
@@ -47,29 +41,33 @@ def weights_of(policy: dict[str, np.ndarray], sft: dict[str, np.ndarray], config
 
 
 def _logps(context: RoundContext, pairs: Pairs, model: Loaded, model_hash: str, what: str) -> dict[str, np.ndarray]:
-    """Log-probs of all pairs under one model, from disk where that model has seen this data set before."""
-    config = context.config.weights
-    header = column_header(
-        dataset=dataset_hash(pairs.rows),
-        model=model_hash,
-        tokenizer=tokenizer_fingerprint(model.tokenizer),
-        temperature=config.temperature,
-        limits=asdict(context.config.data.limits),
-        max_tokens=config.max_tokens,
+    return stored_logps(
+        pairs, model, model_hash, config=context.config, columns=context.columns, mesh=context.mesh, progress=context.progress(what)
     )
-    folder = context.columns / f"logps-{context.fingerprint(header)}"
-    return cached_pair_logps(
-        folder,
-        pairs.ids,
-        header,
-        lambda: pair_logps(
-            model.model,
-            model.params,
-            pairs.tokens,
-            temperature=config.temperature,
-            batch_size=config.batch_size,
-            max_tokens=config.max_tokens,
-            mesh=context.mesh,
-            progress=context.progress(what),
-        ),
+
+
+def stored_logps(
+    pairs: Pairs,
+    model: Loaded,
+    model_hash: str,
+    *,
+    config: Config,
+    columns: Path,
+    mesh: Any = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """Log-probs of all pairs under one model as the weights read them, from disk where that model has seen this data set before."""
+    weights = config.weights
+    return stored_pair_logps(
+        columns,
+        pairs,
+        lambda: model,
+        model_hash=model_hash,
+        tokenizer=model.tokenizer,
+        limits=config.data.limits,
+        temperature=weights.temperature,
+        batch_size=weights.batch_size,
+        max_tokens=weights.max_tokens,
+        mesh=mesh,
+        progress=progress,
     )

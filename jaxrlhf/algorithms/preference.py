@@ -1,5 +1,68 @@
-"""DPO and WPO."""
+"""Direct preference training: DPO, IPO, WPO, and whatever pair loss over log-probs a user names. The pairs teach the policy itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from functools import lru_cache
+from typing import Any
+
+from jaxrlhf import sharding
+from jaxrlhf.algorithms.supervised import optimizer_of
+from jaxrlhf.config import DPOConfig
+from jaxrlhf.losses import PAIR_LOSSES, bind, hyperparameter_names
+from jaxrlhf.steps.pair import make_pair_step
+from jaxrlhf.types import Model, PairLoss
+
+# What a loss reads of the reference model, and the precomputed log-probs it is.
+REFERENCE = {"reference_chosen_logp": "chosen_logp", "reference_rejected_logp": "rejected_logp"}
+# Hyperparameters of a pair loss, and the settings of the section that give them.
+_GIVEN_BY = {"beta": "beta", "label_smoothing": "label_smoothing", "clip": "wpo_clip"}
 
 
-def preference_loss(config, policy_update, plugin):
-    raise NotImplementedError
+@lru_cache(maxsize=16)
+def preference_loss(config: DPOConfig, policy_update: str, plugin: Callable[[str], PairLoss]) -> PairLoss:
+    """The pair loss of `policy_update` ("wpo": WPO; "dpo": the one that the section names), with those hyperparameters bound that it has.
+
+    Raises ValueError where it is not a pair loss over log-probs, or has no use for what the section sets.
+    """
+    name = "wpo" if policy_update == "wpo" else config.loss
+    over_logps = [known for known, loss in PAIR_LOSSES.items() if loss.head == "lm"]
+    if ":" not in name and name not in PAIR_LOSSES:
+        raise ValueError(f"dpo.loss {name!r} is unknown; use one of {', '.join(over_logps)} or module:attribute.")
+    loss = plugin(name) if ":" in name else PAIR_LOSSES[name]
+    if not isinstance(loss, PairLoss):
+        raise ValueError(f"dpo.loss {name!r} is a {type(loss).__name__}; name a jaxrlhf.types.PairLoss(head, columns, loss).")
+    if loss.head != "lm":
+        raise ValueError(f"dpo.loss {name!r} needs head {loss.head!r}; a policy has head 'lm', as {', '.join(over_logps)} have.")
+    known = hyperparameter_names(loss)
+    usual = {field.name: field.default for field in fields(config)}
+    for setting in ("beta", "label_smoothing"):
+        value = getattr(config, setting)
+        if setting not in known and value != usual[setting]:
+            raise ValueError(
+                f"dpo.{setting} is {value}, but dpo.loss {name!r} has no hyperparameter {setting!r}; "
+                f"leave it at {usual[setting]} or name a loss with that keyword."
+            )
+    return bind(loss, **{given: getattr(config, setting) for given, setting in _GIVEN_BY.items() if given in known})
+
+
+def settings_read(config: DPOConfig, policy_update: str, loss: PairLoss) -> dict[str, Any]:
+    """The section less what a training with `loss` never looks at: what its result depends on."""
+    known = hyperparameter_names(loss)
+    unread = {setting for given, setting in _GIVEN_BY.items() if given not in known}
+    unread |= {"loss"} if policy_update == "wpo" else set()
+    unread |= {"eval_batch_size"} if not needs_reference(loss) else set()
+    return {name: value for name, value in asdict(config).items() if name not in unread}
+
+
+def needs_reference(loss: PairLoss) -> bool:
+    """Whether the loss reads log-probs of a reference model (a reference-free one, SimPO's, does not)."""
+    return any(name in REFERENCE for name in loss.columns)
+
+
+@lru_cache(maxsize=16)
+def preference_trainer(model: Model, loss: PairLoss, config: DPOConfig, steps: int, mesh: Any):
+    """(optimizer, compiled step); cached, so that equal trainings compile once a process."""
+    optimizer = optimizer_of(config, steps=steps)
+    return optimizer, sharding.jit(make_pair_step(model, loss, optimizer, accumulate=config.gradient_accumulation_steps), mesh)
