@@ -23,8 +23,8 @@ BATCH_AXES = ("data", "fsdp")
 # optimizer and the parts of {"policy": …, "critic": …} follow their parameter by its path's end. Kernels are [in, out].
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     # Column-parallel: the output width is split, so attention heads and hidden units stay whole on a shard.
-    (r"\b(q|k|v|up|gate)/kernel$", PartitionSpec("fsdp", "tensor")),
-    (r"\b(q|k|v|up|gate)/bias$", PartitionSpec("tensor")),
+    (r"\b(q|k|v|up|gate|dense)/kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"\b(q|k|v|up|gate|dense)/bias$", PartitionSpec("tensor")),
     # Row-parallel: the input width is split; XLA adds the partial results.
     (r"\b(out|down)/kernel$", PartitionSpec("tensor", "fsdp")),
     # Vocabulary (or positions): tables are [V, D], the output head is [D, V] or [D, 1].
