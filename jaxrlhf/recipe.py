@@ -205,6 +205,7 @@ def _out_of_range(config: Config) -> Iterator[str]:
         yield f"pairs.label_flip is {pairs.label_flip}; it must lie in [0, 0.5), beyond that labels say the opposite."
     yield from _outside_of_training(config)
     yield from _outside_of_updates(config)
+    yield from _outside_of_triggers(config)
     if config.evaluation.temperature < 0:
         yield f"evaluation.temperature is {config.evaluation.temperature}; it must be at least 0, which is greedy."
     if not 0 <= weights.alpha < 1:
@@ -270,6 +271,17 @@ def _outside_of_updates(config: Config) -> Iterator[str]:
         yield f"synthesize.num_samples is {made.num_samples}; a pair needs at least 2 responses to a prompt."
 
 
+def _outside_of_triggers(config: Config) -> Iterator[str]:
+    """The thresholds at which a refit is due."""
+    refit = config.refit
+    if not refit.kl_budget > 0:
+        yield f"refit.kl_budget is {refit.kl_budget}; it is in nats a response and must be above 0, refit.when: round refits every round."
+    if not 0 < refit.ess_floor <= 1:
+        yield f"refit.ess_floor is {refit.ess_floor}; it is a share of the pairs, 0 < ess_floor ≤ 1."
+    if not refit.accuracy_drop >= 0:
+        yield f"refit.accuracy_drop is {refit.accuracy_drop}; it is how far the accuracy falls and must be at least 0."
+
+
 def _warm_ups(config: Config) -> Iterator[str]:
     """Warm-ups that would never end. An SFT or reward training without max_steps is as long as its data, which is not known here."""
     ppo = config.ppo
@@ -322,6 +334,14 @@ def _at_odds(config: Config) -> Iterator[str]:
         yield "filter.rule is 'half-half', which fills each half up to filter.n / 2; give filter.n."
     if config.filter.k > config.filter.num_prompts:
         yield f"filter.k {config.filter.k} is more than the {config.filter.num_prompts} generations of filter.num_prompts; lower it."
+    when = config.refit.when
+    if when == "accuracy" and config.gold.kind == "none":
+        yield "refit.when is 'accuracy', which gold measures, but gold.kind is 'none'; name a gold scorer, or refit by kl or ess."
+    if when in ("kl", "accuracy") and config.evaluation.temperature == 0:
+        yield (
+            f"refit.when is {when!r}, which is measured on samples of the policy, but evaluation.temperature 0 is greedy; "
+            "give a temperature above 0, or refit by ess."
+        )
     if config.gold.kind in ("model", "function") and not config.gold.source:
         wanted = "folder" if config.gold.kind == "model" else "module:attribute"
         yield f"gold.kind is {config.gold.kind!r} but gold.source is empty; name the {wanted}."

@@ -5,11 +5,15 @@ Ackermann, Ishida, Sugiyama (2025), Off-Policy Corrected Reward Modeling for RLH
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.algorithms.update import Pairs, RoundContext, stored_pair_logps
-from jaxrlhf.config import WeightsConfig
+from jaxrlhf.config import Config, WeightsConfig
 from jaxrlhf.losses import eta_for_ess, importance_weights, relative_log_ratio, weight_summary
 from jaxrlhf.models.hub import Loaded
 

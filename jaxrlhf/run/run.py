@@ -20,7 +20,7 @@ from jaxrlhf.run.data import check_update, pairs_stage, report_of, update_stage
 from jaxrlhf.run.evaluate import evaluation_stage
 from jaxrlhf.run.models import given_tokenizer, policy_stage, reward_stage, sft_stage, tokenizer_stage
 from jaxrlhf.run.preference import preference_stage
-from jaxrlhf.run.refit import refit_due
+from jaxrlhf.run.refit import refit_stage
 from jaxrlhf.run.setting import Setting
 from jaxrlhf.run.stages import Done, Store
 from jaxrlhf.runlog import RunLog
@@ -109,6 +109,7 @@ class Track:
     update: Done | None = None  # the reward update it was fitted by
     refitted: int = 0  # the policy it was fitted for
     last: Round | None = None
+    decision: Done | None = None  # whether this round refits, where that was a question
 
 
 def _stages(setting: Setting, until: str | None) -> None:
@@ -137,14 +138,15 @@ def _stages(setting: Setting, until: str | None) -> None:
         track.evaluations.append(evaluation_stage(setting, number, ensemble=round.ensemble, **models))
         if update is not None and update_report(update).get("needs_sampler") and (reasons := not_the_sampler(config)):
             summary.note(f"{HEURISTIC}: {'; '.join(reasons)}.")
-        summary.add(number, track.evaluations[-1], rewards=track.rewards, update=update)
+        summary.add(number, track.evaluations[-1], rewards=track.rewards, update=update, decision=track.decision)
         track.last = round
 
 
 def _next_round(setting: Setting, method: Method, track: Track, number: int, pairs: Done) -> Round:
     """The row's round `number`, with or without a refit."""
-    due = number == 1 or method.reward_update is None or setting.config.refit.when == "round"
-    due = due or refit_due(setting, number, track, pairs)
+    always = number == 1 or method.reward_update is None or setting.config.refit.when == "round"
+    track.decision = None if always else refit_stage(setting, number, track, pairs)
+    due = track.decision is None or track.decision.record["result"]["due"]
     return round_of(method, number, track.last, due=due, updated=track.update is not None)
 
 
@@ -208,7 +210,9 @@ class Summary:
             self.notes.append(text)
             self._setting.log.note(f"note: {text}")
 
-    def add(self, number: int, evaluation: Done, *, rewards: tuple[Done, ...] = (), update: Done | None = None) -> None:
+    def add(
+        self, number: int, evaluation: Done, *, rewards: tuple[Done, ...] = (), update: Done | None = None, decision: Done | None = None
+    ) -> None:
         figures = evaluation.record["result"]
         names = ("gold", "proxy_start", "proxy", "kl_sft")
         row: dict[str, Any] = {"round": number, **{name: figures.get(name) for name in names}}
@@ -216,7 +220,7 @@ class Summary:
         row |= {"ess": report.get("ess"), "ess_fraction": report.get("ess_fraction"), "eta": report.get("eta")}
         row |= {"reward_accuracy": figures.get("reward_accuracy")}
         row |= {"reward_accuracy_valid": rewards[0].record["result"]["accuracy_valid"] if rewards else None}
-        row |= {"refit": update is not None}
+        row |= {"refit": update is not None, "refit_value": decision.record["result"]["value"] if decision else None}
         row |= {name: figures.get(name) for name in ("win_rate", "win_rate_low", "win_rate_high", "tie_rate", "length", "eos_rate")}
         done = self._setting.stages[self._counted :]  # a reward model that is kept was paid for before
         self._counted = len(self._setting.stages)

@@ -68,7 +68,7 @@ def test_summary(finished):
         for row in (first, second):
             kept = {name for name, value in row.items() if value is None}
             weighted = row["round"] == 2 and summary["method"] == "ocrm"
-            assert kept == (set() if weighted else {"ess", "ess_fraction", "eta"})
+            assert kept == {"refit_value"} | (set() if weighted else {"ess", "ess_fraction", "eta"})
             assert 0 <= row["win_rate_low"] <= row["win_rate"] <= row["win_rate_high"] <= 1 and row["seconds"] > 0
         assert sft["kl_sft"] == 0 and sft["proxy"] is None and sft["reward_accuracy_valid"] is None and sft["gold"] < 0
         assert abs(first["kl_sft"]) > 1e-4
