@@ -1,46 +1,219 @@
 """FRFT: the reward model is refitted on the offline pairs that look like what the policy writes now.
 
-Krishna, Sahoo (2024), Solving the Inverse Alignment Problem for Efficient RLHF. The paper's own numbers are not known to us; rules and
-defaults are those of its public code, with the deviations that `offline/select.py` names.
+Krishna, Sahoo (2024), Solving the Inverse Alignment Problem for Efficient RLHF. Rules and defaults are those of its public code, with the
+deviations that offline/select.py names.
 """
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxrlhf import rng
 from jaxrlhf.algorithms.ocrm import importance_weighted
-from jaxrlhf.algorithms.update import Pairs, RoundContext
+from jaxrlhf.algorithms.update import Pairs, RoundContext, encoder_options
+from jaxrlhf.config import FilterConfig
+from jaxrlhf.data.batches import take
+from jaxrlhf.data.pairs import dataset_hash
+from jaxrlhf.data.tokens import Limits, decode_responses, pad_id_of, tokenize_prompts
+from jaxrlhf.evaluation.filter_report import filter_report, write_filter_report
+from jaxrlhf.models.hub import eos_ids
+from jaxrlhf.offline.embed import encoder_identity
+from jaxrlhf.offline.nearest import nearest_index, nearest_similarity, own_similarity
+from jaxrlhf.offline.select import keep_flags, read_similarities, select, similarity_header, texts_of, write_similarities
+from jaxrlhf.offline.select import random_subset as drawn_at_random
+from jaxrlhf.offline.vectors import embed_cached
+from jaxrlhf.rollouts.dataset import Sampling, sample_dataset
+from jaxrlhf.types import PromptBatch
 
 
-class Similar(NamedTuple):
-    """What the filter knows of every pair: cosine of each side with the policy's text, and the index of the generation it is from."""
+class Asked(NamedTuple):
+    """The prompts that the policy answers, and for every pair the number of its own prompt among them (None: compared with all)."""
 
-    chosen_N: np.ndarray
-    rejected_N: np.ndarray
-    nearest_N: np.ndarray  # row of `generations` that the chosen response was compared with, or is nearest to
-    generations: list[str]
+    prompts: list[str]
+    tokens: PromptBatch
+    own_N: np.ndarray | None
+
+
+class Compared(NamedTuple):
+    """What the filter knows; `columns` holds {"chosen_similarity", "rejected_similarity", "keep"} of every pair."""
+
+    asked: Asked
+    answers: list[str]
+    columns: dict[str, np.ndarray]
 
 
 def nearest(context: RoundContext, pairs: Pairs) -> tuple[Pairs, np.ndarray]:
     """The pairs nearest to the policy's own text, with weight 1."""
-    similar = similarities(context, pairs)
-    return _kept(context, pairs, similar, _selected(context, pairs, similar))
+    found = similarities(context, pairs)
+    return _reported(context, pairs, context.config.filter.rule, found, np.flatnonzero(found.columns["keep"]))
 
 
 def random_subset(context: RoundContext, pairs: Pairs) -> tuple[Pairs, np.ndarray]:
-    """The control: as many pairs as `nearest` would keep, drawn at random."""
-    from jaxrlhf.offline.select import random_subset as draw
-
-    similar = similarities(context, pairs)
-    budget = len(_selected(context, pairs, similar))
-    seed = rng.number(rng.stream(context.key, "random-subset"))
-    return _kept(context, pairs, similar, draw(pairs.ids, budget, seed=seed))
+    """The control: as many pairs as `nearest` keeps, drawn at random, and nothing else different."""
+    found = similarities(context, pairs)
+    seed, keys = rng.number(rng.stream(context.key, "random-subset")), _keys(context.config.filter, pairs)
+    drawn = drawn_at_random(pairs.ids, int(found.columns["keep"].sum()), seed=seed, keys=keys)
+    return _reported(context, pairs, "random", found, drawn)
 
 
 def nearest_importance_weighted(context: RoundContext, pairs: Pairs) -> tuple[Pairs, np.ndarray]:
     """The nearest pairs, and among them OCRM's weights."""
     kept, _ = nearest(context, pairs)
     return importance_weighted(context, kept)
+
+
+def similarities(context: RoundContext, pairs: Pairs) -> Compared:
+    """How near every pair is to what the policy writes now; from disk where these pairs and this policy have been seen before."""
+    section, asked = context.config.filter, _asked(context, pairs)
+    facts = {"policy": context.policy_hash, "prompts": asked.prompts, "seed": context.config.seed, "round": context.round}
+    sampled = ("temperature", "top_k", "top_p")
+    facts |= {"max_new_tokens": _max_new_tokens(context), **{name: getattr(section, name) for name in sampled}}
+    answers = _kept_on_disk(context.columns / f"generations-{context.fingerprint(facts)}.json", lambda: _answers(context, asked))
+    header = similarity_header(
+        dataset=dataset_hash(pairs.rows),
+        policy=context.policy_hash,
+        generations=context.fingerprint(facts),
+        encoder=encoder_identity(**encoder_options(context.config.encoder)).key,
+        **{name: getattr(section, name) for name in ("rule", "n", "threshold", "compare", "k", "embed", "dedupe")},
+    )
+    folder = context.columns / f"similarities-{context.fingerprint(header)}"
+    if not folder.exists():
+        write_similarities(folder, pairs.ids, _compare(context, pairs, asked, answers), header, overwrite=True)
+    return Compared(asked, answers, read_similarities(pairs.ids, folder, expect=header))
+
+
+def _compare(context: RoundContext, pairs: Pairs, asked: Asked, answers: list[str]) -> dict[str, np.ndarray]:
+    """Both sides and the policy's text are embedded and compared, and the rule decides."""
+    section = context.config.filter
+    generations = _vectors(context, "the policy's text", asked.prompts, answers)
+    columns = {}
+    for side in ("chosen", "rejected"):
+        vectors = _side(context, pairs, side)
+        if asked.own_N is not None:
+            columns[f"{side}_similarity"] = own_similarity(vectors, generations[asked.own_N])
+        else:
+            columns[f"{side}_similarity"] = nearest_similarity(vectors, generations, k=section.k, mesh=context.mesh)
+    kept = select(*columns.values(), pairs.ids, rule=section.rule, n=section.n, threshold=section.threshold, keys=_keys(section, pairs))
+    return columns | {"keep": keep_flags(kept, len(pairs.rows))}
+
+
+def _reported(context: RoundContext, pairs: Pairs, rule: str, found: Compared, kept: np.ndarray) -> tuple[Pairs, np.ndarray]:
+    """The pairs `kept`, with weight 1, and the account of them."""
+    section, similar = context.config.filter, found.columns
+    near = found.asked.own_N
+    if near is None:
+        generations = _vectors(context, "the policy's text", found.asked.prompts, found.answers)
+        near = nearest_index(_side(context, pairs, "chosen"), generations, mesh=context.mesh)
+    report = filter_report(
+        pairs.rows,
+        similar["chosen_similarity"],
+        similar["rejected_similarity"],
+        kept,
+        rule=rule,
+        n=section.n,
+        threshold=section.threshold,
+        compare=section.compare,
+        k=section.k,
+        round=context.round,
+        previous=context.kept_before,
+        generations=found.answers,
+        nearest_N=near,
+    )
+    write_filter_report(report, context.folder)
+    means = {f"{side}_similarity": float(similar[f"{side}_similarity"][kept].mean()) for side in ("chosen", "rejected")}
+    context.report({"kept": len(kept), "kept_share": len(kept) / len(pairs.rows), **means})
+    return pairs.select(kept), np.ones(len(kept), np.float32)
+
+
+def _side(context: RoundContext, pairs: Pairs, side: str) -> np.ndarray:
+    return _vectors(context, f"{side} responses", [row.prompt for row in pairs.rows], [getattr(row, side) for row in pairs.rows])
+
+
+def _vectors(context: RoundContext, what: str, prompts: list[str], responses: list[str]) -> np.ndarray:
+    """Unit vectors of responses (with `embed: prompt+response` of both, here as there: one side alone would compare prompts)."""
+    joined = context.config.filter.embed == "prompt+response"
+    texts = [prompt + text for prompt, text in zip(prompts, responses, strict=True)] if joined else responses
+    encoder = context.config.encoder
+    return embed_cached(
+        texts,
+        folder=context.columns / "embeddings",
+        batch_size=encoder.batch_size,
+        mesh=context.mesh,
+        progress=context.progress(f"embedding {what}"),
+        **encoder_options(encoder),
+    ).vectors
+
+
+def _kept_on_disk(path: Path, make: Callable[[], list[str]]) -> list[str]:
+    """A list of texts, made once."""
+    if not path.exists():
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(make(), ensure_ascii=False), encoding="utf-8")
+        os.replace(partial, path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _asked(context: RoundContext, pairs: Pairs) -> Asked:
+    """`compare: own`: every distinct prompt of the pairs. `nearest`: so many of the run's prompts, others every round if they are fresh."""
+    section = context.config.filter
+    if section.compare == "own":
+        prompts = [row.prompt for row in pairs.rows]
+        number = {prompt: n for n, prompt in enumerate(dict.fromkeys(prompts))}
+        own_N = np.array([number[prompt] for prompt in prompts])
+        _, first = np.unique(own_N, return_index=True)
+        tokens = pairs.tokens
+        table = PromptBatch(tokens.prompt_BL, tokens.prompt_mask_BL, tokens.row_mask_B, tokens.index_B)
+        return Asked(list(number), _renumbered(take(table, first)), own_N)
+    limits = context.config.data.limits
+    table, report = tokenize_prompts(context.prompts(), context.policy.tokenizer, Limits(**asdict(limits)))
+    kept = [context.prompts()[i].prompt for i in report.rows]
+    first = (context.round - 2) * section.num_prompts if section.round_prompts == "fresh" else 0
+    rows = np.arange(first, first + section.num_prompts) % len(kept)  # from the start again where there are fewer
+    return Asked([kept[i] for i in rows], _renumbered(take(table, rows)), None)
+
+
+def _renumbered(table: PromptBatch) -> PromptBatch:
+    """Row numbers of its own: a prompt that is asked twice gets two answers."""
+    return replace(table, index_B=np.arange(len(table.index_B), dtype=np.int32))
+
+
+def _answers(context: RoundContext, asked: Asked) -> list[str]:
+    """The policy's text for every prompt."""
+    section, policy = context.config.filter, context.policy
+    sampling = Sampling(
+        max_new_tokens=_max_new_tokens(context),
+        eos_ids=eos_ids(policy),
+        temperature=section.temperature,
+        top_k=section.top_k,
+        top_p=section.top_p,
+        vocab_size=len(policy.tokenizer),
+        pad_id=pad_id_of(policy.tokenizer),
+    )
+    size = min(section.batch_size, len(asked.prompts))
+    texts = sample_dataset(
+        policy.model,
+        policy.params,
+        asked.tokens,
+        rng.stream(context.key, "generations"),
+        sampling,
+        batch_size=size,
+        mesh=context.mesh,
+        progress=context.progress("what the policy writes now"),
+    )
+    return decode_responses(texts.response_BT, texts.response_mask_BT, policy.tokenizer, sampling.eos_ids)  # type: ignore[arg-type]
+
+
+def _max_new_tokens(context: RoundContext) -> int:
+    return context.config.filter.max_new_tokens or context.config.ppo.response_length
+
+
+def _keys(section: FilterConfig, pairs: Pairs) -> list[str] | None:
+    return texts_of(pairs.rows) if section.dedupe else None

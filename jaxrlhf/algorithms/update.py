@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxrlhf.config import Config, LimitsConfig
+from jaxrlhf.config import Config, EncoderConfig, LimitsConfig
 from jaxrlhf.data.columns import column_header
 from jaxrlhf.data.pairs import Pair, Prompt, dataset_hash
 from jaxrlhf.data.tokens import tokenizer_fingerprint
@@ -122,3 +122,8 @@ def stored_pair_logps(
         return pair_logps(loaded.model, loaded.params, pairs.tokens, **how)
 
     return cached_pair_logps(columns / f"logps-{RoundContext.fingerprint(header)}", pairs.ids, header, compute)
+
+
+def encoder_options(config: EncoderConfig) -> dict[str, Any]:
+    """The section `encoder` as the keywords of `offline.embed`."""
+    return {"encoder": config.source, "backend": config.backend, "pooling": config.pooling, "max_length": config.max_length}

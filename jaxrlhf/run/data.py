@@ -12,13 +12,14 @@ import numpy as np
 
 from jaxrlhf import rng
 from jaxrlhf.algorithms.rounds import SECTIONS_READ, Round, reward_update_named
-from jaxrlhf.algorithms.update import Pairs, RoundContext
+from jaxrlhf.algorithms.update import Pairs, RoundContext, encoder_options
 from jaxrlhf.config import Config
 from jaxrlhf.data.batches import take
 from jaxrlhf.data.pairs import Prompt, ReadReport
 from jaxrlhf.data.tables import read_pair_table, write_pair_table
 from jaxrlhf.data.tokens import decode_responses, eos_ids_of, pad_id_of, tokenize_pairs, tokenize_prompts
 from jaxrlhf.models.hub import Loaded, eos_ids, read_tokenizer
+from jaxrlhf.offline.embed import encoder_identity
 from jaxrlhf.offline.label import label_pairs
 from jaxrlhf.plugins import plugin, source_of
 from jaxrlhf.rollouts.dataset import Sampling, sample_dataset
@@ -153,9 +154,7 @@ def pair_batch(first: TextBatch, second: TextBatch, first_is_chosen: np.ndarray,
 def check_update(config: Config, name: str) -> None:
     """Raise before anything is built where the update `name` cannot work with this config."""
     if "encoder" in SECTIONS_READ.get(name, ()):
-        from jaxrlhf.offline.embed import encoder_identity
-
-        encoder_identity(config.encoder)
+        encoder_identity(**encoder_options(config.encoder))
 
 
 def update_stage(setting: Setting, round: Round, *, pairs: Done, sft: Done, policy: Done, reward: Done, before: Done | None) -> Done:
@@ -210,9 +209,7 @@ def _read_by(name: str, config: Config) -> dict[str, Any]:
         return {"plugin": source_of(name), "config": read_by_plugins(config)}
     sections: dict[str, Any] = {section: asdict(getattr(config, section)) for section in SECTIONS_READ[name]}
     if "encoder" in sections:
-        from jaxrlhf.offline.embed import encoder_identity
-
-        sections["encoder"] = asdict(encoder_identity(config.encoder))
+        sections["encoder"] = encoder_identity(**encoder_options(config.encoder)).key
         sections["text"] = {"data": inputs.identity(config), "response_length": config.ppo.response_length}
     return sections
 
@@ -225,7 +222,7 @@ def report_of(folder: Path) -> dict[str, Any]:
 
 def read_by_plugins(config: Config) -> dict[str, Any]:
     """The config less what names a run and where it is kept, logged and computed."""
-    elsewhere = ("name", "output", "store", "standalone", "arms", "method", "rounds", "mesh", "checkpoint", "log")
+    elsewhere = ("name", "output", "store", "standalone", "arms", "method", "row", "rounds", "refit", "mesh", "checkpoint", "log")
     return {name: value for name, value in asdict(config).items() if name not in elsewhere}
 
 
