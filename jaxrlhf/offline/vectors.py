@@ -1,0 +1,238 @@
+"""Vectors of texts on disk: keyed by the text's content and the encoder's identity, computed once, memory-mapped.
+
+    FOLDER/<encoder key>/index.json              the encoder, the dimension, and every shard that counts
+                         vectors-00000.npy       float32 [n, D]
+                         keys-00000.npy          uint8 [n, 32]: sha256 of each text (UTF-8)
+
+A shard's two files are written, synced and renamed before the index that names them is replaced: a file that the index does not name
+is the rest of a killed run and is overwritten. Texts that come later get further shards; what is there is never rewritten.
+
+What is guaranteed: a run that is killed, however often, and started again with the same texts and options, on the same machine and
+library versions, leaves the same bytes as one that was not. A shard is a fixed slice of the missing texts in a fixed order, so neither
+the batch a text is computed in nor its mates depend on when the run was stopped. Between different sets of texts, batches differ, and
+with them the last bits of a vector.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrlhf.offline.embed import Backend, EncoderIdentity, Progress, check_texts, encoder_identity, open_encoder
+
+FORMAT = 1
+INDEX = "index.json"
+
+_log = logging.getLogger(__name__)
+
+
+class VectorError(ValueError):
+    """A folder of vectors that cannot be used as it is; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The vectors of N texts, in the order the texts were given, in files that are memory-mapped.
+
+    `vectors` is all of them as one array; `take(rows)` copies some of them out of the files without reading the others.
+    """
+
+    identity: EncoderIdentity
+    folder: Path  # of this encoder
+    rows_N: np.ndarray  # where each text's vector stands, counted over the shards
+    shards: tuple[np.ndarray, ...]  # memory-mapped float32 [n, D]
+    embedded: int  # texts that were computed now; the others were on disk
+
+    def __len__(self) -> int:
+        return len(self.rows_N)
+
+    @property
+    def dimension(self) -> int:
+        return self.shards[0].shape[1] if self.shards else 0
+
+    def take(self, rows: Any = slice(None)) -> np.ndarray:
+        """float32 [n, D] of some texts, by their numbers (a slice or an array of ints)."""
+        wanted = np.atleast_1d(self.rows_N[rows])
+        starts = np.cumsum([0, *(len(shard) for shard in self.shards)])
+        at = np.searchsorted(starts, wanted, side="right") - 1
+        out = np.empty((len(wanted), self.dimension), np.float32)
+        for number in np.unique(at):
+            here = np.flatnonzero(at == number)
+            out[here] = self.shards[number][wanted[here] - starts[number]]
+        return out
+
+    @cached_property
+    def vectors(self) -> np.ndarray:
+        """float32 [N, D]; copied once."""
+        return self.take()
+
+
+def embed_cached(
+    texts: Sequence[str],
+    *,
+    folder: str | Path,
+    encoder: str | Path | None = None,
+    backend: Backend | None = None,
+    pooling: str | None = None,
+    max_length: int | None = None,
+    dtype: str = "float32",
+    batch_size: int = 64,
+    mesh: Any = None,
+    shard_rows: int = 2048,
+    progress: Progress | None = None,
+) -> Embeddings:
+    """`embed_texts` through a folder: what is stored there under the same text and encoder is read, the rest computed and stored.
+
+    Equal texts are computed once. Where nothing is missing, no encoder is loaded. A killed run goes on at its last finished shard of
+    `shard_rows` texts. A second process that wants the same encoder's folder waits for the first. `progress` counts the missing texts.
+
+    Errors: those of `embed_texts`; VectorError for a folder that holds something else or is damaged.
+    """
+    if shard_rows < 1:
+        raise ValueError(f"shard_rows is {shard_rows}; a shard needs at least 1 text.")
+    if mesh is not None and jax.process_count() > 1:
+        raise ValueError("embed_cached writes from one process: with several, pass mesh=None, and the others wait for the first.")
+    check_texts(texts)
+    keys = [text_key(text) for text in texts]
+    identity = encoder_identity(encoder, backend=backend, pooling=pooling, max_length=max_length, dtype=dtype)
+    store = _Store(Path(folder) / identity.key, identity)
+    embedded = 0
+    if not store.read().keys() >= set(keys):
+        with _lock(store.folder):
+            known = store.read()  # the process we waited for may have computed them
+            missing = sorted({key: text for key, text in zip(keys, texts, strict=True) if key not in known}.items(), key=_order)
+            embedded = len(missing)
+            if missing:
+                store.add(missing, open_encoder(identity, pooling=pooling, batch_size=batch_size, mesh=mesh).embed, shard_rows, progress)
+    known = store.read()
+    rows = np.fromiter((known[key] for key in keys), np.int64, len(keys))
+    return Embeddings(identity, store.folder, rows, store.shards(), embedded)
+
+
+def text_key(text: str) -> bytes:
+    """sha256 of the text's UTF-8."""
+    return hashlib.sha256(text.encode("utf-8")).digest()
+
+
+def _order(item: tuple[bytes, str]) -> tuple[int, bytes]:
+    """Long texts first: batches of like length, and an estimate of the time left that can only be too long."""
+    return -len(item[1]), item[0]
+
+
+class _Store:
+    """The folder of one encoder. Reading needs no lock: the index names finished files only."""
+
+    def __init__(self, folder: Path, identity: EncoderIdentity):
+        self.folder, self.identity = folder, identity
+
+    def index(self) -> dict[str, Any]:
+        path = self.folder / INDEX
+        if not path.exists():
+            identity = {name: value for name, value in self.identity._asdict().items() if name != "source"}
+            return {"format": FORMAT, "encoder": identity, "dimension": None, "shards": []}
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise VectorError(f"{path} is not valid JSON ({error}); delete {self.folder} and embed again.") from error
+        if index.get("format") != FORMAT:
+            raise VectorError(
+                f"{path} has format {index.get('format')!r}, this version reads {FORMAT}; delete {self.folder} and embed again."
+            )
+        return index
+
+    def read(self) -> dict[bytes, int]:
+        """Text key → row, over all shards in the order of the index."""
+        known: dict[bytes, int] = {}
+        before = 0
+        for number, shard in enumerate(self.index()["shards"]):
+            raw = self._array(f"keys-{number:05d}.npy", (shard["rows"], 32), "uint8").tobytes()
+            known |= {raw[32 * n : 32 * n + 32]: before + n for n in range(shard["rows"])}
+            before += shard["rows"]
+        return known
+
+    def shards(self) -> tuple[np.ndarray, ...]:
+        index = self.index()
+        shape = index["dimension"]
+        return tuple(self._array(f"vectors-{n:05d}.npy", (s["rows"], shape), "float32") for n, s in enumerate(index["shards"]))
+
+    def _array(self, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        path = self.folder / name
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise VectorError(f"{path} cannot be read ({error}); delete {self.folder} and embed again.") from error
+        if array.shape != shape or array.dtype != dtype:
+            raise VectorError(
+                f"{path} is {array.dtype} {list(array.shape)}, not {dtype} {list(shape)}; delete {self.folder} and embed again."
+            )
+        return array
+
+    def add(self, missing: list[tuple[bytes, str]], embed: Callable[..., np.ndarray], shard_rows: int, progress: Progress | None) -> None:
+        """Compute and store, a shard at a time."""
+        index = self.index()
+        if progress:
+            progress(0, len(missing))
+        for start in range(0, len(missing), shard_rows):
+            part = missing[start : start + shard_rows]
+            report = None if progress is None else lambda done, _, start=start: progress(start + done, len(missing)) if done else None
+            vectors = embed([text for _, text in part], report)
+            if not np.isfinite(vectors).all():
+                bad = part[int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])][1]
+                raise VectorError(f"the encoder gives no finite vector for the text {bad[:60]!r}; its weights or dtype are at fault.")
+            number = len(index["shards"])
+            keys = np.frombuffer(b"".join(key for key, _ in part), np.uint8).reshape(len(part), 32)
+            _write_array(self.folder / f"vectors-{number:05d}.npy", np.ascontiguousarray(vectors, np.float32))
+            _write_array(self.folder / f"keys-{number:05d}.npy", keys)
+            index |= {"dimension": vectors.shape[1], "shards": [*index["shards"], {"rows": len(part)}]}
+            _write(self.folder / INDEX, lambda file, index=index: file.write((json.dumps(index, indent=1) + "\n").encode()))
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    _write(path, lambda file: np.save(file, array, allow_pickle=False))
+
+
+def _write(path: Path, fill: Callable[[Any], Any]) -> None:
+    """The file is whole and on the disk before it has its name."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        fill(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; it is let go when the process ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            _log.warning("%s is being written by another process (%s); waiting for it.", folder, file.read().strip() or "unknown")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            _log.warning("%s has no file locks (%s); do not embed into the same folder twice at once.", folder, error.strerror)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
