@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from jaxrlhf.losses.advantages import gae, rloo_advantages, value_mask
 from jaxrlhf.losses.bradley_terry import bradley_terry_loss, bradley_terry_margin_pair_loss, bradley_terry_pair_loss
-from jaxrlhf.losses.dpo import dpo_loss, dpo_pair_loss, ipo_loss, ipo_pair_loss
+from jaxrlhf.losses.dpo import dpo_loss, dpo_pair_loss, ipo_loss, ipo_mean_pair_loss, ipo_pair_loss
 from jaxrlhf.losses.kl import adaptive_kl, kl_estimate, shaped_rewards
 from jaxrlhf.losses.logp import sequence_logp, token_logp, token_stats
 from jaxrlhf.losses.masked import masked_count, masked_mean, masked_sum, masked_whiten, response_mask
@@ -36,6 +36,7 @@ PAIR_LOSSES: dict[str, PairLoss] = {
     "bradley_terry_margin": PairLoss("scalar", ("margin",), bradley_terry_margin_pair_loss),
     "dpo": PairLoss("lm", _REFERENCE, dpo_pair_loss),
     "ipo": PairLoss("lm", _REFERENCE, ipo_pair_loss),
+    "ipo_mean": PairLoss("lm", _REFERENCE, ipo_mean_pair_loss),
     "wpo": PairLoss("lm", _REFERENCE, wpo_pair_loss),
 }
 

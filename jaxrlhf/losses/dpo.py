@@ -24,7 +24,8 @@ def dpo_loss(
         L = 1/B Σ_b w_b · −log σ( β (h⁺_b − h⁻_b) ),   h = log π(y|x) − log π_ref(y|x)
 
     Log-ratios are of whole responses (sums over tokens). At the reference policy the loss is log 2 for any β.
-    `label_smoothing` ε mixes in the flipped pair: (1−ε) L(y⁺, y⁻) + ε L(y⁻, y⁺) (Mitchell, 2023, "cDPO").
+    `label_smoothing` ε mixes in the flipped pair: (1−ε) L(y⁺, y⁻) + ε L(y⁻, y⁺) (Mitchell, 2023, "cDPO"). TRL's `robust`
+    subtracts that term instead and divides by 1 − 2ε (Chowdhury et al., 2024): another loss.
     Rafailov et al. (2023), eq. 7.
     """
     if not 0 <= label_smoothing < 0.5:
@@ -50,8 +51,8 @@ def ipo_loss(
 
         L = 1/B Σ_b w_b · ( h⁺_b − h⁻_b − 1/(2β) )²
 
-    β is the paper's τ: a *larger* β asks for a *smaller* gap. The gap is of whole responses, as in the paper; TRL divides
-    each log-ratio by its length first, so its β is not on this scale.
+    β is the paper's τ: a *larger* β asks for a *smaller* gap. As eq. 17 has it, h is of whole responses; `ipo_mean` divides
+    it by the response's length first, and its β is not on this scale. At the reference policy the loss is 1/(4β²).
     Azar et al. (2023), "A general theoretical paradigm to understand learning from human preferences", eq. 17.
     """
     row_mask = jnp.ones(chosen_log_ratio.shape, bool) if row_mask is None else row_mask
@@ -83,3 +84,22 @@ def ipo_pair_loss(
     chosen, rejected = log_ratios(outputs, batch)
     loss = ipo_loss(chosen, rejected, batch.weights_B, beta=beta, row_mask=batch.row_mask_B, total=total)
     return loss, pair_metrics(beta * chosen, beta * rejected, batch, total=total)
+
+
+def ipo_mean_pair_loss(
+    outputs: PairOutputs, batch: PairBatch, *, total: Scalar | None = None, beta: Number = 0.1
+) -> tuple[Float[Array, ""], Metrics]:
+    """`ipo_loss` of log-ratios *per token*, h/|y|, weighted by `batch.weights_B`: the gap no longer grows with the responses' length.
+
+    What TRL calls `ipo`; its authors note that IPO's confirmed this form as the one behind the paper's results. Metrics are of the
+    whole responses' β h, as there.
+    """
+    chosen, rejected = log_ratios(outputs, batch)
+    means = chosen / _length(batch.chosen_mask_BT), rejected / _length(batch.rejected_mask_BT)
+    loss = ipo_loss(*means, batch.weights_B, beta=beta, row_mask=batch.row_mask_B, total=total)
+    return loss, pair_metrics(beta * chosen, beta * rejected, batch, total=total)
+
+
+def _length(mask: Bool[AnyArray, "B T"]) -> Float[Array, " B"]:
+    """Tokens of each response, EOS included; 1 for an empty one."""
+    return jnp.maximum(jnp.sum(mask, axis=-1, dtype=jnp.float32), 1.0)

@@ -24,8 +24,8 @@ def wpo_weights(
         s(y) = 1/|y| Σ_t [ log π(y_t) − log Σ_v π(v)² ],   w = min( clip, exp( s(y⁺) + s(y⁻) ) )
 
     A *mean* over tokens, and no reference model: unlike OCRM's weights these are not density ratios. They are those of
-    the policy being trained, recomputed at every step, and carry no gradient. `clip=None` leaves them unbounded, as TRL
-    does; the authors' code clips at 1. Zhou et al. (2024), "WPO", §3 ("sampled alignment").
+    the policy being trained, recomputed at every step, and carry no gradient. `clip=1` is the authors' code and OCRM's;
+    `clip=None` leaves them unbounded, as TRL 1.x does. Zhou et al. (2024), "WPO", §3 ("sampled alignment").
     """
     weights = jnp.exp(_alignment(chosen, chosen_mask) + _alignment(rejected, rejected_mask))
     return jax.lax.stop_gradient(weights if clip is None else jnp.minimum(weights, clip))

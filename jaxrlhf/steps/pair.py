@@ -15,6 +15,9 @@ from jaxrlhf.types import Array, Metrics, Model, PairBatch, PairLoss, PairOutput
 
 PairStep = Callable[[TrainState, PairBatch], tuple[TrainState, Metrics]]
 
+# A loss over log-probs reports implicit rewards; they get the names TRL logs them under.
+_IMPLICIT = {"accuracy": "rewards/accuracies", "margin": "rewards/margins", "chosen": "rewards/chosen", "rejected": "rewards/rejected"}
+
 
 def response_scores(
     model: Model,
@@ -85,6 +88,13 @@ def make_pair_step(
 
         grads, loss, metrics = accumulate_gradients(loss_fn, state.params, batch, steps=accumulate, axis_name=axis_name)
         state, norms = apply_gradients(state, grads, optimizer)
-        return replace(state, step=state.step + 1), {"loss/pair": loss, **named("pair", metrics), **norms}
+        return replace(state, step=state.step + 1), {"loss/pair": loss, **_metric_names(pair_loss.head, metrics), **norms}
 
     return step
+
+
+def _metric_names(head: str, metrics: Metrics) -> Metrics:
+    """pair/NAME, but rewards/… where a policy is its own reward model."""
+    if head == "scalar":
+        return named("pair", metrics)
+    return {_IMPLICIT.get(name, f"pair/{name}"): value for name, value in metrics.items()}

@@ -1,9 +1,11 @@
-"""Makes preference_losses.json: pair losses and their gradients from torch, in the formulas of TRL.
+"""Makes preference_losses.json: pair losses and their gradients from torch, in the formulas of TRL and of the authors of WPO.
 
     python tests/golden/make_preference_losses.py        (needs torch)
 
-Source of the formulas: TRL's RewardTrainer (margin, center_rewards_coefficient) and DPOTrainer (sigmoid with label
-smoothing, ipo, use_weighting), and the clipped WPO weight of wzhouad/WPO; re-written, not copied.
+Source of the formulas: TRL's RewardTrainer (margin, center_rewards_coefficient) and DPOTrainer (sigmoid; ipo, which TRL 1.16
+averages over tokens; use_weighting, which TRL 1.16 does not clamp; label smoothing as TRL 0.x had it in sigmoid), and
+scripts/run_wpo.py of wzhouad/WPO (weight clamped at 1, detached, label smoothing inside the weighted loss); re-written, not
+copied. Gradients are with respect to the logits and, apart from that, to the two sequence log-probs.
 """
 
 import json
@@ -22,6 +24,8 @@ def compute() -> dict:
     masks = [torch.arange(T) < n[:, None] for n in lengths]
     tokens = [torch.randint(V, (B, T)) for _ in range(2)]
     logits = [(2 * torch.randn(B, T, V)).requires_grad_() for _ in range(2)]
+    for side, x in zip(tokens, logits, strict=True):  # two pairs of the likeliest tokens: their WPO weights are above 1
+        side[::3] = x[::3].detach().argmax(-1)
     reference = [-4 * torch.rand(B) - 4 for _ in range(2)]
     weights, margin = torch.rand(B) * 2, torch.rand(B)
     scores = [(3 * torch.randn(B)).requires_grad_() for _ in range(2)]
@@ -43,6 +47,8 @@ def compute() -> dict:
         clipped = free.clamp(max=1)
 
     gap = scores[0] - scores[1]
+    lengths = [m.sum(-1) for m in masks]
+    per_token = h_chosen / lengths[0] - h_rejected / lengths[1]
     losses = {
         "bradley_terry": (-F.logsigmoid(gap)).mean(),
         "bradley_terry_weighted": (weights * -F.logsigmoid(gap)).mean(),
@@ -50,15 +56,21 @@ def compute() -> dict:
         "bradley_terry_centered": (-F.logsigmoid(gap)).mean() + 0.01 * ((scores[0] + scores[1]) ** 2).mean(),
         "dpo": dpo(0.1, 0.0).mean(),
         "dpo_smoothed": dpo(0.05, 0.2).mean(),
+        "dpo_weighted": (weights * dpo(0.1, 0.0)).mean(),
         "ipo": ((h_chosen - h_rejected - 1 / (2 * 0.2)) ** 2).mean(),
+        "ipo_mean": ((per_token - 1 / (2 * 0.2)) ** 2).mean(),
         "wpo": (dpo(0.05, 0.0) * clipped).mean(),
         "wpo_free": (dpo(0.05, 0.0) * free).mean(),
+        "wpo_smoothed": (dpo(0.05, 0.2) * clipped).mean(),
     }
     expected = {}
     for name, loss in losses.items():
-        leaves = scores if name.startswith("bradley") else logits
-        gradients = torch.autograd.grad(loss, leaves, retain_graph=True)
+        over_scores = name.startswith("bradley")
+        gradients = torch.autograd.grad(loss, scores if over_scores else logits, retain_graph=True)
         expected[name] = {"loss": loss.item(), "gradients": [g.tolist() for g in gradients]}
+        if not over_scores:
+            of_logps = torch.autograd.grad(loss, logps, retain_graph=True)
+            expected[name]["logp_gradients"] = [g.tolist() for g in of_logps]
     stats = {
         "logp": [x.tolist() for x in token_logp], "entropy": [x.tolist() for x in entropy], "log_sum_sq": [x.tolist() for x in adjust],
         "sequence_logp": [x.tolist() for x in logps], "wpo_clipped": clipped.tolist(), "wpo_free": free.tolist(),

@@ -1,12 +1,14 @@
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.losses import dpo_loss, ipo_loss, sequence_logp, token_logp
-from jaxrlhf.losses.dpo import dpo_pair_loss, ipo_pair_loss
+from jaxrlhf.losses import PAIR_LOSSES, bind, dpo_loss, ipo_loss, sequence_logp, token_stats
+from jaxrlhf.losses.dpo import dpo_pair_loss, ipo_mean_pair_loss, ipo_pair_loss
+from jaxrlhf.types import PairBatch, PairOutputs
 
 H_CHOSEN, H_REJECTED = jnp.array([1.0, -2.0, 0.3]), jnp.array([0.5, 1.0, 0.3])
 
@@ -51,29 +53,66 @@ def test_label_smoothing_must_stay_below_a_half():
         dpo_loss(H_CHOSEN, H_REJECTED, beta=0.1, label_smoothing=0.5)
 
 
-@pytest.mark.parametrize(
-    ("name", "loss"),
-    [
-        ("dpo", lambda c, r: dpo_loss(c, r, beta=0.1)),
-        ("dpo_smoothed", lambda c, r: dpo_loss(c, r, beta=0.05, label_smoothing=0.2)),
-        ("ipo", lambda c, r: ipo_loss(c, r, beta=0.2)),
-    ],
-)
-def test_against_torch_from_logits(golden, name, loss):
-    inputs = {
-        key: [jnp.array(side) for side in golden("preference_losses")["inputs"][key]] for key in ("logits", "tokens", "masks", "reference")
-    }
+def from_golden(data):
+    """(logits, tokens, masks, reference) of both sides."""
+    return [[jnp.array(side) for side in data["inputs"][key]] for key in ("logits", "tokens", "masks", "reference")]
 
-    def from_logits(*logits):
-        sides = [
-            sequence_logp(token_logp(logits[i], inputs["tokens"][i]), inputs["masks"][i]) - inputs["reference"][i] for i in range(2)
-        ]  # fmt: skip
-        return loss(*sides)
 
-    value, gradients = jax.value_and_grad(from_logits, argnums=(0, 1))(*inputs["logits"])
-    expected = golden("preference_losses")["losses"][name]
+def pair_batch(masks, reference, weights=None):
+    rows = len(reference[0])
+    grid = jnp.zeros(masks[0].shape, jnp.int32)
+    columns = {"reference_chosen_logp": reference[0], "reference_rejected_logp": reference[1]}
+    weights = jnp.ones(rows) if weights is None else weights
+    return PairBatch(grid, grid > 0, grid, masks[0], grid, masks[1], weights, jnp.ones(rows, bool), jnp.arange(rows), columns)
+
+
+CASES = [
+    ("dpo", bind(PAIR_LOSSES["dpo"], beta=0.1)),
+    ("dpo_smoothed", bind(PAIR_LOSSES["dpo"], beta=0.05, label_smoothing=0.2)),
+    ("dpo_weighted", bind(PAIR_LOSSES["dpo"], beta=0.1)),
+    ("ipo", bind(PAIR_LOSSES["ipo"], beta=0.2)),
+    ("ipo_mean", bind(PAIR_LOSSES["ipo_mean"], beta=0.2)),
+    ("wpo", bind(PAIR_LOSSES["wpo"], beta=0.05)),
+    ("wpo_free", bind(PAIR_LOSSES["wpo"], beta=0.05, clip=None)),
+    ("wpo_smoothed", bind(PAIR_LOSSES["wpo"], beta=0.05, label_smoothing=0.2)),
+]
+
+
+@pytest.mark.parametrize(("name", "entry"), CASES, ids=[name for name, _ in CASES])
+def test_against_torch(golden, name, entry):
+    """TRL's formulas and those of the authors of WPO: loss, gradient of the logits, and gradient of the sequence log-probs."""
+    data = golden("preference_losses")
+    expected = data["losses"][name]
+    logits, tokens, masks, reference = from_golden(data)
+    batch = pair_batch(masks, reference, jnp.array(data["inputs"]["weights"]) if name == "dpo_weighted" else None)
+
+    def outputs(logits):
+        sides = [token_stats(x, t) for x, t in zip(logits, tokens, strict=True)]
+        return PairOutputs(*(sequence_logp(side.logp_BT, mask) for side, mask in zip(sides, masks, strict=True)), *sides)
+
+    value, gradients = jax.value_and_grad(lambda logits: entry.loss(outputs(logits), batch)[0])(logits)
     assert float(value) == pytest.approx(expected["loss"], rel=1e-5)
     np.testing.assert_allclose(gradients, expected["gradients"], rtol=2e-4, atol=1e-6)
+
+    given = outputs(logits)
+    of_logps = jax.grad(lambda logps: entry.loss(replace(given, chosen_B=logps[0], rejected_B=logps[1]), batch)[0])(
+        [given.chosen_B, given.rejected_B]
+    )
+    np.testing.assert_allclose(of_logps, expected["logp_gradients"], rtol=2e-4, atol=1e-6)
+
+
+def test_ipo_per_token_asks_the_same_gap_of_every_length(pairs):
+    """Twice the tokens at the same log-ratio per token: the same loss. The sum's loss is another."""
+    mask = jnp.array([[True, True, False, False], [True, True, True, True]])
+    batch = pair_batch([mask, mask], [jnp.zeros(2), jnp.zeros(2)])
+    outputs = PairOutputs(jnp.array([1.0, 2.0]), jnp.array([-0.5, -1.0]))
+    one, other = (replace(batch, row_mask_B=jnp.arange(2) == row) for row in range(2))
+    assert ipo_mean_pair_loss(outputs, one, beta=0.3)[0] == ipo_mean_pair_loss(outputs, other, beta=0.3)[0] > 0
+    assert float(ipo_mean_pair_loss(outputs, one, beta=0.3)[0]) == pytest.approx((0.5 + 0.25 - 1 / 0.6) ** 2, rel=1e-5)
+    assert ipo_pair_loss(outputs, one, beta=0.3)[0] != ipo_pair_loss(outputs, other, beta=0.3)[0]
+    outputs, batch = pairs  # with rows that fill the batch, and are NaN
+    value, gradient = jax.value_and_grad(lambda chosen: ipo_mean_pair_loss(replace(outputs, chosen_B=chosen), batch)[0])(outputs.chosen_B)
+    assert bool(jnp.isfinite(value)) and bool(jnp.all(jnp.isfinite(gradient))) and bool(jnp.all(gradient[4:] == 0))
 
 
 def test_pair_losses_subtract_the_reference_and_report_implicit_rewards(pairs):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.losses import dpo_loss, sequence_logp, token_stats, wpo_weights
+from jaxrlhf.losses import dpo_loss, token_stats, wpo_weights
 from jaxrlhf.losses.dpo import log_ratios
 from jaxrlhf.losses.wpo import wpo_pair_loss
 from jaxrlhf.types import TokenStats
@@ -55,24 +55,27 @@ def test_an_empty_response_is_neutral():
     assert wpo_weights(rubbish, nothing, rubbish, nothing)[0] == 1
 
 
-def test_against_torch_from_logits(golden):
+def test_weights_against_torch(golden):
+    """Pairs on both sides of the clamp. The losses under these weights are compared in test_dpo.py."""
     data = golden("preference_losses")
-    inputs = {key: [jnp.array(side) for side in data["inputs"][key]] for key in ("logits", "tokens", "masks", "reference")}
+    inputs = {key: [jnp.array(side) for side in data["inputs"][key]] for key in ("logits", "tokens", "masks")}
     sides = [token_stats(inputs["logits"][i], inputs["tokens"][i]) for i in range(2)]
     for clip, name in ((1.0, "wpo_clipped"), (None, "wpo_free")):
         weights = wpo_weights(sides[0], inputs["masks"][0], sides[1], inputs["masks"][1], clip=clip)
         np.testing.assert_allclose(weights, data["stats"][name], rtol=1e-5)
+    assert max(data["stats"]["wpo_free"]) > 1 == max(data["stats"]["wpo_clipped"]) and min(data["stats"]["wpo_clipped"]) < 1
 
-    def from_logits(*logits, clip):
-        sides = [token_stats(logits[i], inputs["tokens"][i]) for i in range(2)]
-        weights = wpo_weights(sides[0], inputs["masks"][0], sides[1], inputs["masks"][1], clip=clip)
-        ratios = [sequence_logp(sides[i].logp_BT, inputs["masks"][i]) - inputs["reference"][i] for i in range(2)]
-        return dpo_loss(*ratios, weights, beta=0.05)
 
-    for clip, name in ((1.0, "wpo"), (None, "wpo_free")):
-        value, gradients = jax.value_and_grad(from_logits, argnums=(0, 1))(*inputs["logits"], clip=clip)
-        assert float(value) == pytest.approx(data["losses"][name]["loss"], rel=1e-5)
-        np.testing.assert_allclose(gradients, data["losses"][name]["gradients"], rtol=2e-4, atol=1e-6)
+def test_a_sum_and_an_unaligned_weight_are_other_weights():
+    """What the three public implementations agree on, and what a fourth leaves out: the mean over tokens, and log Σ_v π(v)²."""
+    logits = jnp.array([[[2.0, 0.0, -1.0], [0.5, 0.2, 0.0], [1.0, 1.0, -2.0]]])
+    side, mask = token_stats(logits, jnp.array([[0, 1, 2]])), jnp.ones((1, 3), bool)
+    logp, adjust = side.logp_BT[0], side.log_sum_sq_BT[0]
+    np.testing.assert_allclose(adjust, jnp.log(jnp.sum(jax.nn.softmax(logits[0]) ** 2, -1)), rtol=1e-5)
+    weight = float(wpo_weights(side, mask, side, mask, clip=None)[0])
+    assert weight == pytest.approx(float(jnp.exp(2 * jnp.mean(logp - adjust))), rel=1e-5)
+    for other in (jnp.exp(2 * jnp.sum(logp - adjust)), jnp.exp(2 * jnp.mean(logp)), jnp.exp(2 * jnp.sum(logp))):
+        assert abs(float(other) - weight) > 0.05
 
 
 def test_pair_loss_multiplies_both_kinds_of_weights(pairs):
