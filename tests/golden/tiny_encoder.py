@@ -18,6 +18,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 GOLDEN = Path(__file__).with_name("encoder.json")
 LABELS = {"0": "contradiction", "1": "entailment", "2": "neutral"}
+WORDS = ("good", "bad", "red", "the", "answer", "is")
+# Empty, one token, words and characters, over-long, not ASCII, spaces at the ends, punctuation.
+TEXTS = ("", "good", "The answer is good, zebra!", "red bad " * 60, "naïve Ωmega 你好 🙂", "  the good\n", "is?")
+PAIRS = (("the answer is good", "is good"), ("", "red"), ("bad " * 80, "the answer"), ("naïve", "你好 " * 50))
 _POOLING = "pooling_mode_cls_token", "pooling_mode_mean_tokens", "pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens"
 
 
@@ -147,3 +151,18 @@ def _write(folder, hf, shapes, backend, specials, seed, pooling, max_length, cla
 
 def _json(path, value):
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+# name → how to write the folder
+ENCODERS = {
+    "bert-mean": lambda folder: write_tiny_bert(folder, WORDS),
+    "bert-cls": lambda folder: write_tiny_bert(folder, WORDS, pooling="cls", prefix="bert.", hidden_act="gelu_new", seed=1),
+    "roberta-mean": lambda folder: write_tiny_roberta(folder),
+    "roberta-cls": lambda folder: write_tiny_roberta(folder, pooling="cls", prefix="roberta."),
+    "xlm-roberta": lambda folder: write_tiny_roberta(folder, model_type="xlm-roberta", max_length=20, seed=2),
+    "bert-plain": lambda folder: write_tiny_bert(folder, WORDS, layout=False),
+}
+CLASSIFIERS = {
+    "bert": lambda folder: write_tiny_bert(folder, WORDS, classifier=True, prefix="bert."),
+    "roberta": lambda folder: write_tiny_roberta(folder, classifier=True, prefix="roberta."),
+}
