@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxrlhf.algorithms.update import Pairs, RoundContext, stored_pair_logps
 from jaxrlhf.config import Config, WeightsConfig
+from jaxrlhf.evaluation.weight_health import write_weight_health
 from jaxrlhf.losses import eta_for_ess, importance_weights, relative_log_ratio, weight_summary
 from jaxrlhf.models.hub import Loaded
 
@@ -22,13 +23,23 @@ COMPAT_FLOOR = 1e-36
 
 
 def importance_weighted(context: RoundContext, pairs: Pairs) -> tuple[Pairs, np.ndarray]:
-    """All pairs, with w = exp(η · [log r_α(y⁺) + log r_α(y⁻)]) of the current policy against π_SFT."""
+    """All pairs, with w = exp(η · [log r_α(y⁺) + log r_α(y⁻)]) of the current policy against π_SFT.
+
+    What the weights are like is reported, and written with a figure as weight_health.json and weight_health.svg.
+    """
     weights = context.config.weights
     policy = _logps(context, pairs, context.policy, context.policy_hash, "log-probs under the policy")
     sft = _logps(context, pairs, context.sft, context.sft_hash, "log-probs under π_SFT")
     weights_N, report = weights_of(policy, sft, weights)
-    context.report({**report, "needs_sampler": True})
+    health = write_weight_health(context.folder, weights_N, mean_lengths(pairs))
+    context.report({**report, "length_correlation": health["length_correlation"], "needs_sampler": True})
     return pairs, weights_N
+
+
+def mean_lengths(pairs: Pairs) -> np.ndarray:
+    """Mean length of each pair's two responses, tokens with EOS [N]."""
+    sides = (pairs.tokens.chosen_mask_BT, pairs.tokens.rejected_mask_BT)
+    return np.mean([np.asarray(mask, bool).sum(axis=1) for mask in sides], axis=0)
 
 
 def weights_of(policy: dict[str, np.ndarray], sft: dict[str, np.ndarray], config: WeightsConfig) -> tuple[np.ndarray, dict[str, float]]:

@@ -1,12 +1,20 @@
 """The weights a run makes of log-probs: against enumeration, against the public code's own formula, and at the ends of its knobs."""
 
 import itertools
+import json
+import xml.etree.ElementTree as ElementTree
+from typing import Any
 
 import numpy as np
 import pytest
 
-from jaxrlhf.algorithms.ocrm import weights_of
+from jaxrlhf.algorithms import ocrm
+from jaxrlhf.algorithms.ocrm import mean_lengths, weights_of
+from jaxrlhf.algorithms.update import Pairs, RoundContext
 from jaxrlhf.config import WeightsConfig
+from jaxrlhf.data.pairs import Pair
+from jaxrlhf.recipe import from_mapping
+from jaxrlhf.types import PairBatch
 
 
 def columns(chosen, rejected):
@@ -82,3 +90,40 @@ def test_reference_compat_is_the_public_code_and_the_default_is_exact(values, pu
     assert ours[0] == pytest.approx(exact, abs=6e-4) and theirs[0] == pytest.approx(public, abs=6e-4)
     by_hand = [np.float64(p) - np.logaddexp(np.log(0.1) + p, np.log(0.9) + s) for p, s in ((values[0], values[1]), (values[2], values[3]))]
     assert ours[0] == pytest.approx(np.exp(0.001 * sum(by_hand)), rel=1e-6)
+
+
+def stub_pairs(lengths: list[tuple[int, int]]) -> Pairs:
+    """Pairs of which only the response lengths matter."""
+    longest = max(map(max, lengths))
+    chosen, rejected = (np.arange(longest) < np.array([pair[side] for pair in lengths])[:, None] for side in (0, 1))
+    n = len(lengths)
+    prompt: Any = (np.ones((n, 1), np.int32), np.ones((n, 1), bool))
+    sides: Any = (chosen.astype(np.int32), chosen, rejected.astype(np.int32), rejected)
+    rows: Any = (np.ones(n, np.float32), np.ones(n, bool), np.arange(n))
+    tokens = PairBatch(*prompt, *sides, *rows)
+    return Pairs([Pair(str(i), "x", "a", "b", "test") for i in range(n)], tokens)
+
+
+def test_lengths_of_pairs_by_hand():
+    assert mean_lengths(stub_pairs([(1, 1), (3, 2), (4, 0)])).tolist() == [1.0, 2.5, 2.0]
+
+
+def test_the_update_writes_what_its_weights_are_like(tmp_path, monkeypatch):
+    """Log ratios of 0, 1 and 2 nats at lengths 1, 2.5 and 2 with η = 1: known weights, in the report, the file and the figure alike."""
+    given = {"policy": columns([-5, -5, -5], [-3, -2, -1]), "sft": columns([-5, -5, -5], [-3, -3, -3])}
+    monkeypatch.setattr(ocrm, "_logps", lambda context, pairs, model, *_: given[model])
+    config = from_mapping({"pairs": {"source": "sample"}, "gold": {"kind": "toy"}, "weights": {"alpha": 0.0, "eta": 1.0}})
+    context = RoundContext(2, "policy", "sft", None, None, tmp_path, config, tmp_path, "p", "s")  # type: ignore[arg-type]
+    pairs = stub_pairs([(1, 1), (3, 2), (4, 0)])
+    same, weights = ocrm.importance_weighted(context, pairs)
+    assert same is pairs
+    np.testing.assert_allclose(weights, np.exp([0, 1, 2]), rtol=1e-6)
+    report, health = (json.loads((tmp_path / name).read_text()) for name in ("report.json", "weight_health.json"))
+    ess = np.exp([0, 1, 2]).sum() ** 2 / np.exp([0, 2, 4]).sum()
+    assert report["ess"] == pytest.approx(ess, rel=1e-5) and health["ess"] == pytest.approx(ess, rel=1e-5)
+    assert report["largest_share"] == pytest.approx(np.exp(2) / np.exp([0, 1, 2]).sum(), rel=1e-5) and report["needs_sampler"] is True
+    correlation = np.corrcoef([0, 1, 2], [1, 2.5, 2])[0, 1]
+    assert report["length_correlation"] == pytest.approx(correlation) and health["length_correlation"] == pytest.approx(correlation)
+    assert [row["pairs"] for row in health["by_length"]] == [1, 1, 1]
+    assert {"eta", "alpha", "pairs", "ess_fraction", "mean", "min", "max", "q01", "q50", "q99"} < report.keys()
+    assert ElementTree.parse(tmp_path / "weight_health.svg").getroot().tag.endswith("svg")
