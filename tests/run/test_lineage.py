@@ -1,0 +1,124 @@
+"""What a model's folder says of its origin, and the tree that follows from it."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxrlhf.algorithms.rounds import METHODS, Round, round_of
+from jaxrlhf.algorithms.update import Pairs
+from jaxrlhf.data.pairs import Pair, dataset_hash
+from jaxrlhf.run.lineage import lineage, policy_lineage, read_lineage, reference_to, reward_lineage, write_lineage
+from jaxrlhf.run.stages import Done, Stage, Store
+
+
+def rounds(name: str) -> tuple[Round, Round]:
+    first = round_of(METHODS[name], 1)
+    return first, round_of(METHODS[name], 2, first)
+
+
+def pairs_of(n: int) -> Pairs:
+    return Pairs([Pair(str(i), "x", f"a{i}", "b", "test") for i in range(n)], None)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def made(tmp_path) -> dict[str, Done]:
+    """The stages of two rounds of OCRM, as empty folders in a store, with their lineage."""
+    store, done = Store(tmp_path / "store"), {}
+    first, second = rounds("ocrm")
+
+    def build(name: str, inputs: dict[str, str], facts=None, result=None) -> None:
+        stage = Stage(name, "model", name, {}, {key: done[value] for key, value in inputs.items()})
+
+        def fill(folder: Path):
+            if facts is not None:
+                write_lineage(folder, facts())
+            return result
+
+        done[name] = store.build(stage, fill)
+
+    def reward(round, update, n, weights):
+        return reward_lineage(
+            round, start=done["sft"], sft=done["sft"], pairs=done["pairs"], update=update and done[update], fitted=pairs_of(n),
+            weights_N=np.array(weights, np.float32),
+        )  # fmt: skip
+
+    def policy(round, start, reference, reward):
+        return policy_lineage(round, start=done[start], reference=done[reference], sft=done["sft"], rewards=[done[reward]])
+
+    build("sft", {})
+    build("pairs", {"sft": "sft"})
+    build("r1-reward", {"sft": "sft", "pairs": "pairs"}, lambda: reward(first, None, 4, [1, 1, 1, 1]))
+    build("r1-policy", {"start": "sft", "reward": "r1-reward"}, lambda: policy(first, "sft", "sft", "r1-reward"))
+    build("r2-update", {"policy": "r1-policy"}, result={"update": "importance-weighted"})
+    build("r2-reward", {"sft": "sft", "update": "r2-update"}, lambda: reward(second, "r2-update", 4, [1, 1, 2, 4]))
+    build("r2-policy", {"start": "r1-policy", "reward": "r2-reward"}, lambda: policy(second, "r1-policy", "r1-policy", "r2-reward"))
+    return done
+
+
+def test_a_reward_model_records_parent_data_weights_and_policy(made):
+    first, second = (read_lineage(made[name].folder) for name in ("r1-reward", "r2-reward"))
+    assert first is not None and second is not None
+    assert second["kind"] == "reward" and second["round"] == 2 and second["parent"] == reference_to(made["sft"])
+    data = second["data"]
+    assert data["hash"] == dataset_hash(pairs_of(4).rows) != dataset_hash(pairs_of(3).rows) and data["pairs"] == 4
+    assert data["source"] == {"stage": "pairs", "hash": made["pairs"].hash} and data["update"] == "importance-weighted"
+    assert data["weights"] == pytest.approx({"ess": 64 / 22, "ess_fraction": 16 / 22, "mean": 2, "min": 1, "max": 4, "largest_share": 0.5})
+    assert second["corrects_for"] == {"stage": "r1-policy", "hash": made["r1-policy"].hash}
+    assert first["corrects_for"] == reference_to(made["sft"]) and first["data"]["update"] is None and first["data"]["weights"]["ess"] == 4
+
+
+def test_a_policy_records_parent_rewards_reference_and_sft(made):
+    facts = read_lineage(made["r2-policy"].folder)
+    names = {"parent": "r1-policy", "reference": "r1-policy", "sft": "sft"}
+    assert facts == {
+        "kind": "policy", "round": 2, "update": "ppo", "reward": [reference_to(made["r2-reward"])],
+        **{name: reference_to(made[stage]) for name, stage in names.items()},
+    }  # fmt: skip
+    assert read_lineage(made["sft"].folder) is None
+
+
+def tree(made) -> str:
+    h = {name: f"{name} {done.hash[:8]}" for name, done in made.items()}
+    return f"""{h["r2-policy"]}: ppo of round 2
+├─ reward {h["r2-reward"]}: fitted in round 2 on 4 pairs (importance-weighted), ESS 2.909 (72.7 %), for {h["r1-policy"]}
+│  └─ from {h["sft"]}
+├─ from {h["r1-policy"]}: ppo of round 1
+│  ├─ reward {h["r1-reward"]}: fitted in round 1 on 4 pairs (all), ESS 4 (100 %), for {h["sft"]}
+│  │  └─ from {h["sft"]}
+│  ├─ from {h["sft"]}
+│  └─ reference {h["sft"]}
+└─ reference {h["r1-policy"]} (above)
+"""
+
+
+def test_tree_by_hand(made, tmp_path):
+    """From the store's folder of a model, from a run's folder of links, and from one of copies."""
+    assert lineage(made["r2-policy"].folder) == tree(made)
+    for name, standalone in (("links", False), ("copies", True)):
+        for number, done in enumerate(made.values()):
+            Store(tmp_path / "store").link(done, tmp_path / name, number, standalone=standalone)
+        assert lineage(tmp_path / name) == tree(made)
+        assert lineage(tmp_path / name / "stages" / "06-r2-policy") == tree(made)
+
+
+def test_a_folder_that_was_copied_away_names_its_parents(made, tmp_path):
+    shutil.copytree(made["r2-policy"].folder, tmp_path / "exports" / "policy")
+    lines = lineage(tmp_path / "exports" / "policy").splitlines()
+    assert lines == [
+        f"r2-policy {made['r2-policy'].hash[:8]}: ppo of round 2",
+        f"├─ reward r2-reward {made['r2-reward'].hash[:8]}",
+        f"├─ from r1-policy {made['r1-policy'].hash[:8]}",
+        f"└─ reference r1-policy {made['r1-policy'].hash[:8]}",
+    ]
+
+
+def test_where_there_is_nothing_to_start_from(made, tmp_path):
+    with pytest.raises(ValueError, match=r"is neither a run's folder nor that of a model with a lineage.json\."):
+        lineage(made["sft"].folder)
+    (tmp_path / "sweep" / "ppo" / "stages").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"It has several arms: name one of ppo in it"):
+        lineage(tmp_path / "sweep")
+    with pytest.raises(ValueError, match=r"has no model with a lineage.json; it was made by an earlier version"):
+        lineage(tmp_path / "sweep" / "ppo")
