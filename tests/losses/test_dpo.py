@@ -88,7 +88,8 @@ def test_against_torch(golden, name, entry):
 
     def outputs(logits):
         sides = [token_stats(x, t) for x, t in zip(logits, tokens, strict=True)]
-        return PairOutputs(*(sequence_logp(side.logp_BT, mask) for side, mask in zip(sides, masks, strict=True)), *sides)
+        logps = [sequence_logp(side.logp_BT, mask) for side, mask in zip(sides, masks, strict=True)]
+        return PairOutputs(logps[0], logps[1], sides[0], sides[1])
 
     value, gradients = jax.value_and_grad(lambda logits: entry.loss(outputs(logits), batch)[0])(logits)
     assert float(value) == pytest.approx(expected["loss"], rel=1e-5)
