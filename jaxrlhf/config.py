@@ -272,7 +272,7 @@ class DPOConfig(OptimizerConfig):
     batch_size: int = 64
     gradient_accumulation_steps: int = 1
     beta: float = 0.05
-    loss: str = "dpo"  # of policy_update dpo: dpo, ipo or module:attribute, with head "lm"
+    loss: str = "dpo"  # of policy_update dpo: dpo, ipo, ipo_mean or module:attribute, with head "lm"
     label_smoothing: float = 0.0  # share of labels taken to be wrong; dpo and wpo
     wpo_clip: float | None = 1.0  # of policy_update wpo: the largest weight of a pair; None: no clamp
     eval_batch_size: int = 128  # rows of a pass that computes the reference's log-probs
