@@ -1,23 +1,27 @@
-"""One round of PPO against a fixed reward model: sample, score, update, again."""
+"""One round of PPO or RLOO against a fixed reward model or ensemble: sample, score, update, again."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache
+from dataclasses import replace
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from jaxrlhf import rng, sharding
 from jaxrlhf.algorithms.supervised import optimizer_of
 from jaxrlhf.config import PPOConfig
+from jaxrlhf.data.batches import batches
 from jaxrlhf.losses import POLICY_LOSSES, bind, hyperparameter_names
+from jaxrlhf.rollouts.credit import CreditRule, gae_credit, rloo_credit
 from jaxrlhf.rollouts.generate import check_left_padded, generate
 from jaxrlhf.rollouts.score import RolloutModels, score_rollout
-from jaxrlhf.steps.ppo import make_ppo_step
+from jaxrlhf.steps.ppo import LossPart, make_ppo_step, policy_part, value_part
 from jaxrlhf.steps.state import actor_critic
 from jaxrlhf.types import Completion, Metrics, Model, Params, PolicyLoss, PromptBatch, Rollout, TrainState
 
@@ -34,17 +38,27 @@ class PPOTrainer(NamedTuple):
 
 
 class RoundModels(NamedTuple):
-    """Parameters that stay fixed while a round lasts. `sft` is None where the KL reference is π_SFT itself."""
+    """Parameters that stay fixed while a round lasts. `reward` and `reward_bias` are tuples over the members where the reward is an
+    ensemble. `sft` is None where the KL reference is π_SFT itself."""
 
     reference: Params
     reward: Params
-    reward_bias: float
+    reward_bias: float | tuple[float, ...]
     sft: Params | None = None
 
 
 def num_updates(config: PPOConfig) -> int:
     """Rollout batches of a round."""
     return config.total_episodes // config.batch_size
+
+
+def check_rloo(config: PPOConfig) -> None:
+    """Raise ValueError unless a rollout batch is made of whole groups of `rloo_k` ≥ 2 responses."""
+    k, rows = config.rloo_k, config.batch_size
+    if k < 2:
+        raise ValueError(f"ppo.rloo_k is {k}; a response is judged by the others to its prompt, so give 2 or more.")
+    if rows % k:
+        raise ValueError(f"ppo.batch_size {rows} counts responses and does not divide by ppo.rloo_k {k}; try {max(rows // k, 1) * k}.")
 
 
 def policy_loss_of(config: PPOConfig, plugin: Callable[[str], PolicyLoss]) -> PolicyLoss:
@@ -87,27 +101,53 @@ def _say_truncated(top_k: int, top_p: float) -> None:
 
 
 @lru_cache(maxsize=8)
-def ppo_trainer(
-    policy: Model,
-    scalar: Model,
+def ppo_trainer(policy: Model, scalar: Model, config: PPOConfig, plugin: Callable[[str], PolicyLoss], **how: Any) -> PPOTrainer:
+    """The compiled parts of a round of PPO; `scalar` is the model of both critic and reward. Equal arguments share compilations.
+
+    `how`: eos_ids, pad_id, vocab_size, and where they apply mesh and the `spread_coef` of an ensemble, as `_trainer` takes them.
+    """
+    loss = policy_loss_of(config, plugin)
+    parts = (
+        policy_part(policy, loss, temperature=config.temperature),
+        value_part(scalar, cliprange_value=config.cliprange_value, vf_coef=config.vf_coef),
+    )
+    credit = partial(
+        gae_credit, gamma=config.gamma, lam=config.lam, score_placement=config.score_placement, whiten_rewards=config.whiten_rewards
+    )
+    return _trainer(RolloutModels(policy, policy, critic=scalar, reward=scalar), parts, credit, ppo_optimizer(config), config, **how)
+
+
+@lru_cache(maxsize=8)
+def rloo_trainer(policy: Model, scalar: Model, config: PPOConfig, plugin: Callable[[str], PolicyLoss], **how: Any) -> PPOTrainer:
+    """The compiled parts of a round of RLOO, as `ppo_trainer`: the same update without its value part, and no critic anywhere."""
+    check_rloo(config)
+    parts = (policy_part(policy, policy_loss_of(config, plugin), temperature=config.temperature),)
+    credit = partial(rloo_credit, samples=config.rloo_k, whiten_rewards=config.whiten_rewards)
+    optimizer = optimizer_of(config, steps=num_updates(config) * config.num_ppo_epochs * config.num_mini_batches)
+    return _trainer(RolloutModels(policy, policy, reward=scalar), parts, credit, optimizer, config, **how)
+
+
+def _trainer(
+    models: RolloutModels,
+    parts: tuple[LossPart, ...],
+    credit: CreditRule,
+    optimizer: optax.GradientTransformation,
     config: PPOConfig,
-    plugin: Callable[[str], PolicyLoss],
     *,
     eos_ids: tuple[int, ...],
     pad_id: int,
     vocab_size: int | None,
+    spread_coef: float | None = None,
     mesh: Any = None,
 ) -> PPOTrainer:
-    """The compiled parts of a round; `scalar` is the model of both critic and reward. Equal arguments share compilations."""
+    """What PPO and RLOO share: the sampler, the forward passes and the update."""
     if config.top_k or config.top_p < 1:
         _say_truncated(config.top_k, config.top_p)
-    optimizer = ppo_optimizer(config)
-    models = RolloutModels(policy=policy, reference=policy, critic=scalar, reward=scalar)
     adaptive = {"target": config.kl_target, "horizon": config.kl_horizon} if config.adaptive_kl else None
 
     def sample(params: Params, prompts: PromptBatch, key: jax.Array) -> Completion:
         return generate(
-            policy,
+            models.policy,
             params,
             prompts.prompt_BL,
             prompts.prompt_mask_BL,
@@ -125,23 +165,20 @@ def ppo_trainer(
 
     def score(params: dict[str, Params], prompts: PromptBatch, completion: Completion, controller: dict, reward_bias) -> tuple:
         rollout, metrics = score_rollout(
-            models._replace(sft=policy if "sft" in params else None),
+            models._replace(sft=models.policy if "sft" in params else None),
             params,
             prompts,
             completion,
             temperature=config.temperature,
             eos_ids=eos_ids,
-            kl_coef=controller["kl_coef"],
-            gamma=config.gamma,
-            lam=config.lam,
+            credit=partial(credit, kl_coef=controller["kl_coef"]),
             reward_bias=reward_bias,
-            value_bias=controller["value_bias"],
+            spread_coef=spread_coef,
+            value_bias=0.0 if models.critic is None else controller["value_bias"],
             old_logp=config.old_logp,
             kl_estimator=config.kl_estimator,
-            score_placement=config.score_placement,
             missing_eos_penalty=config.missing_eos_penalty,
             missing_eos_score=config.missing_eos_score,
-            whiten_rewards=config.whiten_rewards,
             microbatch=config.forward_batch_size,
         )
         # Where the reference is π_SFT the two are one number; the k1 form is what both mean.
@@ -149,20 +186,54 @@ def ppo_trainer(
         return rollout, {**metrics, "kl/coef": controller["kl_coef"]}
 
     step = make_ppo_step(
-        policy,
-        scalar,
-        policy_loss_of(config, plugin),
+        parts,
         optimizer,
         num_ppo_epochs=config.num_ppo_epochs,
         num_mini_batches=config.num_mini_batches,
-        temperature=config.temperature,
-        cliprange_value=config.cliprange_value,
-        vf_coef=config.vf_coef,
         adaptive=adaptive,
         accumulate=config.gradient_accumulation_steps,
         keep_rows=sharding.keep_rows(mesh),
     )
     return PPOTrainer(optimizer, sample, jax.jit(score), sharding.jit(step, mesh))
+
+
+class PolicyUpdate(NamedTuple):
+    """What a round has to know of the way its policy learns."""
+
+    trainer: Callable[..., PPOTrainer]
+    critic: bool  # whether `params` has a critic beside the policy
+    samples: Callable[[PPOConfig], int]  # responses to each prompt of a rollout batch
+    unread: tuple[str, ...]  # fields of the section that it does not read
+
+
+POLICY_UPDATES: dict[str, PolicyUpdate] = {
+    "ppo": PolicyUpdate(ppo_trainer, True, lambda config: 1, ("rloo_k",)),
+    "rloo": PolicyUpdate(
+        rloo_trainer,
+        False,
+        lambda config: config.rloo_k,
+        ("gamma", "lam", "cliprange_value", "vf_coef", "score_placement", "critic_warmup_updates", "critic_learning_rate"),
+    ),
+}
+
+
+def rollout_prompts(
+    table: PromptBatch, config: PPOConfig, *, samples: int, seed: int, bucket: int = 0, start: int = 0
+) -> Iterator[PromptBatch]:
+    """The prompts of rollout batches `start`, `start + 1`, … without end: `batch_size / samples` prompts, `samples` neighbouring rows each.
+
+    The order of the prompts depends on the seed alone, so equal numbers of episodes see equally many. A row's number becomes
+    `samples` · the prompt's + its place in the group, from which its random numbers derive: the copies of a prompt differ, and do not
+    depend on the batch or the mesh.
+    """
+    for batch in batches(table, config.batch_size // samples, seed=seed, name="ppo", bucket=bucket, start=start):
+        yield batch if samples == 1 else repeated(batch, samples)
+
+
+def repeated(batch: PromptBatch, samples: int) -> PromptBatch:
+    """Every row `samples` times in a row, each copy with a number of its own."""
+    batch = jax.tree.map(lambda x: np.repeat(np.asarray(x), samples, axis=0), batch)
+    return replace(batch, index_B=batch.index_B * samples + np.arange(len(batch.index_B), dtype=batch.index_B.dtype) % samples)
 
 
 def train_ppo(
@@ -175,7 +246,7 @@ def train_ppo(
     start: int = 0,
     mesh: Any = None,
 ) -> Iterator[tuple[TrainState, dict[str, Any]]]:
-    """Updates `start`, `start + 1`, … for as long as there are prompts; every random number derives from (key, update).
+    """Updates `start`, `start + 1`, … of PPO or RLOO for as long as there are prompts; every random number derives from (key, update).
 
     Yields the state and its metrics, with the seconds each phase took.
     """

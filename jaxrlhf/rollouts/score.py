@@ -1,15 +1,18 @@
-"""Sampled text → `Rollout`: the forward passes of four models, then rewards, values and advantages as pure arithmetic."""
+"""Sampled text → `Rollout`: the forward passes of all models, then scores, KL and what a credit rule makes of them."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.losses import gae, kl_estimate, masked_count, masked_mean, masked_whiten, shaped_rewards, value_mask
+from jaxrlhf.losses import kl_estimate
+from jaxrlhf.losses.ensemble import ensemble_score
 from jaxrlhf.losses.masked import masked_fill
-from jaxrlhf.steps.accumulate import global_sum
+from jaxrlhf.rollouts.credit import CreditRule, global_mean
 from jaxrlhf.steps.pair import response_scores
 from jaxrlhf.steps.ppo import critic_values
 from jaxrlhf.types import Array, Completion, Metrics, Model, Params, PromptBatch, Rollout
@@ -35,6 +38,7 @@ class Readings(NamedTuple):
     values_BT: Array
     scores_B: Array
     sft_logp_BT: Array | None = None
+    spread_B: Array | None = None  # population deviation of an ensemble's scores; None where there is no ensemble
 
 
 def score_rollout(
@@ -45,43 +49,41 @@ def score_rollout(
     *,
     temperature: float | Array,
     eos_ids: tuple[int, ...],
-    kl_coef: float | Array,
-    gamma: float,
-    lam: float,
+    credit: CreditRule,
     scores_B: Array | None = None,
-    reward_bias: float | Array = 0.0,
+    reward_bias: float | Array | Sequence[Any] = 0.0,
+    spread_coef: float | Array | None = None,
     value_bias: float | Array = 0.0,
     old_logp: Literal["score", "sampler"] = "score",
     kl_estimator: Literal["k1", "k2", "k3"] = "k1",
-    score_placement: Literal["after_eos", "at_eos"] = "after_eos",
     missing_eos_penalty: float | None = None,
     missing_eos_score: float | None = None,
-    whiten_rewards: bool = False,
     microbatch: int | None = None,
     axis_name: str | None = None,
 ) -> tuple[Rollout, Metrics]:
-    """Everything a PPO update needs about sampled responses, and the metrics of the rollout.
+    """Everything an update of PPO or RLOO needs about sampled responses, and the metrics of the rollout.
 
-    `params` has the keys of `models` that are not None. Scores are `scores_B` where given (a gold scorer, an ensemble),
-    else the reward model's minus `reward_bias`; values are the critic's minus `value_bias` (a critic that starts as a copy
-    of the reward model starts from its bias too). Old and reference log-probs are both taken at `temperature`; "sampler"
-    keeps the sampler's old ones and saves a forward pass (then no entropy and no decode_mismatch are reported; under top-k
-    or top-p decode_mismatch also holds the truncation). `microbatch` is the number of rows a forward pass takes at once:
-    it changes memory, not results.
+    `params` has the keys of `models` that are not None. Scores are `scores_B` where given (a gold scorer), else the reward
+    model's minus `reward_bias`. With a `spread_coef` the reward is an ensemble: `params["reward"]` and `reward_bias` are
+    sequences over its members, and the score is their mean less so many of their deviations (`losses/ensemble.py`). Values
+    are the critic's minus `value_bias` (a critic that starts as a copy of the reward model starts from its bias too).
+    `credit` makes advantages of it all: `partial(gae_credit, …)` for PPO, `partial(rloo_credit, …)` for RLOO. Old and
+    reference log-probs are both taken at `temperature`; "sampler" keeps the sampler's old ones and saves a forward pass
+    (then no entropy and no decode_mismatch are reported; under top-k or top-p decode_mismatch also holds the truncation).
+    `microbatch` is the number of rows a forward pass takes at once: it changes memory, not results.
 
-    Pure: jit it whole with `models` and the options closed over; `kl_coef`, `temperature` and the biases may be traced.
+    Pure: jit it whole with `models` and the options closed over; `temperature`, the biases and the `kl_coef` of `credit` may be traced.
     Under pmap give `axis_name`: whitening and metrics are over the global batch.
     """
     readings = read_rollout(
         models, params, prompts, completion,
-        temperature=temperature, scores_B=scores_B, reward_bias=reward_bias, value_bias=value_bias, old_logp=old_logp,
-        microbatch=microbatch,
+        temperature=temperature, scores_B=scores_B, reward_bias=reward_bias, spread_coef=spread_coef, value_bias=value_bias,
+        old_logp=old_logp, microbatch=microbatch,
     )  # fmt: skip
     return assemble_rollout(
         prompts, completion, readings,
-        eos_ids=eos_ids, kl_coef=kl_coef, gamma=gamma, lam=lam, kl_estimator=kl_estimator, score_placement=score_placement,
-        missing_eos_penalty=missing_eos_penalty, missing_eos_score=missing_eos_score, whiten_rewards=whiten_rewards,
-        axis_name=axis_name,
+        eos_ids=eos_ids, credit=credit, kl_estimator=kl_estimator, missing_eos_penalty=missing_eos_penalty,
+        missing_eos_score=missing_eos_score, axis_name=axis_name,
     )  # fmt: skip
 
 
@@ -93,7 +95,8 @@ def read_rollout(
     *,
     temperature: float | Array,
     scores_B: Array | None = None,
-    reward_bias: float | Array = 0.0,
+    reward_bias: float | Array | Sequence[Any] = 0.0,
+    spread_coef: float | Array | None = None,
     value_bias: float | Array = 0.0,
     old_logp: Literal["score", "sampler"] = "score",
     microbatch: int | None = None,
@@ -115,18 +118,33 @@ def read_rollout(
             stats = models.policy.score_tokens(params["policy"], tokens, mask, **options)
             logp_BT, entropy_BT = stats.logp_BT, stats.entropy_BT
         reference = models.reference.score_tokens(params["reference"], tokens, mask, **options)
-        values_BT, scores = jnp.zeros(text.tokens_BT.shape), jnp.zeros(tokens.shape[0])
+        values_BT, scores, spread = jnp.zeros(text.tokens_BT.shape), jnp.zeros(tokens.shape[0]), None
         if models.critic is not None:
             values_BT = critic_values(models.critic, params["critic"], *pieces, value_bias)
         if models.reward is not None:
-            scores = response_scores(models.reward, params["reward"], *pieces, reward_bias)
+            scores, spread = reward_scores(models.reward, params["reward"], pieces, reward_bias, spread_coef)
         sft_BT = None
         if models.sft is not None:
             sft_BT = models.sft.score_tokens(params["sft"], tokens, mask, **options).logp_BT
-        return Readings(logp_BT, entropy_BT, reference.logp_BT, values_BT, scores, sft_BT)
+        return Readings(logp_BT, entropy_BT, reference.logp_BT, values_BT, scores, sft_BT, spread)
 
     readings = _by_microbatch(read, (prompts, completion), microbatch)
     return readings if scores_B is None else readings._replace(scores_B=scores_B)
+
+
+def reward_scores(
+    model: Model, params: Any, pieces: tuple[Array, Array, Array, Array], bias: Any, spread_coef: float | Array | None
+) -> tuple[Array, Array | None]:
+    """(scores, spread) of one reward model, which has no spread, or of an ensemble: `params` and `bias` are then over its members.
+
+    Members are read one by one and not stacked: they stay where the sharding table put them, and no second copy of them is ever made.
+    """
+    if spread_coef is None:
+        return response_scores(model, params, *pieces, bias), None
+    if len(params) != len(bias):
+        raise ValueError(f"an ensemble of {len(params)} reward models has {len(bias)} biases; give each its own.")
+    members = [response_scores(model, one, *pieces, its_bias) for one, its_bias in zip(params, bias, strict=True)]
+    return ensemble_score(jnp.stack(members, axis=1), spread_coef=spread_coef)
 
 
 def assemble_rollout(
@@ -135,41 +153,27 @@ def assemble_rollout(
     readings: Readings,
     *,
     eos_ids: tuple[int, ...],
-    kl_coef: float | Array,
-    gamma: float,
-    lam: float,
+    credit: CreditRule,
     kl_estimator: Literal["k1", "k2", "k3"] = "k1",
-    score_placement: Literal["after_eos", "at_eos"] = "after_eos",
     missing_eos_penalty: float | None = None,
     missing_eos_score: float | None = None,
-    whiten_rewards: bool = False,
     axis_name: str | None = None,
 ) -> tuple[Rollout, Metrics]:
-    """Readings → rewards → advantages, whitened once over the global batch. Everything outside its mask is 0."""
+    """Readings → scores and KL → what `credit` makes of them. Everything outside its mask is 0."""
     rows_B = prompts.row_mask_B
     mask_BT = completion.mask_BT & rows_B[:, None]
-    value_mask_BT = value_mask(mask_BT, score_placement)
     logp_BT, reference_BT = masked_fill(readings.logp_BT, mask_BT), masked_fill(readings.reference_logp_BT, mask_BT)
     ended_B = has_ended(completion.tokens_BT, mask_BT, eos_ids)
     scores_B = _penalise(readings.scores_B, ended_B, eos_ids, missing_eos_penalty, missing_eos_score)
     scores_B = masked_fill(scores_B, rows_B)
-
     kl_BT = kl_estimate(logp_BT, reference_BT, estimator=kl_estimator)
-    shaped_BT = shaped_rewards(scores_B, kl_BT, mask_BT, kl_coef=kl_coef, placement=score_placement)
-    rewards_BT = shaped_BT
-    if whiten_rewards:
-        rewards_BT = masked_whiten(shaped_BT, value_mask_BT, shift_mean=False, axis_name=axis_name)
-    values_BT = masked_fill(readings.values_BT, value_mask_BT)
-    advantages_BT, returns_BT = gae(rewards_BT, values_BT, value_mask_BT, gamma=gamma, lam=lam)
+    shared = credit(scores_B, kl_BT, readings.values_BT, mask_BT, rows_B, axis_name=axis_name)
     rollout = Rollout(
         prompt_BL=prompts.prompt_BL, prompt_mask_BL=prompts.prompt_mask_BL, tokens_BT=completion.tokens_BT, mask_BT=mask_BT,
-        value_mask_BT=value_mask_BT, logp_BT=logp_BT, reference_logp_BT=reference_BT, values_BT=values_BT,
-        advantages_BT=masked_whiten(advantages_BT, mask_BT, axis_name=axis_name), returns_BT=returns_BT,
-        scores_B=scores_B, row_mask_B=rows_B,
+        value_mask_BT=shared.value_mask_BT, logp_BT=logp_BT, reference_logp_BT=reference_BT, values_BT=shared.values_BT,
+        advantages_BT=shared.advantages_BT, returns_BT=shared.returns_BT, scores_B=scores_B, row_mask_B=rows_B,
     )  # fmt: skip
-
-    def mean(values: Array, mask: Array) -> Array:
-        return global_sum(masked_mean(values, mask, total=global_sum(masked_count(mask), axis_name)), axis_name)
+    mean = partial(global_mean, axis_name=axis_name)
 
     def of_response(values_BT: Array) -> Array:
         """Summed over tokens, mean over responses."""
@@ -178,19 +182,21 @@ def assemble_rollout(
     metrics = {
         "rollout/score": mean(scores_B, rows_B),
         "rollout/score_raw": mean(readings.scores_B, rows_B),
-        "rollout/reward": mean(shaped_BT.sum(axis=1), rows_B),
+        "rollout/reward": mean(shared.rewards_B, rows_B),
         "rollout/kl": of_response(logp_BT - reference_BT),
         "rollout/kl_k3": of_response(kl_estimate(logp_BT, reference_BT, estimator="k3")),
         "kl/penalty": of_response(kl_BT),
         "rollout/length": of_response(jnp.ones_like(logp_BT)),
         "rollout/eos_rate": mean(ended_B.astype(jnp.float32), rows_B),
-        "rollout/value": mean(values_BT, value_mask_BT),
+        **shared.metrics,
     }
     if readings.entropy_BT is not None:
         metrics["rollout/entropy"] = mean(readings.entropy_BT, mask_BT)
         metrics["rollout/decode_mismatch"] = mean(jnp.abs(logp_BT - masked_fill(completion.logp_BT, mask_BT)), mask_BT)
     if readings.sft_logp_BT is not None:
         metrics["kl/sft"] = of_response(logp_BT - masked_fill(readings.sft_logp_BT, mask_BT))
+    if readings.spread_B is not None:
+        metrics["reward/ensemble_spread"] = mean(readings.spread_B, rows_B)
     return rollout, metrics
 
 

@@ -15,15 +15,15 @@ from jaxrlhf.data.tables import read_table, text_batch, unpadded, write_table
 from jaxrlhf.data.tokens import decode_responses, finished_responses, pad_id_of, tokenize_prompts
 from jaxrlhf.evaluation.diagnostics import agreement_with_gold
 from jaxrlhf.evaluation.winrate import win_rate
-from jaxrlhf.models.hub import Loaded, eos_ids, reward_bias
+from jaxrlhf.models.hub import Loaded, eos_ids
 from jaxrlhf.offline.logprobs import response_logps
 from jaxrlhf.rollouts.dataset import sample_dataset
 from jaxrlhf.run import inputs
 from jaxrlhf.run.data import renumbered, sampling_of
+from jaxrlhf.run.ensemble import numbered, reward_scores, spread_of
 from jaxrlhf.run.setting import Setting
 from jaxrlhf.run.stages import Done, Stage
 from jaxrlhf.scorers import Scorer
-from jaxrlhf.scorers.reward_model import score_responses
 from jaxrlhf.types import TextBatch
 
 SAMPLES = "samples.parquet"
@@ -62,7 +62,7 @@ def evaluation_stage(
         proxy = None
         if rewards:
             earlier = read_samples(before, loaded) if before is not None else samples
-            figures, proxy = proxy_figures(setting, rewards, ensemble, samples, earlier)
+            figures, proxy = proxy_figures(setting, rewards, spread_of(ensemble, config), samples, earlier)
             result |= figures
         write_samples(folder, samples, kl, proxy)
         return result
@@ -76,9 +76,9 @@ def evaluation_stage(
         "dtype": config.model.dtype,
     }
     sources = {"policy": policy, "sft": sft}
-    sources |= {f"reward-{n}" if n else "reward": reward for n, reward in enumerate(rewards)}
+    sources |= numbered(rewards)
     sources |= {"before": before} if before is not None else {}
-    slice_ |= {"ensemble": ensemble, "spread_coef": config.reward.spread_coef} if ensemble else {}
+    slice_ |= {"spread_coef": spread_of(ensemble, config)} if rewards and ensemble else {}
     name = "sft-evaluation" if number == 0 else f"r{number}-evaluation"
     return setting.build(Stage(name, "data", "evaluation", slice_, sources, version=2, parent="policy"), build, round=number)
 
@@ -150,21 +150,22 @@ def kl_to(setting: Setting, loaded: Loaded, sft: Done, texts: TextBatch, round: 
 
 
 def proxy_figures(
-    setting: Setting, rewards: tuple[Done, ...], ensemble: str | None, samples: Samples, earlier: Samples
+    setting: Setting, rewards: tuple[Done, ...], spread_coef: float | None, samples: Samples, earlier: Samples
 ) -> tuple[dict[str, float | None], np.ndarray]:
     """The reward model on what the round's policy writes (`proxy`) and on what it wrote before the round (`proxy_start`).
 
     `reward_accuracy` is taken on the latter: on text of the policy that it produced, selection puts even a perfect fit below one half.
+    With a `spread_coef` all three are of the ensemble's one score, and `proxy_spread` and `proxy_start_spread` say how far its members
+    lie apart: the mean over responses of their population deviation.
     """
-    loaded = setting.load(rewards[0], head="scalar")
-    options = {"batch_size": setting.config.reward.eval_batch_size, "mesh": setting.mesh, "bias": reward_bias(loaded)}
-
-    def scores(table: TextBatch) -> np.ndarray:
-        return score_responses(loaded.model, loaded.params, table, **options)
-
-    proxy, start = scores(samples.tables[0]), (scores(earlier.tables[0]), scores(earlier.tables[1]))
+    tables = (samples.tables[0], *earlier.tables)
+    scores, spreads = reward_scores(setting, rewards, spread_coef, tables)
+    proxy, start = scores[0], (scores[1], scores[2])
     accuracy = None if earlier.gold is None else agreement_with_gold(start, earlier.gold)
-    return {"proxy": float(proxy.mean()), "proxy_start": float(start[0].mean()), "reward_accuracy": accuracy}, proxy
+    figures = {"proxy": float(proxy.mean()), "proxy_start": float(start[0].mean()), "reward_accuracy": accuracy}
+    if spread_coef is not None:
+        figures |= {"proxy_spread": float(spreads[0].mean()), "proxy_start_spread": float(spreads[1].mean())}
+    return figures, proxy
 
 
 def write_samples(folder: Path, samples: Samples, kl: np.ndarray, proxy: np.ndarray | None) -> None:

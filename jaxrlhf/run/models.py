@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import optax
 
 from jaxrlhf import rng, sharding
-from jaxrlhf.algorithms.ppo import RoundModels, num_updates, ppo_trainer, train_ppo
+from jaxrlhf.algorithms.ppo import POLICY_UPDATES, RoundModels, num_updates, rollout_prompts, train_ppo
 from jaxrlhf.algorithms.reward import reward_loss, reward_trainer, score_pairs, with_weights
 from jaxrlhf.algorithms.rounds import Round
 from jaxrlhf.algorithms.supervised import num_steps, own_copy, sft_trainer, train
@@ -39,6 +40,7 @@ from jaxrlhf.models.hub import (
 from jaxrlhf.plugins import plugin, source_of
 from jaxrlhf.run import inputs
 from jaxrlhf.run.data import updated_pairs, valid_pairs
+from jaxrlhf.run.ensemble import numbered, spread_of
 from jaxrlhf.run.setting import CHECKPOINT, Setting
 from jaxrlhf.run.stages import Done, Stage
 from jaxrlhf.scorers.reward_model import score_responses
@@ -216,21 +218,24 @@ def prompt_table(setting: Setting, folder: Path, tokenizer: Any) -> PromptBatch:
 def policy_stage(
     setting: Setting, round: Round, *, sft: Done, start: Done, reference: Done, rewards: tuple[Done, ...], previous: Done, carries: bool
 ) -> Done:
-    """The policy of a round: PPO from `start` against `reward`, its KL taken to `reference`.
+    """The policy of a round: PPO or RLOO from `start` against `rewards`, its KL taken to `reference`.
 
+    `rewards` is one reward model, or the members of the round's ensemble; a critic starts as a copy of the first.
     `previous` is the policy of the round before, whose optimizer or critic the method may carry on (wherever the policy itself starts).
     `carries`: the next round takes over optimizer or critic, so the final training state stays in the folder.
+    RLOO has no critic: the row's restart_critic and the fields in `POLICY_UPDATES["rloo"].unread` are without effect.
     """
-    config, number, reward = setting.config, round.number, rewards[0]
-    section = config.ppo
+    config, number = setting.config, round.number
+    section, way, spread_coef = config.ppo, POLICY_UPDATES[round.policy_update], spread_of(round.ensemble, config)
+    restarts = (round.restart_optimizer, round.restart_critic or not way.critic)
     kl_coef = section.kl_coef_previous if round.moved_reference and section.kl_coef_previous is not None else section.kl_coef
 
     def build(folder: Path) -> dict[str, Any]:
-        policy, scorer = setting.load(start, head="lm"), setting.load(reward, head="scalar")
-        tokenizer, bias = policy.tokenizer, reward_bias(scorer)
+        policy, scorer = setting.load(start, head="lm"), setting.load(rewards[0], head="scalar")
+        tokenizer = policy.tokenizer
         # The KL coefficient is data of the compiled step, not part of it: arms that differ in it share their compilations.
-        shared = replace(section, kl_coef=0.0, kl_coef_previous=None)
-        trainer = ppo_trainer(
+        shared = replace(section, kl_coef=0.0, kl_coef_previous=None, round_prompts="fresh")
+        trainer = way.trainer(
             policy.model,
             scorer.model,
             shared,
@@ -238,20 +243,21 @@ def policy_stage(
             eos_ids=eos_ids(policy),
             pad_id=pad_id_of(tokenizer),
             vocab_size=len(tokenizer),
+            spread_coef=spread_coef,
             mesh=setting.mesh,
         )
-        controller = {"kl_coef": jnp.float32(kl_coef), "value_bias": jnp.float32(bias)}
-        params = own_copy({"policy": policy.params, "critic": scorer.params})
-        state = sharding.place(init_state(params, trainer.optimizer, controller), setting.mesh)
-        state = taken_over(setting, round, state, previous)
-        fixed = fixed_models(setting, {start.hash: policy.params}, scorer, reference=reference, sft=sft)
+        state = first_state(policy, scorer if way.critic else None, trainer.optimizer, kl_coef)
+        state = taken_over(setting, sharding.place(state, setting.mesh), previous, restarts)
+        further = rewards[1:] if spread_coef is not None else None
+        fixed = fixed_models(setting, {start.hash: policy.params}, scorer, further, reference=reference, sft=sft)
         policy, scorer = policy._replace(params=None), scorer._replace(params=None)  # what is not fixed is in memory once
         updates, table = num_updates(section), prompt_table(setting, folder, tokenizer)
         key = rng.stream(setting.key, "policy", number)
+        before = 0 if section.round_prompts == "same" else (number - 1) * updates
 
         def loop(state: TrainState, done: int) -> Iterator:
-            first = (number - 1) * updates + done  # every round goes on with fresh prompts
-            stream = batches(table, section.batch_size, seed=config.seed, name="ppo", bucket=config.data.bucket, start=first)
+            samples, bucket = way.samples(section), config.data.bucket
+            stream = rollout_prompts(table, section, samples=samples, seed=config.seed, bucket=bucket, start=before + done)
             return train_ppo(trainer, state, fixed, islice(stream, updates - done), key=key, start=done, mesh=setting.mesh)
 
         tokens = section.batch_size * section.response_length
@@ -259,48 +265,70 @@ def policy_stage(
         add_model(policy._replace(params=state.params["policy"]), folder)
         return {"updates": updates, "episodes": updates * section.batch_size, "kl_coef": float(state.controller["kl_coef"])}
 
+    again = number > 1 and section.round_prompts == "same"  # round 1 has the same prompts either way
+    unread = way.unread if again else (*way.unread, "round_prompts")
+    read = {k: v for k, v in asdict(replace(section, kl_coef=kl_coef, kl_coef_previous=None)).items() if k not in unread}
     slice_ = {
-        "ppo": asdict(replace(section, kl_coef=kl_coef, kl_coef_previous=None)) | {"plugin": source_of(section.loss)},
+        "ppo": read | {"plugin": source_of(section.loss)},
         "round": number,
         "seed": config.seed,
         "data": inputs.identity(config),
         "limits": asdict(config.data.limits),
         "bucket": config.data.bucket,
         "dtype": config.model.dtype,
-        "restart": [round.restart_optimizer, round.restart_critic],
+        "restart": list(restarts),
         "carries": carries,
     }
-    sources = {"start": start, "reference": reference, "reward": reward, "sft": sft}
-    sources |= {} if round.restart_optimizer and round.restart_critic else {"previous": previous}
-    stage = Stage(f"r{number}-policy", "model", "ppo", slice_, sources, parent="start")
+    slice_ |= {} if spread_coef is None else {"spread_coef": spread_coef}
+    sources = {"start": start, "reference": reference, **numbered(rewards), "sft": sft}
+    sources |= {} if all(restarts) else {"previous": previous}
+    stage = Stage(f"r{number}-policy", "model", round.policy_update, slice_, sources, parent="start")
     return setting.build(stage, build, round=number, keep_state=carries)
 
 
-def fixed_models(setting: Setting, at_hand: dict[str, Params], scorer: Loaded, *, reference: Done, sft: Done) -> RoundModels:
-    """The models of a round that do not learn; one that is `at_hand` (parameters by the hash of their stage) is not read again."""
+def first_state(policy: Loaded, critic: Loaded | None, optimizer: optax.GradientTransformation, kl_coef: float) -> TrainState:
+    """The state a round starts from: copies of the policy and, where the method has one, of the reward model as critic."""
+    params, controller = {"policy": policy.params}, {"kl_coef": jnp.float32(kl_coef)}
+    if critic is not None:
+        params["critic"], controller["value_bias"] = critic.params, jnp.float32(reward_bias(critic))
+    return init_state(own_copy(params), optimizer, controller)
+
+
+def fixed_models(
+    setting: Setting, at_hand: dict[str, Params], scorer: Loaded, further: tuple[Done, ...] | None, *, reference: Done, sft: Done
+) -> RoundModels:
+    """The models of a round that do not learn; one that is `at_hand` (parameters by the hash of their stage) is not read again.
+
+    `further` are the members of an ensemble beside `scorer`; None where the reward is one model.
+    """
 
     def params_of(done: Done) -> Params:
         return at_hand[done.hash] if done.hash in at_hand else setting.load(done, head="lm").params
 
+    reward, bias = scorer.params, reward_bias(scorer)
+    if further is not None:
+        members = [scorer, *(setting.load(done, head="scalar") for done in further)]
+        reward, bias = tuple(one.params for one in members), tuple(reward_bias(one) for one in members)
     return RoundModels(
-        reference=params_of(reference),
-        reward=scorer.params,
-        reward_bias=reward_bias(scorer),
-        sft=params_of(sft) if reference.hash != sft.hash else None,
+        reference=params_of(reference), reward=reward, reward_bias=bias, sft=params_of(sft) if reference.hash != sft.hash else None
     )
 
 
-def taken_over(setting: Setting, round: Round, state: TrainState, previous: Done) -> TrainState:
-    """The state with the previous round's optimizer moments and critic, where the method keeps them; schedules restart."""
-    if round.restart_optimizer and round.restart_critic:
+def taken_over(setting: Setting, state: TrainState, previous: Done, restarts: tuple[bool, bool]) -> TrainState:
+    """The state with the previous round's optimizer moments and critic, where the method keeps them; schedules restart.
+
+    `restarts`: whether the optimizer, and whether the critic starts anew (always, where there is none).
+    """
+    restart_optimizer, restart_critic = restarts
+    if restart_optimizer and restart_critic:
         return state
     with Checkpoints(previous.folder / CHECKPOINT) as checkpoints:
         found = checkpoints.restore(sharding.template(state, setting.mesh))
     if found is None:
         raise FileNotFoundError(f"{previous.folder} holds no training state to go on from; delete it to train that round again.")
     old = found[0]
-    opt_state = state.opt_state if round.restart_optimizer else restarted_schedules(old.opt_state)
-    if round.restart_critic:
+    opt_state = state.opt_state if restart_optimizer else restarted_schedules(old.opt_state)
+    if restart_critic:
         return replace(state, opt_state=opt_state)
     params = {"policy": state.params["policy"], "critic": old.params["critic"]}
     return replace(state, params=params, opt_state=opt_state, controller={**state.controller, "value_bias": old.controller["value_bias"]})

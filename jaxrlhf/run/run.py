@@ -58,7 +58,7 @@ def run(config: Config | str | Path, *, until: str | None = None, log: RunLog | 
 
 def check(config: Config) -> None:
     """What the config alone cannot say of itself: unknown names, unreadable data and batches that do not divide are refused here."""
-    from jaxrlhf.algorithms.ppo import policy_loss_of
+    from jaxrlhf.algorithms.ppo import check_rloo, policy_loss_of
     from jaxrlhf.algorithms.preference import preference_loss
     from jaxrlhf.algorithms.reward import reward_loss
 
@@ -72,6 +72,8 @@ def check(config: Config) -> None:
         columns = (*columns, *preference_loss(config.dpo, method.policy_update, plugin).columns)
     else:
         policy_loss_of(config.ppo, plugin)
+    if method.policy_update == "rloo":
+        check_rloo(config.ppo)
     inputs.check(config, given_tokenizer(config), columns=columns)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shards = sharding.data_shards(mesh)

@@ -1,11 +1,11 @@
-"""One PPO update: K epochs of minibatches over a rollout, in one scan."""
+"""One update of PPO or RLOO: K epochs of minibatches over a rollout, in one scan."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,73 +45,77 @@ def critic_values(
     return scalars[:, :-1] - bias
 
 
-def ppo_loss(
-    params: Params,
-    rows: Rollout,
-    *,
-    policy: Model,
-    critic: Model,
-    policy_loss: Callable,
-    totals: tuple[Array, Array],
-    temperature: float,
-    cliprange_value: float,
-    vf_coef: float,
-    value_bias: float | Array,
+class LossPart(NamedTuple):
+    """One term of the loss of a rollout."""
+
+    mask: Callable[[Rollout], Array]  # the positions its mean is over: [B, T]
+    loss: Callable[..., tuple[Array, Metrics]]  # (params, rollout, *, total, controller) → (scalar divided by `total`, metrics)
+
+
+def policy_part(policy: Model, policy_loss: PolicyLoss, *, temperature: float | Array) -> LossPart:
+    """The policy's loss: all of it for a method without critic. Reads `params["policy"]`."""
+
+    def loss(params: Params, rows: Rollout, *, total: Array, controller: Any) -> tuple[Array, Metrics]:
+        tokens = jnp.concatenate([rows.prompt_BL, rows.tokens_BT], axis=1)
+        mask = jnp.concatenate([rows.prompt_mask_BL, rows.mask_BT], axis=1)
+        stats = policy.score_tokens(params["policy"], tokens, mask, start=rows.prompt_BL.shape[1], temperature=temperature)
+        value, metrics = policy_loss.loss(stats, rows, total=total)
+        return value, {"loss/policy": value, **named("ppo", metrics)}
+
+    return LossPart(lambda rows: rows.mask_BT, loss)
+
+
+def value_part(critic: Model, *, cliprange_value: float, vf_coef: float) -> LossPart:
+    """`vf_coef` times the critic's loss. Reads `params["critic"]` and, where the controller has one, its `value_bias`."""
+
+    def loss(params: Params, rows: Rollout, *, total: Array, controller: Any) -> tuple[Array, Metrics]:
+        sides = (rows.prompt_BL, rows.prompt_mask_BL, rows.tokens_BT, rows.mask_BT)
+        values = critic_values(critic, params["critic"], *sides, controller.get("value_bias", 0.0))
+        targets = (values, rows.values_BT, rows.returns_BT, rows.value_mask_BT)
+        value = ppo_value_loss(*targets, clip=cliprange_value, total=total)
+        metrics = named("ppo", ppo_value_stats(*targets, clip=cliprange_value, total=total))
+        return vf_coef * value, {"loss/value": value, **metrics}
+
+    return LossPart(lambda rows: rows.value_mask_BT, loss)
+
+
+def rollout_loss(
+    params: Params, rows: Rollout, *, parts: Sequence[LossPart], totals: Sequence[Array], controller: Any
 ) -> tuple[Array, Metrics]:
-    """L = L_policy + vf_coef · L_value, each divided by its own total over the global minibatch."""
-    policy_total, value_total = totals
-    live = rows.row_mask_B[:, None]
-    mask, value_mask = rows.mask_BT & live, rows.value_mask_BT & live
-    rows = replace(rows, mask_BT=mask, value_mask_BT=value_mask)
-
-    tokens = jnp.concatenate([rows.prompt_BL, rows.tokens_BT], axis=1)
-    token_mask = jnp.concatenate([rows.prompt_mask_BL, mask], axis=1)
-    stats = policy.score_tokens(params["policy"], tokens, token_mask, start=rows.prompt_BL.shape[1], temperature=temperature)
-    loss_policy, metrics = policy_loss(stats, rows, total=policy_total)
-
-    values = critic_values(critic, params["critic"], rows.prompt_BL, rows.prompt_mask_BL, rows.tokens_BT, mask, value_bias)
-    targets = (values, rows.values_BT, rows.returns_BT, value_mask)
-    loss_value = ppo_value_loss(*targets, clip=cliprange_value, total=value_total)
-    metrics |= ppo_value_stats(*targets, clip=cliprange_value, total=value_total)
-    return loss_policy + vf_coef * loss_value, {"loss/policy": loss_policy, "loss/value": loss_value, **named("ppo", metrics)}
+    """The sum of the parts, each divided by its own total over the global minibatch."""
+    terms: list[Array] = []
+    metrics: Metrics = {}
+    for part, total in zip(parts, totals, strict=True):
+        term, figures = part.loss(params, rows, total=total, controller=controller)
+        terms.append(term)
+        metrics |= figures
+    return reduce(jnp.add, terms), metrics
 
 
 def make_ppo_step(
-    policy: Model,
-    critic: Model,
-    policy_loss: PolicyLoss,
+    parts: Sequence[LossPart],
     optimizer: optax.GradientTransformation,
     *,
     num_ppo_epochs: int,
     num_mini_batches: int,
-    temperature: float,
-    cliprange_value: float,
-    vf_coef: float,
     adaptive: dict[str, float] | None = None,
     accumulate: int = 1,
     axis_name: str | None = None,
     keep_rows: Callable[[Any], Any] = lambda rows: rows,
 ) -> PPOStep:
-    """A step (state, Rollout, key) → (state, metrics).
+    """A step (state, Rollout, key) → (state, metrics) that learns from one rollout, whatever made its advantages.
 
-    `state.params` is {"policy", "critic"} and `state.step` counts rollouts; `state.controller` may hold `kl_coef` and
-    `value_bias`. The key (derived by the caller from
-    seed and step) shuffles rows over the *global* batch, so one device, a mesh and pmap take the same minibatches.
+        PPO    make_ppo_step((policy_part(…), value_part(…)), …)    state.params = {"policy", "critic"}
+        RLOO   make_ppo_step((policy_part(…),), …)                  state.params = {"policy"}
+
+    `state.step` counts rollouts; `state.controller` may hold `kl_coef` and `value_bias`. The key (derived by the caller from
+    seed and step) shuffles rows over the *global* batch, so one device, a mesh and pmap take the same minibatches. A minibatch may
+    split the responses to one prompt: advantages are part of the rollout.
     `adaptive` ({"target", "horizon"}) moves the KL coefficient in `state.controller` after the update.
     `keep_rows` (`sharding.keep_rows(mesh)`) is called on every minibatch: on a mesh the rows that a shuffle picks have to be
     dealt out to the devices again, or every device computes all of them.
     Metrics are means over all minibatches; `…_first` is the first minibatch, where the ratio must be 1.
     """
-
-    loss_of = partial(
-        ppo_loss,
-        policy=policy,
-        critic=critic,
-        policy_loss=policy_loss.loss,
-        temperature=temperature,
-        cliprange_value=cliprange_value,
-        vf_coef=vf_coef,
-    )
 
     def step(state: TrainState, rollout: Rollout, key: Array) -> tuple[TrainState, Metrics]:
         everything = global_rows(rollout, axis_name)
@@ -121,11 +125,9 @@ def make_ppo_step(
             raise ValueError(f"{rows} rows do not divide into {num_mini_batches} minibatches × {accumulate} microbatches{over}.")
 
         def update(state: TrainState, index: Array) -> tuple[TrainState, Metrics]:
-            minibatch = keep_rows(jax.tree.map(lambda x: x[own_rows(index, axis_name)], everything))
-            live = minibatch.row_mask_B[:, None]
-            masks = (minibatch.mask_BT & live, minibatch.value_mask_BT & live)
-            totals = global_sum(tuple(mask.sum().astype(jnp.float32) for mask in masks), axis_name)
-            loss_fn = partial(loss_of, totals=totals, value_bias=state.controller.get("value_bias", 0.0))
+            minibatch = _live(keep_rows(jax.tree.map(lambda x: x[own_rows(index, axis_name)], everything)))
+            totals = global_sum(tuple(part.mask(minibatch).sum().astype(jnp.float32) for part in parts), axis_name)
+            loss_fn = partial(rollout_loss, parts=parts, totals=totals, controller=state.controller)
 
             grads, loss, metrics = accumulate_gradients(loss_fn, state.params, minibatch, steps=accumulate, axis_name=axis_name)
             state, norms = apply_gradients(state, grads, optimizer)
@@ -140,6 +142,12 @@ def make_ppo_step(
         return replace(state, step=state.step + 1), metrics
 
     return step
+
+
+def _live(rows: Rollout) -> Rollout:
+    """The rows with empty masks where a row only fills the batch."""
+    live = rows.row_mask_B[:, None]
+    return replace(rows, mask_BT=rows.mask_BT & live, value_mask_BT=rows.value_mask_BT & live)
 
 
 def _adapt(controller, rollout: Rollout, *, target: float, horizon: float):

@@ -9,12 +9,20 @@ import numpy as np
 import pytest
 
 from jaxrlhf.losses.logp import token_logp
+from jaxrlhf.rollouts.credit import gae_credit
 from jaxrlhf.rollouts.score import Readings, RolloutModels, assemble_rollout, has_ended, score_rollout
 from jaxrlhf.steps.pair import response_scores
 from jaxrlhf.types import Completion, Model, Outputs, PromptBatch, TokenStats, replace
 
 EOS = 2
-OPTIONS: dict[str, Any] = {"eos_ids": (EOS,), "kl_coef": 0.1, "gamma": 1.0, "lam": 1.0}
+
+
+def ppo(kl_coef=0.1, gamma=1.0, lam=1.0, **options: Any):
+    return partial(gae_credit, kl_coef=kl_coef, gamma=gamma, lam=lam, **options)
+
+
+OPTIONS: dict[str, Any] = {"eos_ids": (EOS,), "credit": ppo()}
+SMOOTHED = OPTIONS | {"credit": ppo(lam=0.95)}
 
 
 def table_lm() -> Model:
@@ -60,7 +68,7 @@ def make(rows=8, L=3, T=6, seed=0, filled=0) -> tuple[PromptBatch, Completion]:
     return prompts, completion
 
 
-score = jax.jit(partial(score_rollout, MODELS, temperature=0.7, **dict(OPTIONS, **{"lam": 0.95})))
+score = jax.jit(partial(score_rollout, MODELS, temperature=0.7, **SMOOTHED))
 
 
 def hand() -> tuple[PromptBatch, Completion, Readings]:
@@ -105,7 +113,7 @@ def test_by_hand():
 
 
 def test_score_at_eos():
-    rollout, _ = assemble_rollout(*hand(), **OPTIONS, score_placement="at_eos")
+    rollout, _ = assemble_rollout(*hand(), eos_ids=(EOS,), credit=ppo(score_placement="at_eos"))
     np.testing.assert_allclose(rollout.returns_BT, [[0.8, 0.85, 0.0, 0.0], [-0.65, -0.55, -0.45, -0.35]], rtol=1e-6)
     assert rollout.value_mask_BT.tolist() == rollout.mask_BT.tolist()
     assert float(rollout.values_BT[0, 2]) == 0
@@ -115,7 +123,9 @@ def test_fractional_and_integer_scores():
     """An integer buffer would turn .75 into 0; integer scores from outside are welcome."""
     prompts, completion, readings = hand()
     for scores in (jnp.array([0.75, -0.25]), jnp.array([3, -1])):
-        rollout, metrics = assemble_rollout(prompts, completion, readings._replace(scores_B=scores), **dict(OPTIONS, **{"kl_coef": 0.0}))
+        rollout, metrics = assemble_rollout(
+            prompts, completion, readings._replace(scores_B=scores), eos_ids=(EOS,), credit=ppo(kl_coef=0.0)
+        )
         assert rollout.returns_BT.dtype == jnp.float32
         np.testing.assert_allclose(rollout.returns_BT[:, 0], scores, rtol=1e-6)
         np.testing.assert_allclose(metrics["rollout/score"], np.mean(scores))
@@ -128,7 +138,7 @@ def test_gae_and_whitened_rewards_against_a_plain_loop():
     readings = Readings(logp, entropy, reference, values, jnp.array(random.normal(size=6)))
     gamma, lam, beta = 0.97, 0.9, 0.3
     rollout, _ = assemble_rollout(
-        prompts, completion, readings, eos_ids=(EOS,), kl_coef=beta, gamma=gamma, lam=lam, whiten_rewards=True, kl_estimator="k2"
+        prompts, completion, readings, eos_ids=(EOS,), credit=ppo(beta, gamma, lam, whiten_rewards=True), kl_estimator="k2"
     )
     mask = np.asarray(completion.mask_BT)
     kl = np.where(mask, (np.asarray(readings.logp_BT) - np.asarray(readings.reference_logp_BT)) ** 2 / 2, 0)
@@ -179,7 +189,7 @@ def test_forward_passes_against_loops():
     prompts, completion = make()
     params = {**PARAMS, "sft": {"table": jax.random.normal(jax.random.key(2), (5, 5))}}
     models = MODELS._replace(sft=table_lm())
-    options = dict(OPTIONS, **{"lam": 0.95, "reward_bias": 0.25, "value_bias": 0.5, "temperature": 0.7})
+    options = SMOOTHED | {"reward_bias": 0.25, "value_bias": 0.5, "temperature": 0.7}
     rollout, metrics = jax.jit(partial(score_rollout, models, **options))(params, prompts, completion)
     kl_sft = []
     for row in range(8):
@@ -224,9 +234,7 @@ def test_microbatch_changes_nothing():
     prompts, completion = make()
     whole = score(PARAMS, prompts, completion)
     for size in (2, 4, 99):
-        parts = jax.jit(partial(score_rollout, MODELS, temperature=0.7, microbatch=size, **dict(OPTIONS, **{"lam": 0.95})))(
-            PARAMS, prompts, completion
-        )
+        parts = jax.jit(partial(score_rollout, MODELS, temperature=0.7, microbatch=size, **SMOOTHED))(PARAMS, prompts, completion)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), parts, whole)
     with pytest.raises(ValueError, match="microbatch 3 does not divide 8 rows; try 2"):
         score_rollout(MODELS, PARAMS, prompts, completion, temperature=0.7, microbatch=3, **OPTIONS)
@@ -293,7 +301,7 @@ def test_pmap_whitens_and_counts_over_all_devices():
     """Two devices of four rows each, unequal lengths and filling rows on one of them, give the single-device rollout."""
     prompts, completion = make(filled=3)
     whole, whole_metrics = score(PARAMS, prompts, completion)
-    inner = partial(score_rollout, MODELS, temperature=0.7, axis_name="data", **dict(OPTIONS, **{"lam": 0.95}))
+    inner = partial(score_rollout, MODELS, temperature=0.7, axis_name="data", **SMOOTHED)
     cut = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), (prompts, completion))
     rollout, metrics = jax.pmap(inner, "data", in_axes=(None, 0, 0), devices=jax.devices()[:2])(PARAMS, *cut)
     joined = jax.tree.map(lambda x: np.asarray(x).reshape(8, *x.shape[2:]), rollout)

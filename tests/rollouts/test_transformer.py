@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.models import build_model, config_from_shape, load
+from jaxrlhf.rollouts.credit import gae_credit
 from jaxrlhf.rollouts.generate import generate
 from jaxrlhf.rollouts.score import RolloutModels, score_rollout
 from jaxrlhf.sharding import make_mesh, place, place_batch
@@ -126,9 +127,10 @@ def test_rollout_of_four_transformers():
     tokens, mask = prompts()
     done = run("gpt2")
 
-    options = {"temperature": 1.3, "eos_ids": (EOS,), "gamma": 1.0, "lam": 0.95, "missing_eos_score": -1.0, "microbatch": 4}
+    options = {"temperature": 1.3, "eos_ids": (EOS,), "missing_eos_score": -1.0, "microbatch": 4}
     batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.ones(B, bool), jnp.arange(B))
-    rollout, metrics = jax.jit(partial(score_rollout, models, **options))(all_params, batch, done, kl_coef=0.05)
+    credit = partial(gae_credit, kl_coef=0.05, gamma=1.0, lam=0.95)
+    rollout, metrics = jax.jit(partial(score_rollout, models, credit=credit, **options))(all_params, batch, done)
     assert float(metrics["kl/penalty"]) == 0 and float(metrics["rollout/decode_mismatch"]) < 1e-5
     assert abs(float(jnp.where(rollout.mask_BT, rollout.advantages_BT, 0).sum())) < 1e-3
 

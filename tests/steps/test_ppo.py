@@ -13,16 +13,17 @@ import pytest
 from jaxrlhf import rng, sharding
 from jaxrlhf.losses import POLICY_LOSSES, bind
 from jaxrlhf.models.model import token_stats
+from jaxrlhf.rollouts.credit import gae_credit
 from jaxrlhf.rollouts.score import RolloutModels, score_rollout
 from jaxrlhf.scorers.reward_model import score_responses
 from jaxrlhf.steps.pair import response_scores
-from jaxrlhf.steps.ppo import critic_values, make_ppo_step, minibatch_indices
+from jaxrlhf.steps.ppo import critic_values, make_ppo_step, minibatch_indices, policy_part, value_part
 from jaxrlhf.steps.state import actor_critic, adamw, init_state
 from jaxrlhf.types import Completion, Model, Outputs, PromptBatch, TextBatch
 
 EOS = 1
 OPTIONS = {"cliprange_value": 0.2, "vf_coef": 0.1}
-SCORING = {"eos_ids": (EOS,), "kl_coef": 0.1, "gamma": 1.0, "lam": 0.95}
+SCORING = {"eos_ids": (EOS,), "credit": partial(gae_credit, kl_coef=0.1, gamma=1.0, lam=0.95)}
 
 
 def sgd():
@@ -57,8 +58,8 @@ def noisy(scored):
 
 def step_of(tiny, *, optimizer=None, temperature: float | jax.Array = 0.7, entropy_coef=0.0, **how):
     loss = bind(POLICY_LOSSES["ppo"], clip=0.2, entropy_coef=entropy_coef)
-    how = {"num_ppo_epochs": 1, "num_mini_batches": 1, **OPTIONS, **how}
-    return make_ppo_step(tiny.lm, tiny.scalar, loss, optimizer or sgd(), temperature=temperature, **how)
+    parts = (policy_part(tiny.lm, loss, temperature=temperature), value_part(tiny.scalar, **OPTIONS))
+    return make_ppo_step(parts, optimizer or sgd(), **{"num_ppo_epochs": 1, "num_mini_batches": 1, **how})
 
 
 def plain_loss(tiny, params, rollout, rows, *, temperature=0.7, clip=0.2, clip_value=0.2, vf_coef=0.1, entropy_coef=0.0):
@@ -224,22 +225,13 @@ def test_score_lands_after_eos_and_eos_is_learned():
     params = {"policy": {"logits_BTV": logits}, "critic": {"scalars": jnp.zeros((2, 6))}}
     rollout, metrics = score_rollout(
         RolloutModels(lm, lm, scalar), {**params, "reference": params["policy"]}, *by_hand(),
-        temperature=1.0, eos_ids=(EOS,), kl_coef=0.1, gamma=1.0, lam=1.0, scores_B=jnp.array([0.75, -0.5]),
+        temperature=1.0, eos_ids=(EOS,), credit=partial(gae_credit, kl_coef=0.1, gamma=1.0, lam=1.0), scores_B=jnp.array([0.75, -0.5]),
     )  # fmt: skip
     np.testing.assert_allclose(rollout.returns_BT, [[0.75, 0.75, 0.75, 0.0], [-0.5] * 4])
     assert rollout.value_mask_BT.tolist() == [[True, True, True, False], [True] * 4]
     assert float(metrics["rollout/score"]) == 0.125
-    step = make_ppo_step(
-        lm,
-        scalar,
-        POLICY_LOSSES["ppo"],
-        optax.sgd(1.0),
-        num_ppo_epochs=1,
-        num_mini_batches=1,
-        temperature=1.0,
-        cliprange_value=0.2,
-        vf_coef=1.0,
-    )
+    parts = (policy_part(lm, POLICY_LOSSES["ppo"], temperature=1.0), value_part(scalar, cliprange_value=0.2, vf_coef=1.0))
+    step = make_ppo_step(parts, optax.sgd(1.0), num_ppo_epochs=1, num_mini_batches=1)
     state, _ = jax.jit(step)(init_state(params, optax.sgd(1.0)), rollout, jax.random.key(0))
     moved = np.asarray(state.params["policy"]["logits_BTV"] - logits)
     assert moved[0, 1, EOS] > 1e-3  # row 0 scored above the mean, so stopping there becomes likelier
