@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+BINS = 5  # of length
 DATA, FIGURE = "weight_health.json", "weight_health.svg"
 
 # Okabe & Ito (2008): colours that the colour-blind tell apart, and greyscale print too.
@@ -20,7 +21,7 @@ BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#666666"
 POINTS = 400  # of a curve: more cannot be seen
 
 
-def weight_health(weights_N: np.ndarray, lengths_N: np.ndarray, *, bins: int = 5) -> dict[str, Any]:
+def weight_health(weights_N: np.ndarray, lengths_N: np.ndarray, *, bins: int = BINS) -> dict[str, Any]:
     """What the weights of N pairs are like; plain JSON, every number finite (None where there is none).
 
     `lengths_N` is the mean length of a pair's two responses, tokens. Keys: `pairs`; `zeros`, pairs that count nothing; `ess` (pairs),
@@ -119,7 +120,7 @@ def draw(weights_N: np.ndarray, lengths_N: np.ndarray, health: dict[str, Any], p
         figure = Figure(figsize=(7.2, 3.0), layout="constrained")
         left, right = figure.subplots(1, 2)
         _draw_shares(left, weights_N, health)
-        _draw_lengths(right, weights_N, lengths_N, health)
+        _draw_lengths(right, weights_N, lengths_N)
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
@@ -134,17 +135,15 @@ def _draw_shares(axes: Any, weights_N: np.ndarray, health: dict[str, Any]) -> No
     axes.legend(loc="lower right", facecolor="white", edgecolor="none", framealpha=0.9)
 
 
-def _draw_lengths(axes: Any, weights_N: np.ndarray, lengths_N: np.ndarray, health: dict[str, Any]) -> None:
-    """Median and middle 90 % of the weights a bin, at the bin's mean length."""
-    index = length_bins(lengths_N, len(health["by_length"]))
-    middle = np.array([lengths_N[i].mean() for i in index])
+def _draw_lengths(axes: Any, weights_N: np.ndarray, lengths_N: np.ndarray) -> None:
+    """Mean, median and middle 90 % of the weights in a bin, at the bin's mean length."""
+    index = length_bins(lengths_N, BINS)
+    middle, mean = (np.array([values[i].mean() for i in index]) for values in (lengths_N, weights_N))
     low, median, high = (np.array([np.quantile(weights_N[i], q) for i in index]) for q in (0.05, 0.5, 0.95))
-    axes.errorbar(
-        middle, median, yerr=(median - low, high - median), color=BLUE, marker="o", markersize=4, capsize=3, linewidth=1.2,
-        label="median, 5–95 %",
-    )  # fmt: skip
-    axes.plot(middle, [row["mean"] for row in health["by_length"]], color=VERMILION, marker="s", markersize=4, linestyle="--", label="mean")
-    if (low > 0).all() and weights_N.max() > 10 * low.min():
+    bars = {"marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.2}
+    axes.errorbar(middle, median, yerr=(median - low, high - median), color=BLUE, label="median, 5–95 %", **bars)
+    axes.plot(middle, mean, color=VERMILION, marker="s", markersize=4, linestyle="--", label="mean")
+    if low.min() > 0 and high.max() > 10 * low.min():
         axes.set_yscale("log")
     axes.set(xlabel="mean length of a pair's responses (tokens)", ylabel="weight of a pair")
     axes.legend(facecolor="white", edgecolor="none", framealpha=0.9)

@@ -61,6 +61,14 @@ def test_bins_cover_every_pair_once_and_keep_equal_lengths_together():
     assert len(length_bins(np.full(9, 4.0), 5)) == 1
 
 
+def test_few_lengths_are_drawn_as_they_are_binned(tmp_path):
+    """Three lengths make two bins of the five: edges between quantiles fall together."""
+    lengths = np.repeat([2.0, 7.5, 8.0], [9, 2, 29])
+    health = write_weight_health(tmp_path, np.linspace(0.1, 3, 40), lengths)
+    assert [(row["from"], row["to"], row["pairs"]) for row in health["by_length"]] == [(2, 2, 9), (7.5, 8, 31)]
+    assert ElementTree.parse(tmp_path / FIGURE).getroot() is not None
+
+
 def test_shares_of_the_bins_are_the_whole():
     random = np.random.default_rng(3)
     health = weight_health(random.gamma(0.3, size=400), random.integers(1, 40, 400))
