@@ -60,6 +60,7 @@ BY_HAND = [
     ("rejected", 2, None, "cd"),
     ("rejected", None, 0.5, "bcd"),
     ("rejected", 2, 0.1, "cd"),
+    ("half-half", 1, None, "a"),  # the chosen side begins
     ("half-half", 2, None, "ad"),  # a by chosen, d by rejected
     ("half-half", 3, None, "acd"),  # … and c by chosen: the odd one is the chosen side's
     ("half-half", 4, None, "abcd"),  # … where c is taken already, so the rejected side takes b
@@ -96,6 +97,12 @@ def test_the_halves_are_those_of_the_public_code_where_they_do_not_overlap():
     ids = [f"{i:02d}" for i in range(40)]
     np.testing.assert_array_equal(select(chosen, rejected, ids, rule="half-half", n=10), np.arange(10))
     assert len(select(chosen, chosen, ids, rule="half-half", n=10)) == 10  # equal halves: ten distinct pairs all the same
+
+
+def test_a_side_that_finds_its_best_taken_takes_its_next():
+    """a is the best of both sides: the turn is not lost, so b is the rejected side's and not c the chosen side's."""
+    chosen, rejected = np.array([0.9, 0.1, 0.8], np.float32), np.array([0.9, 0.7, 0.1], np.float32)
+    assert kept("half-half", ids=["a", "b", "c"], chosen=chosen, rejected=rejected, n=2) == ["a", "b"]
 
 
 def test_a_threshold_is_compared_as_the_similarities_are_stored():
