@@ -190,12 +190,16 @@ def unit(vectors_Bd: Array) -> Array:
     return vectors_Bd / jnp.maximum(jnp.linalg.norm(vectors_Bd, axis=-1, keepdims=True), 1e-12)
 
 
-@lru_cache(maxsize=16)
 def build_bert(config: BertConfig, *, pooling: str = "mean", dtype: str = "float32") -> Bert:
     """The functions of an encoder. Equal arguments give the same functions, so compiled code is reused.
 
     Parameters are float32; `dtype` is that of the computation; pooling, norms of vectors and the classification head are float32.
     """
+    return _build(config, pooling, dtype)
+
+
+@lru_cache(maxsize=16)
+def _build(config: BertConfig, pooling: str, dtype: str) -> Bert:
     if pooling not in POOLINGS:
         raise ValueError(f"pooling {pooling!r} is not one of {', '.join(POOLINGS)}.")
     if dtype not in ("float32", "bfloat16"):
