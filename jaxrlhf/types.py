@@ -124,6 +124,7 @@ class PairLoss(NamedTuple):
     head: str  # "scalar" | "lm"
     columns: tuple[str, ...]  # names it reads from batch.columns
     loss: Callable[..., tuple[Array, Metrics]]
+    defaults: tuple[float | None, ...] = ()  # one a column: its value while no reward update has made it (round 1); (): none has one
 
 
 class PolicyLoss(NamedTuple):

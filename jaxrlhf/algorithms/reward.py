@@ -18,13 +18,12 @@ from jaxrlhf.steps.pair import make_pair_step
 from jaxrlhf.types import Model, PairBatch, PairLoss, Params, TextBatch
 
 
-@lru_cache(maxsize=16)
 def reward_loss(config: RewardConfig, plugin: Callable[[str], PairLoss]) -> PairLoss:
     """The section's pair loss with those of the section's hyperparameters bound that it has.
 
     Raises ValueError where it is not one for scalar heads, or does not know what the section sets.
     """
-    name = "bradley_terry_margin" if config.use_margin and config.loss == "bradley_terry" else config.loss
+    name = _name(config)
     if ":" not in name and name not in PAIR_LOSSES:
         raise ValueError(f"reward.loss {name!r} is unknown; use one of {', '.join(PAIR_LOSSES)} or module:attribute.")
     loss = plugin(name) if ":" in name else PAIR_LOSSES[name]
@@ -32,17 +31,76 @@ def reward_loss(config: RewardConfig, plugin: Callable[[str], PairLoss]) -> Pair
         raise ValueError(f"reward.loss {name!r} is a {type(loss).__name__}; name a jaxrlhf.types.PairLoss(head, columns, loss).")
     if loss.head != "scalar":
         raise ValueError(f"reward.loss {name!r} needs head {loss.head!r}; a reward model has head 'scalar'.")
+    if loss.defaults and len(loss.defaults) != len(loss.columns):
+        raise ValueError(f"reward.loss {name!r} has {len(loss.columns)} columns and {len(loss.defaults)} defaults; give one each, or none.")
     if config.use_margin and "margin" not in loss.columns:
         raise ValueError(f"reward.use_margin is set, but reward.loss {name!r} reads no column 'margin'; unset it or name another loss.")
     center = config.center_rewards_coefficient
     if "center" in hyperparameter_names(loss):
-        return bind(loss, center=center)
+        return _centred(loss, center)
     if center:
         raise ValueError(
             f"reward.center_rewards_coefficient is {center}, but reward.loss {name!r} has no hyperparameter 'center'; "
             "set it to 0 or give the loss that keyword."
         )
     return loss
+
+
+def _name(config: RewardConfig) -> str:
+    """The name of the section's loss, where `use_margin` may stand for one."""
+    return "bradley_terry_margin" if config.use_margin and config.loss == "bradley_terry" else config.loss
+
+
+def called(config: RewardConfig) -> str:
+    """The section's loss as messages call it."""
+    return f"reward.loss {_name(config)!r}"
+
+
+@lru_cache(maxsize=16)
+def _centred(loss: PairLoss, center: float) -> PairLoss:
+    """One object for equal losses, by which their trainers are found; a module that was reloaded has another loss."""
+    return bind(loss, center=center)
+
+
+def check_columns(loss: PairLoss, reward_update: str | None, *, name: str, given: tuple[str, ...] = ("margin",)) -> None:
+    """Raise ValueError where the loss called `name` reads a column that no pairs of the run will carry, or that round 1 has not.
+
+    `given` are columns that do not come from a reward update; the package's own updates add none.
+    """
+    for place, column in enumerate(loss.columns):
+        if column in given:
+            continue
+        if reward_update is None or ":" not in reward_update:
+            has = "no reward update" if reward_update is None else f"reward update {reward_update!r}, which adds none"
+            raise ValueError(
+                f"{name} reads column {column!r}, which nothing makes: this method has {has}. Name a method whose reward_update is a "
+                "function of your own that adds the column."
+            )
+        if not loss.defaults or loss.defaults[place] is None:
+            raise ValueError(
+                f"{name} reads column {column!r}, which no reward update has made in round 1; give PairLoss(…, defaults=(…,)) the value "
+                "that stands for it until then."
+            )
+
+
+def with_columns(tokens: PairBatch, loss: PairLoss, *, name: str, updated: bool) -> PairBatch:
+    """The pairs with a column for every name the loss reads: its default where no reward update has been made (`updated` False).
+
+    Raises ValueError for a column that is not there after one, naming what is.
+    """
+    missing = [column for column in loss.columns if column not in tokens.columns]
+    if not missing:
+        return tokens
+    defaults = dict(zip(loss.columns, loss.defaults, strict=False))
+    if updated or any(defaults.get(column) is None for column in missing):
+        have = ", ".join(sorted(tokens.columns)) or "none"
+        after = "after the reward update the pairs carry" if updated else "the pairs carry"
+        raise ValueError(
+            f"{name} reads column {missing[0]!r}, but {after} {have}; return pairs whose tokens.columns have it "
+            "(`dataclasses.replace(pairs.tokens, columns={…})`)."
+        )
+    made = {column: np.full(len(tokens.index_B), defaults[column], np.float32) for column in missing}
+    return replace(tokens, columns={**tokens.columns, **made})
 
 
 @lru_cache(maxsize=16)
@@ -58,7 +116,8 @@ def with_weights(tokens: PairBatch, weights_N: np.ndarray) -> PairBatch:
     if weights.shape != (len(tokens.index_B),):
         raise ValueError(f"a reward update gave weights of shape {weights.shape} for {len(tokens.index_B)} pairs; give one a pair.")
     if not np.isfinite(weights).all() or (weights < 0).any():
-        raise ValueError(f"weight {weights[~np.isfinite(weights) | (weights < 0)][0]} is not a finite number ≥ 0; look at eta and alpha.")
+        bad = weights[~np.isfinite(weights) | (weights < 0)][0]
+        raise ValueError(f"weight {bad} is not a finite number ≥ 0; look at eta and alpha, or at your own update.")
     return replace(tokens, weights_B=weights)
 
 

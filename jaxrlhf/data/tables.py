@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -47,23 +48,34 @@ def unpadded(tokens_NT: np.ndarray, mask_NT: np.ndarray) -> list[list[int]]:
 
 
 def write_pair_table(path: Path, rows: list[Pair], tokens: PairBatch, *, pad_id: int) -> None:
-    """Pairs with their tokens; `tokens` holds the rows in the same order."""
+    """Pairs with their tokens; `tokens` holds the rows in the same order.
+
+    Extra columns of the pairs ([N] or [N, D] numbers) are kept as float32, int32 or bool. Raises ValueError for what a step could not
+    read: another length, text, numbers that are not finite or whole numbers beyond 32 bits.
+    """
+    if len(rows) != len(tokens.index_B):
+        raise ValueError(
+            f"{len(rows)} pairs, but the tokens of {len(tokens.index_B)}; `rows` and `tokens` are the same pairs, row for row."
+        )
+    extra = {name: _as_column(name, values, len(rows)) for name, values in tokens.columns.items()}
+    given = [row.margin for row in rows]
+    if "margin" in extra and any(margin is not None for margin in given) and np.array_equal(extra["margin"], _margins(given)):
+        del extra["margin"]  # it stands beside the text
     columns: dict[str, Any] = {
         name: [getattr(row, name) for row in rows] for name in ("id", "prompt", "chosen", "rejected", "source", "templated")
     }
-    columns["margin"] = [row.margin for row in rows]
+    columns["margin"] = given
     columns["prompt_tokens"] = unpadded(tokens.prompt_BL, tokens.prompt_mask_BL)  # type: ignore[arg-type]
     columns["chosen_tokens"] = unpadded(tokens.chosen_BT, tokens.chosen_mask_BT)  # type: ignore[arg-type]
     columns["rejected_tokens"] = unpadded(tokens.rejected_BT, tokens.rejected_mask_BT)  # type: ignore[arg-type]
-    for name, values in tokens.columns.items():
-        if name != "margin":  # which stands beside the text
-            columns[f"{COLUMN}{name}"] = np.asarray(values).tolist()
+    columns |= {f"{COLUMN}{name}": values.tolist() for name, values in extra.items()}
+    kinds = json.dumps({name: [values.dtype.name, list(values.shape[1:])] for name, values in extra.items()})
     L, T = tokens.prompt_BL.shape[1], tokens.chosen_BT.shape[1]
-    write_table(path, columns, prompt_width=L, response_width=T, pad_id=pad_id)
+    write_table(path, columns, prompt_width=L, response_width=T, pad_id=pad_id, kinds=kinds)
 
 
 def read_pair_table(path: Path) -> tuple[list[Pair], PairBatch]:
-    """What `write_pair_table` wrote: rows and tokens, padded as they were, weights 1, `index_B` 0..N−1, columns in float32."""
+    """What `write_pair_table` wrote: rows and tokens, padded as they were, weights 1, `index_B` 0..N−1, extra columns as they were."""
     columns, facts = read_table(path)
     names = ("id", "prompt", "chosen", "rejected", "source", "margin", "templated")
     rows = [Pair(**dict(zip(names, values, strict=True))) for values in zip(*(columns[name] for name in names), strict=True)]
@@ -74,11 +86,30 @@ def read_pair_table(path: Path) -> tuple[list[Pair], PairBatch]:
         *pad_right(columns["chosen_tokens"], T, pad),
         *pad_right(columns["rejected_tokens"], T, pad),
     )
-    extra = {name.removeprefix(COLUMN): np.array(values, np.float32) for name, values in columns.items() if name.startswith(COLUMN)}
-    if not all(m is None for m in columns["margin"]):
-        extra["margin"] = np.array([m or 0.0 for m in columns["margin"]], np.float32)
+    extra = {} if all(margin is None for margin in columns["margin"]) else {"margin": _margins(columns["margin"])}
+    for name, (dtype, shape) in json.loads(facts.get("kinds", "{}")).items():
+        extra[name] = np.array(columns[f"{COLUMN}{name}"], dtype).reshape(n, *shape)
     weights, row_mask, index = np.ones(n, np.float32), np.ones(n, bool), np.arange(n, dtype=np.int32)
     return rows, PairBatch(*sides, weights, row_mask, index, extra)  # type: ignore[arg-type]
+
+
+def _margins(margins: list[float | None]) -> np.ndarray:
+    return np.array([margin or 0.0 for margin in margins], np.float32)
+
+
+def _as_column(name: str, values: Any, n: int) -> np.ndarray:
+    """The values as a device holds them: float32, int32 or bool, [n] or [n, D]."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "biufV" or array.ndim not in (1, 2) or len(array) != n:  # bfloat16 is kind "V"
+        raise ValueError(f"column {name!r} has shape {array.shape} and type {array.dtype} for {n} pairs; give numbers, [N] or [N, D].")
+    if array.dtype.kind in "iu" and array.size and (array.min() < -(2**31) or array.max() >= 2**31):
+        raise ValueError(f"column {name!r} has whole numbers beyond 32 bits, which a device would cut; give floats or smaller numbers.")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is reported below
+        kept = array.astype({"b": np.bool_, "i": np.int32, "u": np.int32}.get(array.dtype.kind, np.float32))
+    bad = np.flatnonzero(~np.isfinite(kept.reshape(n, -1)).all(axis=1)) if n else []
+    if len(bad):
+        raise ValueError(f"column {name!r} is {array[bad[0]]} in row {bad[0]} ({len(bad)} rows in all); give finite numbers.")
+    return kept
 
 
 def text_batch(

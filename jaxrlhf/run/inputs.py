@@ -109,9 +109,9 @@ def check(config: Config, tokenizer: Any = None, *, columns: tuple[str, ...] = (
             resolve(model)
     if config.model.source is not None:
         check_model(config, read_config(resolve(config.model.source)), tokenizer)
-    if config.gold.kind == "function":
-        function_scorer(config.gold.source or "")
+    gold = function_scorer(config.gold.source or "") if config.gold.kind == "function" else None
     if data.train == TOY:
+        try_gold(gold, toy.prompts(data.toy, 2, config.text_seed, "evaluation"))
         return
     rows = read_prompts if config.pairs.source == "sample" else read_pairs
     for read, sources in (
@@ -122,8 +122,16 @@ def check(config: Config, tokenizer: Any = None, *, columns: tuple[str, ...] = (
     ):
         if sources is not None:
             read(sources, limit=1, **options)
+    if gold is not None:
+        try_gold(gold, read_prompts(data.train, limit=2, **options)[0])
     if "margin" in columns and all(pair.margin is None for pair in pairs_of(config, tokenizer)[0]):
         raise DataError(f"the reward loss reads a margin, and no pair of {data.train} has one; unset reward.use_margin or add the field.")
+
+
+def try_gold(gold: Scorer | None, rows: list[Prompt]) -> None:
+    """Call a gold function once, on the references of a few prompts: what is wrong with its answer is said before anything is built."""
+    if gold is not None:
+        gold([row.prompt for row in rows], [row.reference or "" for row in rows])
 
 
 def check_model(config: Config, model: DecoderConfig, tokenizer: Any) -> None:

@@ -14,7 +14,7 @@ import optax
 
 from jaxrlhf import rng, sharding
 from jaxrlhf.algorithms.ppo import POLICY_UPDATES, RoundModels, num_updates, rollout_prompts, train_ppo
-from jaxrlhf.algorithms.reward import reward_loss, reward_trainer, score_pairs, with_weights
+from jaxrlhf.algorithms.reward import called, reward_loss, reward_trainer, score_pairs, with_columns, with_weights
 from jaxrlhf.algorithms.rounds import Round
 from jaxrlhf.algorithms.supervised import num_steps, own_copy, sft_trainer, train
 from jaxrlhf.checkpoint import Checkpoints
@@ -162,7 +162,8 @@ def reward_stage(
         base = setting.load(start, head="scalar", key=None if continues else key)
         loss = reward_loss(config.reward, plugin)
         fitted, weights_N = updated_pairs(update, pairs)
-        table, valid = with_weights(fitted.tokens, weights_N), valid_pairs(pairs)
+        table = with_columns(with_weights(fitted.tokens, weights_N), loss, name=called(config.reward), updated=update is not None)
+        valid = valid_pairs(pairs)
         n, section = len(table.index_B), config.reward
         steps = num_steps(n, batch_size=section.batch_size, num_train_epochs=section.num_train_epochs, max_steps=section.max_steps)
         optimizer, step = reward_trainer(base.model, loss, section, max(steps, 1), setting.mesh)

@@ -60,7 +60,7 @@ def check(config: Config) -> None:
     """What the config alone cannot say of itself: unknown names, unreadable data and batches that do not divide are refused here."""
     from jaxrlhf.algorithms.ppo import check_rloo, policy_loss_of
     from jaxrlhf.algorithms.preference import preference_loss
-    from jaxrlhf.algorithms.reward import reward_loss
+    from jaxrlhf.algorithms.reward import called, check_columns, reward_loss
 
     method = method_of(config.method, config.row, plugin)
     if method.reward_update is not None:
@@ -68,6 +68,8 @@ def check(config: Config) -> None:
         check_update(config, method.reward_update)
     loss = reward_loss(config.reward, plugin)
     columns = loss.columns
+    if method.needs_reward:
+        check_columns(loss, method.reward_update, name=called(config.reward))
     if method.policy_update in PREFERENCE:
         columns = (*columns, *preference_loss(config.dpo, method.policy_update, plugin).columns)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,12 @@ def function_scorer(name: str) -> Scorer:
     found = plugin(name)
     if not callable(found):
         raise TypeError(f"{name!r} is a {type(found).__name__}, which cannot be called; name a function f(prompts, responses) -> scores.")
+    try:
+        inspect.signature(found).bind([], [])
+    except TypeError as error:
+        raise TypeError(f"{name!r} cannot be called as f(prompts, responses) ({error}); give it those two parameters.") from error
+    except ValueError:  # compiled code may not say what it takes
+        pass
     return checked(found, name)
 
 

@@ -100,3 +100,15 @@ def test_the_users_own_error_passes_through_and_lengths_must_agree():
         checked(broken, "f")(["a"], ["b"])
     with pytest.raises(ValueError, match="1 prompts but 2 responses"):
         checked(lengths, "f")(["a"], ["b", "c"])
+
+
+def test_parameters_are_looked_at_before_anything_is_scored(module):
+    module.alone = lambda responses: [0.0]
+    module.keyword = lambda prompts, responses, *, judge: [0.0]
+    module.more = lambda prompts, responses, judge=None, **options: [0.0] * len(responses)
+    for name in ("alone", "keyword"):
+        with pytest.raises(
+            TypeError, match=rf"'a_users_rewards:{name}' cannot be called as f\(prompts, responses\) \(.*\); give it those two"
+        ):
+            function_scorer(f"a_users_rewards:{name}")
+    assert function_scorer("a_users_rewards:more")(["a"], ["b"]).tolist() == [0.0]
