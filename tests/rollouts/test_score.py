@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.losses.logp import token_logp
-from jaxrlhf.rollouts.credit import gae_credit
+from jaxrlhf.rollouts.credit import gae_credit, rloo_credit
 from jaxrlhf.rollouts.score import Readings, RolloutModels, assemble_rollout, has_ended, score_rollout
 from jaxrlhf.steps.pair import response_scores
 from jaxrlhf.types import Completion, Model, Outputs, PromptBatch, TokenStats, replace
@@ -316,3 +316,47 @@ def test_reward_of_an_empty_response_is_zero():
         table_scalar(), PARAMS["reward"], prompts.prompt_BL, prompts.prompt_mask_BL, completion.tokens_BT, completion.mask_BT & False, 3.0
     )
     assert scores.tolist() == [0.0, 0.0]
+
+
+def test_rloo_by_hand():
+    """KL −.5 and 4 over the two responses to one prompt, β = .1; the second has no EOS and loses 1.5: R = .8 and −2.15."""
+    options = {"credit": partial(rloo_credit, kl_coef=0.1, samples=2), "missing_eos_penalty": 1.5}
+    rollout, metrics = assemble_rollout(*hand(), eos_ids=(EOS,), **options)
+    close = partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
+    close(rollout.advantages_BT, [[2.95, 2.95, 0, 0], [-2.95] * 4])
+    close(rollout.returns_BT, [[0.8, 0.8, 0, 0], [-2.15] * 4])
+    assert rollout.value_mask_BT.tolist() == rollout.mask_BT.tolist() and not rollout.values_BT.any()
+    close(metrics["rollout/reward"], (0.8 - 2.15) / 2)
+    close([metrics["rollout/score"], metrics["rollout/score_raw"], metrics["kl/penalty"]], [-0.5, 0.25, 1.75])
+
+
+@pytest.mark.parametrize("microbatch", [None, 2])
+def test_ensemble_against_a_loop(microbatch):
+    """Each member less its own bias; mean less the population deviation; the critic reads one model as before."""
+    prompts, completion = make(filled=2)
+    members = tuple({"weight": PARAMS["reward"]["weight"] * scale + shift} for scale, shift in ((1.0, 0.0), (-0.5, 1.0), (2.0, 3.0)))
+    biases, coef = (0.5, 0.25, -1.0), 0.7
+    params = PARAMS | {"reward": members}
+    options = {"temperature": 0.7, "spread_coef": coef, "microbatch": microbatch, **OPTIONS}
+    rollout, metrics = jax.jit(partial(score_rollout, MODELS, **options))(params, prompts, completion, reward_bias=biases)
+    spreads = []
+    for row in range(6):
+        n = int(completion.mask_BT[row].sum())
+        last, seen = int(completion.tokens_BT[row, n - 1]), 0.01 * (int(prompts.prompt_mask_BL[row].sum()) + n)
+        said = [float(member["weight"][last]) + seen - bias for member, bias in zip(members, biases, strict=True)]
+        mean = sum(said) / 3
+        spreads.append((sum((x - mean) ** 2 for x in said) / 3) ** 0.5)
+        np.testing.assert_allclose(rollout.scores_B[row], mean - coef * spreads[-1], rtol=1e-5)
+    np.testing.assert_allclose(metrics["reward/ensemble_spread"], np.mean(spreads), rtol=1e-5)
+    with pytest.raises(ValueError, match="3 reward models has 2 biases"):
+        score_rollout(MODELS, params, prompts, completion, reward_bias=biases[:2], **options)
+
+
+def test_two_members_that_agree_are_one_to_the_bit():
+    prompts, completion = make(filled=2)
+    one, _ = score(PARAMS, prompts, completion)
+    twins = PARAMS | {"reward": (PARAMS["reward"],) * 2}
+    options = {"temperature": 0.7, "spread_coef": 1.0, "reward_bias": (0.0, 0.0), **SMOOTHED}
+    two, metrics = jax.jit(partial(score_rollout, MODELS, **options))(twins, prompts, completion)
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    assert float(metrics["reward/ensemble_spread"]) == 0

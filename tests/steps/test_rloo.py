@@ -49,8 +49,9 @@ def scored(tiny, batch):
     return jax.jit(score_of(tiny))(batch)
 
 
-def logps(lm, params, prompts, completion, b):
+def logps(lm, params, batch, b):
     """log π of every response token of row b, from the raw logits."""
+    prompts, completion = batch
     tokens = jnp.concatenate([prompts.prompt_BL, completion.tokens_BT], axis=1)
     mask = jnp.concatenate([prompts.prompt_mask_BL, completion.mask_BT], axis=1)
     L, n = prompts.prompt_BL.shape[1], int(completion.mask_BT[b].sum())
@@ -66,7 +67,7 @@ def test_from_text_to_gradient_against_plain_loops(tiny, batch, scored):
     reference, returns = tiny.lm.init(jax.random.key(9)), []
     for b in range(6):
         n = int(completion.mask_BT[b].sum())
-        kl = sum(float(x) for x in logps(tiny.lm, tiny.policy, *batch, b) - logps(tiny.lm, reference, *batch, b))
+        kl = sum(float(x) for x in logps(tiny.lm, tiny.policy, batch, b) - logps(tiny.lm, reference, batch, b))
         text = jnp.concatenate([prompts.prompt_BL[b][prompts.prompt_mask_BL[b]], completion.tokens_BT[b, :n]])[None]
         score = float(tiny.scalar.apply(tiny.reward, text, jnp.ones(text.shape, bool)).scalars[0, -1]) - BIAS
         score -= PENALTY * (int(completion.tokens_BT[b, n - 1]) != EOS)
@@ -83,7 +84,7 @@ def test_from_text_to_gradient_against_plain_loops(tiny, batch, scored):
     tokens = sum(int(completion.mask_BT[b].sum()) for b in range(6))
 
     def surrogate(params):
-        return -sum(advantages[b] * logps(tiny.lm, params, *batch, b).sum() for b in range(6)) / tokens
+        return -sum(advantages[b] * logps(tiny.lm, params, batch, b).sum() for b in range(6)) / tokens
 
     state, learned = jax.jit(step_of(tiny, rate=1.0))(state_of(tiny, 1.0), rollout, jax.random.key(0))
     expected = jax.grad(surrogate)(tiny.policy)
