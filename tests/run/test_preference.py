@@ -208,12 +208,14 @@ def test_weights_and_selections_of_a_reward_update_reach_the_policy(made):
 def test_a_second_round_starts_from_its_start_against_its_reference(made):
     first = made.policy()
     lines = {}
-    for name, reference in (("previous", first), ("sft", made.sft)):
-        second = made.policy(number=2, start=first, reference=reference)
-        assert second.record["inputs"]["reference"] == reference.hash and second.record["parent"] == first.hash
+    # The first of these computes the log-probs of a reference that is not where it starts.
+    for name, start, reference in (("from-sft", made.sft, first), ("previous", first, first), ("sft", first, made.sft)):
+        second = made.policy(number=2, start=start, reference=reference)
+        assert second.record["inputs"]["reference"] == reference.hash and second.record["parent"] == start.hash
         lines[name] = [line for line in read(second.folder / "metrics.jsonl") if line["round"] == 2]
     assert lines["previous"][0]["loss/pair"] == pytest.approx(math.log(2), abs=2e-6)
     assert lines["sft"][0]["loss/pair"] < math.log(2) - 1e-3 and lines["sft"][0]["rewards/margins"] > 0.01
+    assert lines["from-sft"][0]["rewards/margins"] == pytest.approx(-lines["sft"][0]["rewards/margins"], rel=0.01)
 
 
 def test_a_stopped_training_goes_on_with_the_same_bits(finished, store, tiny_config, tmp_path, monkeypatch):
