@@ -91,7 +91,7 @@ def draw(setting: Setting, folder: Path, loaded: Loaded, gold: Scorer | None, ro
     setting.report_rows(folder, "prompts", ReadReport(kept=len(rows)), cut)
     rows = [rows[i] for i in cut.rows]
     sampling = sampling_of(loaded, max_new_tokens=config.ppo.response_length, temperature=config.evaluation.temperature)
-    key = rng.stream(setting.key, "evaluation")
+    key = rng.stream(rng.root_key(config.text_seed), "evaluation")  # π_SFT is evaluated once for all seeds that share it
     size = min(config.evaluation.batch_size, max(len(rows), 1))
     tables = tuple(
         sample_dataset(
