@@ -16,19 +16,25 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell every 
 
 USAGE = """\
 jaxrlhf run CONFIG.yaml [--section.key value …]     all stages of a run, and its table
+jaxrlhf sweep CONFIG.yaml --seeds 5 [--…]           every arm at the seeds 0 to 4 (3,5,9: at these), and one table of all
 jaxrlhf sft | reward | ppo CONFIG.yaml [--…]        the stages up to that one (of round 1)
+jaxrlhf embed | nearest DATA --output FOLDER        vectors of preference pairs; the pairs nearest to a policy's text
 jaxrlhf generate FOLDER [PROMPT …] [--file F]       sample from a policy
 jaxrlhf run CONFIG.yaml --help                      every key of the config
 """
 
 
+HELP = ("-h", "--help")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 1 with one clear message on standard error, or 2 for a command that cannot be parsed."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in HELP:
         print(USAGE, end="")
         return 0 if argv else 2
-    commands = {"run": _run, "sft": _run, "reward": _run, "ppo": _run, "generate": _generate}
+    commands = dict.fromkeys(("run", "sft", "reward", "ppo"), _run)
+    commands |= {"sweep": _sweep, "embed": _tool, "nearest": _tool, "generate": _generate}
     if argv[0] not in commands:
         print(f"jaxrlhf: no command {argv[0]!r}.\n{USAGE}", end="", file=sys.stderr)
         return 2
@@ -77,21 +83,9 @@ def _raised_here(error: Exception) -> bool:
 
 
 def _run(command: str, argv: list[str]) -> int:
-    from jaxrlhf.recipe import ConfigError, contradictions, load_config
-
-    if argv and argv[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0
-    if not argv or argv[0].startswith("-"):
-        print(f"jaxrlhf {command} needs a config: jaxrlhf {command} CONFIG.yaml\n{USAGE}", end="", file=sys.stderr)
-        return 2
-    path, overrides = argv[0], argv[1:]
-    config = load_config(path)
-    if overrides:
-        config = _overridden(config, overrides, f"jaxrlhf {command} {path}")
-        faults = [*contradictions(config), *_overruled(config, overrides)]
-        if faults:
-            raise ConfigError("\n".join(faults))
+    if (status := _without_config(command, argv)) is not None:
+        return status
+    config = _config_of(command, argv[0], argv[1:])
     _cache_compilations()
     from jaxrlhf.run.run import run
     from jaxrlhf.run.table import read_summaries, show
@@ -104,6 +98,53 @@ def _run(command: str, argv: list[str]) -> int:
         for stage in sorted((folder / "stages").glob("*")) if not config.arms else sorted(folder.glob("*/stages/*")):
             print(stage)
     return 0
+
+
+def _sweep(command: str, argv: list[str]) -> int:
+    if (status := _without_config(command, argv)) is not None:
+        return status
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--seeds", default="")
+    options, overrides = parser.parse_known_args(argv[1:])
+    config = _config_of(command, argv[0], overrides)
+    from jaxrlhf.run.sweep import read_sweep, seeds_of, sweep, way_out
+    from jaxrlhf.run.sweep_table import show
+
+    seeds = seeds_of(options.seeds)
+    _cache_compilations()
+    folder = sweep(config, seeds)
+    done = read_sweep(folder)
+    show(done)
+    print(f"sweep folder: {folder}")
+    for line in way_out(done):
+        print(f"jaxrlhf: {line}", file=sys.stderr)
+    return 1 if way_out(done) else 0
+
+
+def _without_config(command: str, argv: list[str]) -> int | None:
+    """The exit status of a command that was given no config: asked for help, or mistaken."""
+    if argv and argv[0] in HELP:
+        print(USAGE, end="")
+        return 0
+    if not argv or argv[0].startswith("-"):
+        print(f"jaxrlhf {command} needs a config: jaxrlhf {command} CONFIG.yaml\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    return None
+
+
+def _config_of(command: str, path: str, overrides: list[str]) -> Any:
+    """The recipe at `path` with what the command line overrides."""
+    from jaxrlhf.recipe import ConfigError, contradictions, load_config
+
+    config = load_config(path)
+    if overrides:
+        config = _overridden(config, overrides, f"jaxrlhf {command} {path}")
+        faults = [*contradictions(config), *_overruled(config, overrides)]
+        if command == "sweep" and any(word.partition("=")[0] == "--seed" for word in overrides):
+            faults.append("--seed would do nothing: --seeds gives the seeds, and --sft_seed that of the text and of SFT.")
+        if faults:
+            raise ConfigError("\n".join(faults))
+    return config
 
 
 def _overridden(config: Any, overrides: list[str], prog: str) -> Any:
@@ -134,6 +175,18 @@ def _cache_compilations() -> None:
 
     if jax.config.values["jax_compilation_cache_dir"] is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxrlhf" / "xla"))
+
+
+def _tool(command: str, argv: list[str]) -> int:
+    """A command that has its own options: jaxrlhf/run/COMMAND.py."""
+    import importlib
+
+    parser = argparse.ArgumentParser(prog=f"jaxrlhf {command}")
+    module = importlib.import_module(f"jaxrlhf.run.{command}")
+    module.add_arguments(parser)
+    options = parser.parse_args(argv)
+    _cache_compilations()
+    return module.main(options)
 
 
 def _generate(command: str, argv: list[str]) -> int:
