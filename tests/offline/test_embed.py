@@ -198,7 +198,12 @@ print(embed_cached(texts, folder=folder, encoder=encoder, backend="flax", batch_
 def test_killed_the_real_encoder_goes_on_to_the_same_bytes(bert, tmp_path):
     def start(folder, last):
         arguments = json.dumps([MANY, str(tmp_path / folder), str(bert), last])
-        return subprocess.Popen([sys.executable, "-c", KILLED, arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        }
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": os.environ | cache}
+        return subprocess.Popen([sys.executable, "-c", KILLED, arguments], **pipes)
 
     whole, killed = start("whole", None), start("killed", 12)
     whole.communicate()
