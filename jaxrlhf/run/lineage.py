@@ -53,10 +53,17 @@ def _policy_before(round: Round, sft: Done, update: Done) -> dict[str, str]:
 
 
 def policy_lineage(
-    round: Round, *, start: Done, reference: Done | None, sft: Done, rewards: Sequence[Done] = (), pairs: Done | None = None
+    round: Round,
+    *,
+    start: Done,
+    reference: Done | None,
+    sft: Done,
+    rewards: Sequence[Done] = (),
+    pairs: Done | None = None,
+    update: Done | None = None,
 ) -> dict[str, Any]:
-    """A policy's parent, its reward models (none where it learns from `pairs` directly), its KL reference and its π_SFT."""
-    return {
+    """A policy's parent, its reward models (none where it learns from `pairs` directly, and their `update`), its KL reference and π_SFT."""
+    facts = {
         "kind": "policy",
         "round": round.number,
         "update": round.policy_update,
@@ -64,7 +71,9 @@ def policy_lineage(
         "reward": [reference_to(reward) for reward in rewards],
         "reference": None if reference is None else reference_to(reference),
         "sft": reference_to(sft),
-    } | ({} if pairs is None else {"pairs": reference_to(pairs)})
+    }
+    further = {"pairs": pairs, "pairs_update": update}
+    return facts | {name: reference_to(done) for name, done in further.items() if done is not None}
 
 
 def reference_to(done: Done) -> dict[str, str]:

@@ -41,6 +41,7 @@ from jaxrlhf.plugins import plugin, source_of
 from jaxrlhf.run import inputs
 from jaxrlhf.run.data import updated_pairs, valid_pairs
 from jaxrlhf.run.ensemble import numbered, spread_of
+from jaxrlhf.run.lineage import policy_lineage, reward_lineage, write_lineage
 from jaxrlhf.run.setting import CHECKPOINT, Setting
 from jaxrlhf.run.stages import Done, Stage
 from jaxrlhf.scorers.reward_model import score_responses
@@ -162,6 +163,8 @@ def reward_stage(
         base = setting.load(start, head="scalar", key=None if continues else key)
         loss = reward_loss(config.reward, plugin)
         fitted, weights_N = updated_pairs(update, pairs)
+        given = {"start": start, "sft": sft, "pairs": pairs, "update": update, "fitted": fitted, "weights_N": weights_N}
+        write_lineage(folder, reward_lineage(round, **given))
         table = with_columns(with_weights(fitted.tokens, weights_N), loss, name=called(config.reward), updated=update is not None)
         valid = valid_pairs(pairs)
         n, section = len(table.index_B), config.reward
@@ -232,6 +235,7 @@ def policy_stage(
     kl_coef = section.kl_coef_previous if round.moved_reference and section.kl_coef_previous is not None else section.kl_coef
 
     def build(folder: Path) -> dict[str, Any]:
+        write_lineage(folder, policy_lineage(round, start=start, reference=reference, sft=sft, rewards=rewards))
         policy, scorer = setting.load(start, head="lm"), setting.load(rewards[0], head="scalar")
         tokenizer = policy.tokenizer
         # The KL coefficient is data of the compiled step, not part of it: arms that differ in it share their compilations.

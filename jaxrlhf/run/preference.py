@@ -18,6 +18,7 @@ from jaxrlhf.data.batches import batches
 from jaxrlhf.models.hub import Loaded
 from jaxrlhf.plugins import plugin, source_of
 from jaxrlhf.run.data import updated_pairs
+from jaxrlhf.run.lineage import policy_lineage, write_lineage
 from jaxrlhf.run.models import add_model, placed
 from jaxrlhf.run.setting import Setting
 from jaxrlhf.run.stages import Done, Stage
@@ -30,15 +31,16 @@ TEMPERATURE = 1.0  # of the log-probs on both sides of the ratio: the pair step 
 def preference_stage(setting: Setting, round: Round, *, sft: Done, start: Done, reference: Done, pairs: Done, update: Done | None) -> Done:
     """The policy of a round, trained from `start` on the (filtered, weighted) pairs against `reference`.
 
-    Every round has a fresh optimizer. `sft` is what other policy updates measure their distance to; this one does not read it.
+    Every round has a fresh optimizer. `sft` is what other policy updates measure their distance to; this one only names it.
     """
-    del sft
     config, section, number = setting.config, setting.config.dpo, round.number
     loss = preference_loss(section, round.policy_update, plugin)
 
     def build(folder: Path) -> dict[str, Any]:
         policy = setting.load(start, head="lm")
         fitted, weights_N = updated_pairs(update, pairs)
+        used = reference if needs_reference(loss) else None
+        write_lineage(folder, policy_lineage(round, start=start, reference=used, sft=sft, pairs=pairs, update=update))
         table, n = with_weights(fitted.tokens, weights_N), len(fitted.rows)
         steps = num_steps(n, batch_size=section.batch_size, num_train_epochs=section.num_train_epochs, max_steps=section.max_steps)
         if needs_reference(loss):

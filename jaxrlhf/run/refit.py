@@ -18,13 +18,13 @@ from jaxrlhf.algorithms.update import Pairs
 from jaxrlhf.data.tables import read_pair_table
 from jaxrlhf.evaluation.diagnostics import agreement_with_gold
 from jaxrlhf.losses import effective_sample_size, importance_weights, relative_log_ratio
-from jaxrlhf.models.hub import Loaded, reward_bias
+from jaxrlhf.models.hub import Loaded
 from jaxrlhf.offline.logprobs import response_logps
 from jaxrlhf.run.data import TRAIN
+from jaxrlhf.run.ensemble import numbered, reward_scores, spread_of
 from jaxrlhf.run.evaluate import read_samples
 from jaxrlhf.run.setting import Setting
 from jaxrlhf.run.stages import Done, Stage
-from jaxrlhf.scorers.reward_model import score_responses
 
 if TYPE_CHECKING:
     from jaxrlhf.run.run import Track
@@ -48,6 +48,7 @@ class Since:
     fitted_for: Done
     evaluation_then: Done
     rewards: tuple[Done, ...]
+    spread_coef: float | None  # of an ensemble's one score
     pairs: Done
 
 
@@ -68,6 +69,7 @@ def refit_stage(setting: Setting, number: int, track: Track, pairs: Done) -> Don
         fitted_for=track.policies[track.refitted],
         evaluation_then=track.evaluations[track.refitted],
         rewards=track.rewards,
+        spread_coef=spread_of(track.last.ensemble if track.last else None, setting.config),
         pairs=pairs,
     )
 
@@ -84,7 +86,7 @@ def refit_stage(setting: Setting, number: int, track: Track, pairs: Done) -> Don
             stage.step(1, figures)
         return result
 
-    slice_ = {"when": section.when, "threshold": threshold, "forced": forced, "rounds": rounds, **measure.reads(setting)}
+    slice_ = {"when": section.when, "threshold": threshold, "forced": forced, "rounds": rounds, **measure.reads(setting, since)}
     done = setting.build(Stage(f"r{number}-refit", "data", "refit", slice_, measure.inputs(since)), build, round=number)
     setting.log.note(said(number, done.record["result"]))
     return done
@@ -153,23 +155,16 @@ def ess_share(now: dict[str, np.ndarray], then: dict[str, np.ndarray], *, alpha:
 def accuracy_since(setting: Setting, since: Since) -> Measured:
     """How far the reward model's accuracy has fallen, from the samples of the policy it was fitted for to those of the policy now.
 
-    On the two responses to every prompt of an evaluation, as gold orders them; ties of gold are left out. Scores of an ensemble are the
-    members' mean.
+    On the two responses to every prompt of an evaluation, as gold orders them; ties of gold are left out. An ensemble is judged by the
+    one score its policy is trained on.
     """
-    scorers = [setting.load(reward, head="scalar") for reward in since.rewards]
-    accuracy = []
-    for evaluation in (since.evaluation_then, since.evaluation):
-        samples = read_samples(evaluation, scorers[0])
-        assert samples.gold is not None, "a config that refits by accuracy names a gold scorer"
-        options = {"batch_size": setting.config.reward.eval_batch_size, "mesh": setting.mesh}
-        scores = tuple(
-            np.mean([score_responses(s.model, s.params, table, bias=reward_bias(s), **options) for s in scorers], axis=0)
-            for table in samples.tables
-        )
-        accuracy.append(agreement_with_gold(scores, samples.gold))  # type: ignore[arg-type]
-    then, now = accuracy
-    fall = None if then is None or now is None else then - now
-    return Measured(fall, {"accuracy": now, "accuracy_then": then})
+    policy = setting.load(since.policy, head="lm")._replace(params=None)  # its tokenizer is what is needed
+    then, now = (read_samples(evaluation, policy) for evaluation in (since.evaluation_then, since.evaluation))
+    scores, _ = reward_scores(setting, since.rewards, since.spread_coef, (*then.tables, *now.tables))
+    assert then.gold is not None and now.gold is not None, "a config that refits by accuracy names a gold scorer"
+    before, after = agreement_with_gold((scores[0], scores[1]), then.gold), agreement_with_gold((scores[2], scores[3]), now.gold)
+    fall = None if before is None or after is None else before - after
+    return Measured(fall, {"accuracy": after, "accuracy_then": before})
 
 
 class Measure(NamedTuple):
@@ -179,7 +174,7 @@ class Measure(NamedTuple):
     of: Callable[[Setting, Since], Measured]
     due: Callable[[float, float], bool]
     inputs: Callable[[Since], dict[str, Done]]
-    reads: Callable[[Setting], dict[str, Any]]
+    reads: Callable[[Setting, Since], dict[str, Any]]
 
 
 def _policies(since: Since, *names: Literal["evaluation", "pairs"]) -> dict[str, Done]:
@@ -187,11 +182,11 @@ def _policies(since: Since, *names: Literal["evaluation", "pairs"]) -> dict[str,
 
 
 def _rewards(since: Since) -> dict[str, Done]:
-    rewards = {f"reward-{n}" if n else "reward": reward for n, reward in enumerate(since.rewards)}
-    return rewards | {"evaluation": since.evaluation, "evaluation_then": since.evaluation_then}
+    return numbered(since.rewards) | {"policy": since.policy, "evaluation": since.evaluation, "evaluation_then": since.evaluation_then}
 
 
-def _weights_read(setting: Setting) -> dict[str, Any]:
+def _weights_read(setting: Setting, since: Since) -> dict[str, Any]:
+    del since
     read = {name: getattr(setting.config.weights, name) for name in ("alpha", "temperature", "max_tokens")}
     return read | {"dtype": setting.config.model.dtype}
 
@@ -204,7 +199,7 @@ MEASURES: dict[str, Measure] = {
         kl_since,
         lambda value, budget: value > budget,
         lambda since: _policies(since, "evaluation"),
-        lambda setting: {"temperature": setting.config.evaluation.temperature, "dtype": setting.config.model.dtype},
+        lambda setting, since: {"temperature": setting.config.evaluation.temperature, "dtype": setting.config.model.dtype},
     ),
     "ess": Measure(
         "share of the pairs that count under what has changed since the last refit",
@@ -218,6 +213,6 @@ MEASURES: dict[str, Measure] = {
         accuracy_since,
         lambda fall, most: fall > most,
         _rewards,
-        lambda setting: {"dtype": setting.config.model.dtype},
+        lambda setting, since: {"dtype": setting.config.model.dtype, "spread_coef": since.spread_coef},
     ),
 }

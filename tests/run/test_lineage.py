@@ -1,5 +1,6 @@
 """What a model's folder says of its origin, and the tree that follows from it."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import pytest
 from jaxrlhf.algorithms.rounds import METHODS, Round, round_of
 from jaxrlhf.algorithms.update import Pairs
 from jaxrlhf.data.pairs import Pair, dataset_hash
+from jaxrlhf.data.tables import read_pair_table
 from jaxrlhf.run.lineage import lineage, policy_lineage, read_lineage, reference_to, reward_lineage, write_lineage
-from jaxrlhf.run.stages import Done, Stage, Store
+from jaxrlhf.run.run import run
+from jaxrlhf.run.stages import Done, Stage, Store, read_record
+from jaxrlhf.runlog import read
 
 
 def rounds(name: str) -> tuple[Round, Round]:
@@ -122,3 +126,34 @@ def test_where_there_is_nothing_to_start_from(made, tmp_path):
         lineage(tmp_path / "sweep")
     with pytest.raises(ValueError, match=r"has no model with a lineage.json; it was made by an earlier version"):
         lineage(tmp_path / "sweep" / "ppo")
+
+
+def test_a_run_writes_what_its_stages_were_made_of(tmp_path, tiny_config, one_device):
+    """The file agrees with the stages' own records, its weights with the report of the update, and it changes no hash."""
+    folder = run(tiny_config(tmp_path, method="ocrm"))
+    found = {link.name[3:]: link.resolve() for link in (folder / "stages").iterdir()}
+    reward, policy = (read_lineage(found[name]) for name in ("r2-reward", "r2-policy"))
+    assert reward is not None and policy is not None
+    inputs = read_record(found["r2-policy"])["inputs"]
+    assert policy["parent"]["hash"] == inputs["start"] and policy["reference"]["hash"] == inputs["reference"]
+    assert [one["hash"] for one in policy["reward"]] == [inputs["reward"]] and policy["sft"]["hash"] == inputs["sft"]
+    assert reward["corrects_for"] == {"stage": "r1-policy", "hash": read_record(found["r2-update"])["inputs"]["policy"]}
+    rows, _ = read_pair_table(found["pairs"] / "train.parquet")
+    report = json.loads((found["r2-update"] / "report.json").read_text())
+    assert reward["data"]["hash"] == dataset_hash(rows) and reward["data"]["pairs"] == len(rows) == report["pairs"]
+    assert reward["data"]["weights"] == pytest.approx({name: report[name] for name in reward["data"]["weights"]})
+    assert (found["r2-update"] / "weight_health.svg").stat().st_size > 1000
+    lines = lineage(folder).splitlines()
+    assert lines[0].startswith("r2-policy ") and any("(importance-weighted), ESS" in line for line in lines)
+    assert lines[-1].startswith("└─ reference r1-policy") and lines[-1].endswith("(above)")
+    (line,) = [line for line in read(folder / "metrics.jsonl") if line["stage"] == "update"]
+    assert line["weights/length_correlation"] == pytest.approx(report["length_correlation"])
+
+
+def test_a_policy_that_learns_from_pairs_names_them(made):
+    first = round_of(METHODS["dpo"], 1)
+    facts = policy_lineage(first, start=made["sft"], reference=made["sft"], sft=made["sft"], pairs=made["pairs"], update=made["r2-update"])
+    assert facts["update"] == "dpo" and facts["reward"] == []
+    assert facts["pairs"] == reference_to(made["pairs"]) and facts["pairs_update"] == reference_to(made["r2-update"])
+    write_lineage(made["r1-policy"].folder, facts | {"reference": None})
+    assert lineage(made["r1-policy"].folder).splitlines()[1:] == [f"└─ from sft {made['sft'].hash[:8]}"]
