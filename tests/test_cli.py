@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from jaxrlhf import cli
+from jaxrlhf.algorithms.rounds import METHODS
 from jaxrlhf.config import Config
 
 TOY = {"pairs": {"source": "sample"}, "gold": {"kind": "toy"}}
@@ -57,7 +58,7 @@ def test_without_arguments_and_help(capsys):
     ("changes", "message"),
     [
         ({"ppo": {"kl_coeff": 1}}, "unknown key 'ppo.kl_coeff'; did you mean 'ppo.kl_coef'?"),
-        ({"method": "ocmr"}, "method 'ocmr' is unknown; the table has ppo, ppo-moving-reference, retrain, ocrm, ocrm-fixed-reference. Did you mean 'ocrm'?"),  # noqa: E501
+        ({"method": "ocmr"}, f"method 'ocmr' is unknown; the table has {', '.join(METHODS)}. Did you mean 'ocrm'?"),
         ({"arms": {"a": {"method": "pppo"}}}, "method 'pppo' is unknown"),
         ({"reward": {"loss": "bradley-terry"}}, "reward.loss 'bradley-terry' is unknown"),
         ({"reward": {"loss": "no_such_module:loss"}}, "no module 'no_such_module'"),
@@ -207,3 +208,58 @@ def test_generate_prints_rows_and_writes_files_whole(monkeypatch, tmp_path, caps
     target = tmp_path / "out.jsonl"
     assert cli.main(["generate", "folder", "--file", "prompts.jsonl", "--output", str(target)]) == 0
     assert target.read_text() == '{"id": "0", "response": "é"}\n' and [p.name for p in Path(tmp_path).iterdir()] == ["out.jsonl"]
+
+
+@pytest.fixture
+def swept(monkeypatch, tmp_path):
+    """What would have been swept: (config, seeds); the sweep's one run finished, or failed where `failed` is appended to."""
+    import jaxrlhf.run.sweep as module
+    from jaxrlhf.run.sweep_runs import Run, Sweep
+
+    made, failed = [], []
+    settings = {"policy_update": "ppo", "reference": "SFT", "reward": "kept", "restart": "–", "rounds": 1, "episodes": 8, "prompts": 8}
+
+    def sweep(config, seeds):
+        made.append((config, seeds))
+        run = Run(0, "a", "failed", error="ValueError: no", folder="f") if failed else Run(0, "a", "pending")
+        module.write_table(Sweep("s", None, {"a": settings | {"response_length": 1}}, (run,)), tmp_path)
+        return tmp_path
+
+    monkeypatch.setattr(module, "sweep", sweep)
+    return made, failed
+
+
+def test_sweep_parses_its_seeds_and_overrides(recipe, swept, capsys):
+    made, failed = swept
+    assert cli.main(["sweep", recipe(arms={"a": {}}), "--seeds", "2", "--rounds", "2", "--sft_seed", "0"]) == 0
+    (config, seeds), output = made[0], capsys.readouterr().out
+    assert seeds == (0, 1) and config.rounds == 2 and config.sft_seed == 0 and config.arms == {"a": {}}
+    assert "sweep folder:" in output and "reward model" in output
+    failed.append(True)
+    assert cli.main(["sweep", recipe(), "--seeds=3,5"]) == 1
+    assert made[1][1] == (3, 5) and "1 of 1 runs failed" in capsys.readouterr().err
+
+
+def test_sweep_refuses_what_cannot_be_meant(recipe, swept, capsys):
+    for words, message in (
+        ([], "a sweep needs its seeds"),
+        (["--seeds", "x"], "--seeds 'x' is neither"),
+        (["--seeds", "2", "--seed", "1"], "--seed would do nothing"),
+        (["--seeds", "2", "--weights.alpha", "2"], "weights.alpha is 2.0"),
+    ):
+        assert cli.main(["sweep", recipe(), *words]) == 1
+        assert message in capsys.readouterr().err and not swept[0]
+    assert cli.main(["sweep"]) == 2 and cli.main(["sweep", "--seeds", "2"]) == 2 and cli.main(["sweep", "--help"]) == 0
+
+
+@pytest.mark.parametrize("command", ["embed", "nearest"])
+def test_tools_have_their_own_options(command, monkeypatch, capsys):
+    module = importlib.import_module(f"jaxrlhf.run.{command}")
+    seen = []
+    monkeypatch.setattr(module, "main", lambda options: seen.append(options) or 3)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0 and f"jaxrlhf {command}" in capsys.readouterr().out and not seen
+    given = {"embed": ["pairs.jsonl"], "nearest": ["pairs.jsonl", "--embeddings", "v", "--generations", "g.jsonl"]}[command]
+    assert cli.main([command, *given, "--output", "there"]) == 3
+    assert seen[0].output == "there"
