@@ -46,8 +46,11 @@ def draw(sweep: Sweep, folder: Path) -> Path | None:
                 "markersize": 4,
                 "linewidth": 1.3,
             }
-            _line(left, [None if k is None else k.mean for k in kl], gold, look, arm)
-            _by_episodes(right, sweep, arm, gold, look)
+            faint = 0.15 if len(curves) <= len(COLOURS) else 0.06  # of a band: many on top of each other hide the lines
+            _line(left, [None if k is None else k.mean for k in kl], gold, look, faint, arm)
+            _by_episodes(right, sweep, arm, gold, look, faint)
+        for axes in (left, right):
+            axes.locator_params(axis="x", nbins=6)
         left.set(xlabel="KL to SFT (nats a response)", ylabel="gold (true reward)")
         right.set(xlabel="episodes (thousands)")
         handles, labels = left.get_legend_handles_labels()
@@ -62,7 +65,9 @@ def draw(sweep: Sweep, folder: Path) -> Path | None:
     return folder / "grid.svg"
 
 
-def _line(axes: Any, x: Sequence[float | None], gold: Sequence[Estimate | None], look: dict[str, Any], label: str | None = None) -> None:
+def _line(
+    axes: Any, x: Sequence[float | None], gold: Sequence[Estimate | None], look: dict[str, Any], faint: float, label: str | None = None
+) -> None:
     points = [(at, point) for at, point in zip(x, gold, strict=True) if at is not None and point is not None]
     if not points:
         return
@@ -70,14 +75,14 @@ def _line(axes: Any, x: Sequence[float | None], gold: Sequence[Estimate | None],
     mean = np.array([point.mean for _, point in points])
     se = np.array([point.se or 0.0 for _, point in points])
     axes.plot(at, mean, label=label, **look)
-    axes.fill_between(at, mean - se, mean + se, color=look["color"], alpha=0.15, linewidth=0)
+    axes.fill_between(at, mean - se, mean + se, color=look["color"], alpha=faint, linewidth=0)
 
 
-def _by_episodes(axes: Any, sweep: Sweep, arm: str, gold: Sequence[Estimate | None], look: dict[str, Any]) -> None:
+def _by_episodes(axes: Any, sweep: Sweep, arm: str, gold: Sequence[Estimate | None], look: dict[str, Any], faint: float) -> None:
     """A policy that samples nothing has no place on the axis: its last gold is a line across."""
     setting = sweep.settings[arm]
     if setting["episodes"]:
         a_round = setting["episodes"] / setting["rounds"] / 1000
-        _line(axes, [number * a_round for number in range(len(gold))], gold, look)
+        _line(axes, [number * a_round for number in range(len(gold))], gold, look, faint)
     elif gold and (last := gold[-1]):
         axes.axhline(last.mean, color=look["color"], linestyle=look["linestyle"], linewidth=look["linewidth"])
