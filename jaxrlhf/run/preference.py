@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxrlhf import sharding
 from jaxrlhf.algorithms.preference import REFERENCE, needs_reference, preference_loss, preference_trainer, settings_read
-from jaxrlhf.algorithms.reward import with_weights
+from jaxrlhf.algorithms.reward import with_columns, with_weights
 from jaxrlhf.algorithms.rounds import Round
 from jaxrlhf.algorithms.supervised import num_steps, own_copy, train
 from jaxrlhf.algorithms.update import Pairs, stored_pair_logps
@@ -46,6 +46,7 @@ def preference_stage(setting: Setting, round: Round, *, sft: Done, start: Done, 
         if needs_reference(loss):
             at_hand = (lambda: policy) if reference.hash == start.hash else (lambda: setting.load(reference, head="lm"))
             table = with_reference(setting, number, fitted, table, at_hand, reference.hash, policy.tokenizer)
+        table = with_columns(table, loss, name=f"dpo.loss {section.loss!r}", updated=update is not None)
         optimizer, step = preference_trainer(policy.model, loss, section, max(steps, 1), setting.mesh)
         state = sharding.place(init_state(own_copy(policy.params), optimizer), setting.mesh)
         policy = policy._replace(params=None)  # the memory is wanted for the training

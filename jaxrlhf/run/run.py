@@ -59,7 +59,7 @@ def run(config: Config | str | Path, *, until: str | None = None, log: RunLog | 
 def check(config: Config) -> None:
     """What the config alone cannot say of itself: unknown names, unreadable data and batches that do not divide are refused here."""
     from jaxrlhf.algorithms.ppo import check_rloo, policy_loss_of
-    from jaxrlhf.algorithms.preference import preference_loss
+    from jaxrlhf.algorithms.preference import REFERENCE, preference_loss
     from jaxrlhf.algorithms.reward import called, check_columns, reward_loss
 
     method = method_of(config.method, config.row, plugin)
@@ -71,7 +71,9 @@ def check(config: Config) -> None:
     if method.needs_reward:
         check_columns(loss, method.reward_update, name=called(config.reward))
     if method.policy_update in PREFERENCE:
-        columns = (*columns, *preference_loss(config.dpo, method.policy_update, plugin).columns)
+        preference = preference_loss(config.dpo, method.policy_update, plugin)
+        check_columns(preference, method.reward_update, name=f"dpo.loss {config.dpo.loss!r}", given=("margin", *REFERENCE))
+        columns = (*columns, *preference.columns)
     else:
         policy_loss_of(config.ppo, plugin)
     if method.policy_update == "rloo":
