@@ -45,15 +45,24 @@ ONE_ROUND = ("dpo", "wpo")
 
 # Combinations that no row has.
 FREE = {
-    "iterated-dpo-weighted": {"method": "dpo", "row": {"reward_update": "importance-weighted", "reference": "previous", "policy_start": "previous"}},
+    "iterated-dpo-weighted": {
+        "method": "dpo",
+        "row": {"reward_update": "importance-weighted", "reference": "previous", "policy_start": "previous"},
+    },
     "wpo-on-nearest": {"method": "wpo", "row": {"reward_update": "nearest"}},
     "rloo-ocrm-ensemble": {"method": "ocrm", "row": {"policy_update": "rloo", "ensemble": "mean-minus-spread"}},
     "rlp-carried-on": {
         "method": "rlp-spg",
-        "row": {"policy_start": "previous", "reward_start": "previous", "reference": "previous", "restart_optimizer": False, "restart_critic": False},
+        "row": {
+            "policy_start": "previous",
+            "reward_start": "previous",
+            "reference": "previous",
+            "restart_optimizer": False,
+            "restart_critic": False,
+        },
     },
     "frft-from-sft": {"method": "frft-alpha", "row": {"policy_start": "sft", "reward_start": "previous"}},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
