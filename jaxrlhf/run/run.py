@@ -225,7 +225,8 @@ class Summary:
         report = update_report(update)
         row |= {"ess": report.get("ess"), "ess_fraction": report.get("ess_fraction"), "eta": report.get("eta")}
         row |= {"reward_accuracy": figures.get("reward_accuracy")}
-        row |= {"reward_accuracy_valid": rewards[0].record["result"]["accuracy_valid"] if rewards else None}
+        valid = [done.record["result"]["accuracy_valid"] for done in rewards]  # of an ensemble's members one by one
+        row |= {"reward_accuracy_valid": sum(valid) / len(valid) if valid and None not in valid else None}
         row |= {
             "pairs": rewards[0].record["result"]["pairs"] if rewards else None,
             "refit": update is not None,

@@ -72,6 +72,7 @@ def folder(tmp_path_factory, tiny_config) -> Path:
     words = [word for word in toy_tokenizer().get_vocab() if word.isalpha()]
     encoder = write_tiny_bert(output / "encoder", words)
     arms = {name: {"method": name} for name in METHODS} | {"ocrm-flat": {"method": "ocrm", "weights.eta": 0.0}, **FREE}
+    arms |= {"ppo-other-k": {"method": "ppo", "ppo.rloo_k": 4}, "ppo-same-prompts": {"method": "ppo", "ppo.round_prompts": "same"}}
     config = tiny_config(
         output,
         arms=arms,
@@ -143,6 +144,13 @@ def test_rows_share_what_they_have_in_common(folder):
     assert first["frft"]["r2-policy"] == first["frft-alpha"]["r2-policy"]
     assert len({first[name]["r1-reward-2"] for name in ("ppo-ensemble", "ppo-pessimistic")}) == 1
     assert first["ppo-ensemble"]["r1-policy"] != first["ppo-pessimistic"]["r1-policy"]
+
+
+def test_stages_depend_on_what_they_read_and_no_more(folder):
+    """RLOO's k is nothing to PPO, and round 1 has the same prompts whether those of round 2 are fresh or not."""
+    plain, other, same_prompts = (stages(folder / name) for name in ("ppo", "ppo-other-k", "ppo-same-prompts"))
+    assert other["r2-policy"] == plain["r2-policy"]
+    assert same_prompts["r1-policy"] == plain["r1-policy"] and same_prompts["r2-policy"] != plain["r2-policy"]
 
 
 def test_weights_of_one_are_no_weights(folder):
