@@ -230,6 +230,7 @@ class Summary:
         row |= {
             "pairs": rewards[0].record["result"]["pairs"] if rewards else None,
             "refit": update is not None,
+            "update": update.record["result"]["update"] if update else None,
             "refit_value": decision.record["result"]["value"] if decision else None,
         }
         row |= {name: figures.get(name) for name in ("win_rate", "win_rate_low", "win_rate_high", "tie_rate", "length", "eos_rate")}

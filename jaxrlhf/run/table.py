@@ -24,6 +24,18 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("win_rate", "win rate\n[95 %]"),
 )
 
+SUBSETS = ("nearest", "random-subset")  # reward updates that keep some of the pairs; the second is the control of the first
+
+SUBSET_COLUMNS: tuple[tuple[str, str], ...] = (
+    ("pairs", "pairs\nkept"),
+    ("reward_accuracy", "RM acc.\nown text"),
+    ("reward_accuracy_valid", "RM acc.\nheld-out"),
+    ("gold", "gold"),
+    ("proxy_start", "proxy\nbefore"),
+    ("proxy", "proxy\nafter"),
+    ("kl_sft", "KL to\nSFT"),
+)
+
 NEED_GOLD = ("gold", "reward_accuracy", "win_rate")
 WITHOUT_GOLD = (("reward_accuracy_valid", "RM acc.\nheld-out"),)
 
@@ -71,9 +83,32 @@ def show(summaries: dict[str, Summary], console: Console | None = None) -> None:
             named = arm if row is summary["rounds"][0] else ""
             table.add_row(*([named, *cells] if len(summaries) > 1 else cells), end_section=row is summary["rounds"][-1])
     console.print(table)
+    if (subsets := subset_table(summaries)) is not None:
+        console.print(subsets)
     console.print(" ".join(LEGENDS[name] for name, _ in columns if name in LEGENDS), style="dim", highlight=False)
     for line in findings(summaries):
         console.print(f"- {line}", highlight=False)
+
+
+def subset_table(summaries: dict[str, Summary]) -> Table | None:
+    """Filtered against random, round by round, where a run has both at one budget; `held-out` is a test set that nothing has filtered."""
+    rows = [(row, arm) for arm, summary in summaries.items() for row in summary["rounds"] if row.get("update") in SUBSETS]
+    both = [(row, arm) for row, arm in rows if {other["update"] for other, _ in rows if _budget(other) == _budget(row)} == set(SUBSETS)]
+    if not both:
+        return None
+    columns = [column for column in SUBSET_COLUMNS if any(row.get(column[0]) is not None for row, _ in both)]
+    table = Table(title="Filtered against random, equal budget", box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+    for title in ("round", "arm", *(title for _, title in columns)):
+        table.add_column(title, justify="left" if title == "arm" else "right", no_wrap=True)
+    both.sort(key=lambda item: (item[0]["round"], SUBSETS.index(item[0]["update"])))
+    for n, (row, arm) in enumerate(both):
+        last = n + 1 == len(both) or both[n + 1][0]["round"] != row["round"]
+        table.add_row(str(row["round"]), arm, *(_cell(row, name) for name, _ in columns), end_section=last)
+    return table
+
+
+def _budget(row: dict[str, Any]) -> tuple[int, int]:
+    return row["round"], row["pairs"]
 
 
 def columns_of(summaries: dict[str, Summary]) -> tuple[tuple[str, str], ...]:
@@ -91,7 +126,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
         return "–"
     if name == "win_rate":
         return f"{value:.2f} [{row['win_rate_low']:.2f}, {row['win_rate_high']:.2f}]"
-    return f"{value:.0f}" if name == "ess" else f"{value:.3f}" if name.startswith("reward_accuracy") else f"{value:.2f}"
+    return f"{value:.0f}" if name in ("ess", "pairs") else f"{value:.3f}" if name.startswith("reward_accuracy") else f"{value:.2f}"
 
 
 def findings(summaries: dict[str, Summary]) -> list[str]:
