@@ -1,0 +1,324 @@
+"""The judge's client against a real server on loopback that is busy, broken, silent, or talks nonsense; and against kills."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("openai", reason="the judge's client library is not installed: pip install 'jaxrlhf[judge]'")
+
+from jaxrlhf.evaluation import judge as module
+from jaxrlhf.evaluation.answers import AnswerError, Answers
+from jaxrlhf.evaluation.asking import pause
+from jaxrlhf.evaluation.judge import FIRST, SECOND, TIE, Judge, JudgeError, combine, judge_pairs, parse
+from jaxrlhf.evaluation.winrate import score
+
+sys.path.insert(0, str(Path(__file__).parent))
+from faulty_server import FAULTS, FaultyServer
+
+SECRET = "sk-very-secret-0123456789"
+TEMPLATE = "Which is longer?\nQ: {prompt}\nA: {first}\nB: {second}\n"
+FAST = {"template": TEMPLATE, "backoff": 0.001, "timeout": 5.0, "api_key_env": "TEST_JUDGE_KEY"}
+
+
+def longer(content: str) -> str:
+    """A judge that prefers the longer response, and ties equal lengths."""
+    a, b = (len(found) for found in re.search(r"\nA: (.*)\nB: (.*)\n", content).groups())  # type: ignore[union-attr]
+    return "tie" if a == b else "A" if a > b else " **B**.\n"
+
+
+def rows(n: int):
+    """n prompts with responses of 0 to 2 letters: wins, losses and ties."""
+    return (
+        [f"p{i}" for i in range(n)],
+        ["x" * (i % 3) + f" {i % 7}" for i in range(n)],
+        ["y" * (i // 3 % 3) + f" {i % 5}" for i in range(n)],
+    )
+
+
+def expected(a, b):
+    return [float(np.sign(len(x) - len(y)) + 1) / 2 for x, y in zip(a, b, strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("TEST_JUDGE_KEY", SECRET)
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("A", FIRST),
+        ("b", SECOND),
+        ("Tie.", TIE),
+        (' "B"\n', SECOND),
+        ("**A**", FIRST),
+        ("[[B]]", SECOND),
+        ("<think>B? no</think>\nA", FIRST),
+    ]
+    + [(nonsense, None) for nonsense in ("", "A or B", "Answer: A", "Both", "AB", "C", "<think>A", "tie A")],
+)
+def test_an_answer_is_one_word_or_none(text, verdict):
+    assert parse(text) == verdict
+
+
+def test_only_both_orders_together_decide():
+    table = {(FIRST, SECOND): 1.0, (SECOND, FIRST): 0.0, (FIRST, FIRST): 0.5, (SECOND, SECOND): 0.5, (TIE, TIE): 0.5}
+    table |= {(FIRST, TIE): 0.5, (TIE, FIRST): 0.5, (None, FIRST): None, (SECOND, None): None, (None, None): None}
+    assert {orders: combine(*orders) for orders in table} == table
+
+
+def test_a_judge_that_always_prefers_the_first_scores_one_half(tmp_path):
+    prompts, a, b = rows(40)
+    with FaultyServer(lambda _: "A") as server:
+        judged = judge_pairs(prompts, a, b, Judge("m", server.url, **FAST), tmp_path / "answers.jsonl")
+    won = score(np.array([v.outcome for v in judged.verdicts]))
+    assert (won.value, won.low, won.high, won.n) == (0.5, 0.5, 0.5, 40)
+    assert judged.usage["first_rate"] == 1.0 and judged.usage["consistency"] == 0.0
+
+
+def test_verdicts_through_every_fault_in_the_order_of_the_pairs(tmp_path):
+    prompts, a, b = rows(60)
+    with FaultyServer(longer, FAULTS, silence=0.6) as server:
+        judge = Judge("m", server.url, **FAST | {"timeout": 0.5, "attempts": 12, "asks": 12}, price_in=2.0, price_out=10.0)
+        shown = []
+        judged = judge_pairs(prompts, a, b, judge, tmp_path / "answers.jsonl", progress=lambda *now: shown.append(now))
+    assert [v.outcome for v in judged.verdicts] == expected(a, b)
+    assert set(server.fates) == {"honest", *FAULTS}  # all of it happened
+    usage = judged.usage
+    identical = sum(x == y for x, y in zip(a, b, strict=True))
+    questions = 2 * (60 - identical)
+    assert usage["identical"] == identical > 0 and usage["answers"] == questions and shown[-1] == (questions, questions)
+    assert {"pairs": 60, "judged": 60, "no_verdict": 0}.items() <= usage.items() and usage["consistency"] == 1.0
+    # every request that was sent stands in the account, the nonsense with its tokens
+    assert usage["requests"] == sum(server.fates.values())
+    answered = server.fates["honest"] + server.fates["nonsense"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (100 * answered, 3 * answered)
+    assert usage["cost"] == pytest.approx((200 * answered + 30 * answered) / 1e6)
+    stored = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(stored) == questions == len({row["key"] for row in stored})
+    assert any("I would rather not say." in row["answers"] and row["verdict"] for row in stored)  # the raw answers are there to audit
+    assert {row["answer"] for row in stored} == {"A", "tie", " **B**.\n"}
+    assert server.keys == {f"Bearer {SECRET}"}
+    for path in tmp_path.rglob("*"):
+        assert SECRET.encode() not in path.read_bytes()
+
+
+def test_a_finished_evaluation_asks_nothing_again_and_another_question_does(tmp_path):
+    prompts, a, b = rows(6)
+    with FaultyServer(longer) as server:
+        judge = Judge("m", server.url, **FAST)
+        first = judge_pairs(prompts, a, b, judge, tmp_path / "answers.jsonl")
+        asked = sum(server.fates.values())
+        again = judge_pairs(prompts, a, b, replace(judge, concurrency=1), tmp_path / "answers.jsonl")
+        assert again.verdicts == first.verdicts and sum(server.fates.values()) == asked
+        assert again.usage == first.usage | {"asked_now": 0}
+        for change in ({"model": "n"}, {"template": TEMPLATE + "!"}, {"request": {"max_tokens": 5}}):
+            before = sum(server.fates.values())
+            judge_pairs(prompts[:1], ["long one"], b[:1], replace(judge, **change), tmp_path / "answers.jsonl")
+            assert sum(server.fates.values()) == before + 2, change
+        # the other way round the same two questions are asked: nothing new, and the outcome turns
+        turned = judge_pairs(prompts, b, a, judge, tmp_path / "answers.jsonl")
+        assert [v.outcome for v in turned.verdicts] == [1 - v.outcome for v in first.verdicts] and turned.usage["asked_now"] == 0
+
+
+def test_what_a_request_carries(tmp_path):
+    with FaultyServer(lambda _: "A") as server:
+        judge = Judge("m", server.url, **FAST | {"template": module.TEMPLATE}, request={"max_tokens": None, "max_completion_tokens": 99})
+        judge_pairs(["{first} of {second}"], ["one {prompt}"], ["two"], judge, tmp_path / "answers.jsonl")
+    body = server.bodies[0]
+    assert body["model"] == "m" and body["temperature"] == 0 and body["max_completion_tokens"] == 99 and "max_tokens" not in body
+    text = body["messages"][0]["content"]
+    assert text.index("{first} of {second}") < text.index("one {prompt}") < text.index("two") or text.index("two") < text.index(
+        "one {prompt}"
+    )
+    assert text.count("one {prompt}") == 1  # a text that spells a field is not filled
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_so_many_at_a_time_and_no_more(tmp_path, limit):
+    prompts, a, b = rows(12)
+    with FaultyServer(longer, delay=0.02) as server:
+        judge_pairs(prompts, a, b, Judge("m", server.url, **FAST, concurrency=limit), tmp_path / "answers.jsonl")
+    assert server.most_in_flight == limit
+
+
+def test_nonsense_is_asked_again_and_then_leaves_the_pair_out(tmp_path):
+    def odd(content):
+        return "who knows" if "Q: p1" in content else longer(content)
+
+    with FaultyServer(odd) as server:
+        judge = Judge("m", server.url, **FAST, asks=4)
+        judged = judge_pairs(["p0", "p1"], ["aaa", "aaa"], ["b", "b"], judge, tmp_path / "answers.jsonl")
+        assert sum(server.fates.values()) == 2 + 2 * 4
+        assert [v.outcome for v in judged.verdicts] == [1.0, None]
+        usage = {"judged": 1, "no_verdict": 1, "nonsense": 2, "refused": 0, "unanswered": 0, "requests": 10, "prompt_tokens": 1000}
+        assert usage.items() <= judged.usage.items() and judged.usage["cost"] is None
+        judge_pairs(["p0", "p1"], ["aaa", "aaa"], ["b", "b"], judge, tmp_path / "answers.jsonl")
+        assert sum(server.fates.values()) == 10  # its answer is known: none
+
+
+def test_one_silent_question_is_counted_and_asked_again_next_time(tmp_path):
+    class Sometimes(FaultyServer):
+        stuck = True
+
+    def verdict(content):
+        if server.stuck and "Q: p1" in content:
+            time.sleep(0.4)
+        return longer(content)
+
+    with Sometimes(verdict) as server:
+        judge = Judge("m", server.url, **FAST | {"timeout": 0.2}, attempts=2, concurrency=2)
+        told = ["p0", "p1", "p2", "p3"], ["aaa"] * 4, ["b"] * 4
+        judged = judge_pairs(*told, judge, tmp_path / "answers.jsonl")
+        assert [v.outcome for v in judged.verdicts] == [1.0, None, 1.0, 1.0]
+        assert judged.usage["unanswered"] == 2 and "no answer in 0.2 s, 2 times" in judged.usage["failures"]
+        server.stuck = False
+        judged = judge_pairs(*told, judge, tmp_path / "answers.jsonl")
+        assert [v.outcome for v in judged.verdicts] == [1.0] * 4 and judged.usage["asked_now"] == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "says"), [("401", "status 401.*TEST_JUDGE_KEY"), ("404", "judge_model 'm'"), ("400", "3 questions in a row")]
+)
+def test_an_endpoint_that_will_never_answer_stops_it_at_once(tmp_path, status, says):
+    prompts, a, b = rows(30)
+    with FaultyServer(longer, {status: 1.0}) as server:
+        with pytest.raises(JudgeError, match=says) as caught:
+            judge_pairs(prompts, a, b, Judge("m", server.url, **FAST, concurrency=2), tmp_path / "answers.jsonl")
+        assert sum(server.fates.values()) <= 6
+    assert SECRET not in str(caught.value) and "[key]" in str(caught.value)  # the server repeats it, the message does not
+
+
+def test_a_dead_endpoint_stops_it_and_one_refused_text_does_not(tmp_path):
+    prompts, a, b = rows(30)
+    with FaultyServer(longer) as server:
+        url = server.url
+    judge = Judge("m", url, **FAST, concurrency=2, attempts=2)
+    with pytest.raises(JudgeError, match=r"no answer to 3 questions in a row; the last: no connection.*the same command goes on"):
+        judge_pairs(prompts, a, b, judge, tmp_path / "answers.jsonl")
+    with FaultyServer(longer, {"422": 0.3}) as server:
+        judged = judge_pairs(prompts, a, b, replace(judge, base_url=server.url), tmp_path / "answers.jsonl")
+    assert judged.usage["refused"] == server.fates["422"] > 3  # sent once each, not again
+    assert judged.usage["unanswered"] == 0 and judged.usage["judged"] + judged.usage["no_verdict"] == 30
+
+
+def test_the_key_comes_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv("TEST_JUDGE_KEY")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(JudgeError, match="TEST_JUDGE_KEY is not set"):
+        judge_pairs(["p"], ["a"], ["b"], Judge("m", **FAST), tmp_path / "answers.jsonl")
+    with FaultyServer(lambda _: "B") as server:  # an address of one's own may need none
+        url = server.url.replace("//", "//user:pass@")
+        judged = judge_pairs(["p"], ["a"], ["b"], Judge("m", server.url, **FAST), tmp_path / "answers.jsonl")
+        assert judged.verdicts[0].outcome == 0.5
+        assert Judge("m", url + "?token=1").described()["base_url"] == server.url
+
+
+def test_settings_that_cannot_work():
+    with pytest.raises(ValueError, match=r"contains \{second\} 0 times"):
+        Judge("m", template="{prompt} {first}")
+    with pytest.raises(ValueError, match=r"concurrency is 0"):
+        Judge("m", concurrency=0)
+
+
+def test_pauses_grow_with_jitter_and_heed_the_endpoint():
+    judge = Judge("m", backoff=1.0, backoff_max=10.0)
+    for failures, step in ((0, 1.0), (2, 4.0), (9, 10.0)):
+        drawn = [pause(judge, failures, None) for _ in range(50)]
+        assert min(drawn) >= step / 2 and max(drawn) <= step and len(set(drawn)) > 1
+    assert pause(judge, 0, "7") == 7.0 and pause(judge, 0, "99999") == 300.0
+    assert pause(judge, 0, "Wed, 21 Oct 2026 07:28:00 GMT") <= 1.0
+
+
+def test_a_torn_line_is_cut_off_and_a_whole_one_gets_its_end(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    for written, found in ((b'{"key": "a"}\n{"key": "b', ["a"]), (b'{"key": "a"}\n{"key": "b"}', ["a", "b"]), (b'{"ke', []), (b"", [])):
+        path.write_bytes(written)
+        with Answers(path) as answers:
+            assert list(answers.found) == found
+            answers.add({"key": "c", "answer": "ä\ud800"})
+        lines = path.read_bytes().split(b"\n")
+        assert [json.loads(line)["key"] for line in lines[:-1]] == [*found, "c"] and lines[-1] == b""
+
+
+def test_other_damage_is_an_error_that_names_the_line(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    for written, says in (
+        (b'{"key": "a"}\n{"ke\n{"key": "b"}\n', ":2 is no stored answer"),
+        (b'{"key": "a"}\n{"key": "a"}\n', ":2 answers a question a second time"),
+    ):
+        path.write_bytes(written)
+        with pytest.raises(AnswerError, match=says), Answers(path):
+            pass
+        assert path.read_bytes() == written
+    path.unlink()
+    with Answers(path), pytest.raises(AnswerError, match="written by another process"), Answers(path):
+        pass
+
+
+CHILD = """
+import os, sys, json
+from pathlib import Path
+import openai
+from jaxrlhf.evaluation.judge import Judge, judge_pairs
+out, url, data = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+patient = {"timeout": 1.0, "attempts": 20, "asks": 20, "backoff": 0.005, "concurrency": 4}
+judge = Judge("m", url, template=data["template"], api_key_env="TEST_JUDGE_KEY", **patient)
+for line in sys.stdin:  # one life a line: the library is imported once
+    child = os.fork()
+    if child == 0:
+        judged = judge_pairs(data["prompts"], data["a"], data["b"], judge, out / "answers.jsonl")
+        (out / "done.json").write_text(json.dumps([[v.outcome for v in judged.verdicts], judged.usage]))
+        os._exit(0)
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("over", flush=True)
+"""
+
+
+def test_ten_kills_lose_nothing_and_count_nothing_twice(tmp_path):
+    prompts, a, b = rows(90)
+    chance = random.Random(1)
+    faults = {name: share for name, share in FAULTS.items() if name != "silent"} | {"silent": 0.01}
+    questions = 2 * sum(x != y for x, y in zip(a, b, strict=True))
+    path = tmp_path / "answers.jsonl"
+    with FaultyServer(longer, faults, silence=1.2, delay=0.004) as server:
+        data = json.dumps({"template": TEMPLATE, "prompts": prompts, "a": a, "b": b})
+        parent = subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(tmp_path), server.url, data], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert parent.stdin and parent.stdout
+        for life in range(11):
+            before = path.read_bytes().count(b"\n") if path.exists() else 0
+            parent.stdin.write("live\n")
+            parent.stdin.flush()
+            child = int(parent.stdout.readline())
+            if life < 10:
+                deadline = time.monotonic() + 20
+                while (path.read_bytes().count(b"\n") if path.exists() else 0) < before + chance.randint(1, questions // 14):
+                    assert time.monotonic() < deadline
+                    time.sleep(0.002)
+                time.sleep(chance.random() * 0.02)
+                os.kill(child, signal.SIGKILL)
+            assert parent.stdout.readline() == "over\n"
+            if life < 10:
+                assert not (tmp_path / "done.json").exists()
+        parent.communicate(timeout=10)
+    outcomes, usage = json.loads((tmp_path / "done.json").read_text())
+    assert outcomes == expected(a, b)
+    stored = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert len(stored) == questions == len({row["key"] for row in stored}) == usage["answers"]
+    assert all(row["verdict"] for row in stored) and usage["no_verdict"] == 0
+    # asked twice is only what was in flight at a kill, or sent and silently dropped
+    repeated = sum(server.asked.values()) - questions
+    assert 0 <= repeated <= 10 * 4 + server.fates["silent"], repeated
