@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxrlhf import sharding
 from jaxrlhf.data.batches import evaluation_batches
-from jaxrlhf.data.chat import render_response
+from jaxrlhf.data.chat import render_prompt, render_response, special_strings
 from jaxrlhf.data.tokens import Limits, eos_ids_of, retokenize_responses
 from jaxrlhf.models.hub import Loaded, load
 from jaxrlhf.scorers import Scorer
 from jaxrlhf.steps.pair import response_scores
 from jaxrlhf.types import Array, Model, Params, TextBatch
+
+PROBE = "zqprobe"
 
 
 @lru_cache(maxsize=16)
@@ -42,6 +44,8 @@ def score_responses(
 def reward_model_scorer(source: str, *, batch_size: int, limits: Limits, dtype: str = "float32", mesh: Any = None) -> Scorer:
     """The model in `source` as a scorer of text: its own tokenizer, its chat template where it has one, its `reward_bias` subtracted.
 
+    With a template, a prompt becomes one user turn, unless it came out of that very template already (`Frame.wrote`). A conversation that
+    another template rendered cannot be told from text: it becomes one user turn, its control tokens spelled out.
     Prompts and responses over `limits` are cut (prompts on the left), because a scorer must answer for every row.
     """
     loaded = load(source, head="scalar", dtype=dtype, mesh=mesh)
@@ -51,17 +55,38 @@ def reward_model_scorer(source: str, *, batch_size: int, limits: Limits, dtype: 
 def loaded_scorer(loaded: Loaded, *, batch_size: int, limits: Limits, mesh: Any = None) -> Scorer:
     tokenizer = loaded.tokenizer
     chat = bool(getattr(tokenizer, "chat_template", None))
+    frame = frame_of(tokenizer) if chat else None
     bias = float(loaded.config.hf.get("reward_bias", 0.0))
 
     def score(prompts: Sequence[str], responses: Sequence[str], /) -> np.ndarray:
         heads, bodies = list(prompts), list(responses)
-        if chat:
-            turns = [
-                render_response(tokenizer, [{"role": "user", "content": p}], [{"role": "assistant", "content": r}])
-                for p, r in zip(heads, bodies, strict=True)
-            ]
-            heads, bodies = [t[0] for t in turns], [t[1] for t in turns]
+        if frame is not None:
+            pairs = [_turn(tokenizer, frame, *row) for row in zip(heads, bodies, strict=True)]
+            heads, bodies = [head for head, _ in pairs], [body for _, body in pairs]
         texts, _ = retokenize_responses(heads, bodies, tokenizer, limits, eos_ids=eos_ids_of(tokenizer), templated=chat)
         return score_responses(loaded.model, loaded.params, texts, batch_size=batch_size, mesh=mesh, bias=bias, bucket=64)
 
     return score
+
+
+class Frame(NamedTuple):
+    """What a chat template puts before a user's words (its first control token, or else all of it) and what asks for the reply."""
+
+    start: str
+    end: str
+
+    def wrote(self, prompt: str) -> bool:
+        """Whether the template rendered `prompt`. Data in which a message spells a control token is refused where it is read."""
+        return bool(self.end.strip()) and prompt.startswith(self.start) and prompt.endswith(self.end)
+
+
+def frame_of(tokenizer: Any) -> Frame:
+    before, _, after = render_prompt(tokenizer, [{"role": "user", "content": PROBE}]).partition(PROBE)
+    return Frame(next((token for token in special_strings(tokenizer) if before.startswith(token)), before), after)
+
+
+def _turn(tokenizer: Any, frame: Frame, prompt: str, response: str) -> tuple[str, str]:
+    """(prompt, response) as the tokenizer's chat template writes them."""
+    if frame.wrote(prompt):
+        return prompt, response
+    return render_response(tokenizer, [{"role": "user", "content": prompt}], [{"role": "assistant", "content": response}])

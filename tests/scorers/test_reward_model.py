@@ -9,7 +9,7 @@ from jaxrlhf.data.tokens import Limits
 from jaxrlhf.data.toy import toy_tokenizer
 from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.hub import initialise, save, with_reward_bias
-from jaxrlhf.scorers.reward_model import reward_model_scorer, score_responses
+from jaxrlhf.scorers.reward_model import Frame, frame_of, reward_model_scorer, score_responses
 from jaxrlhf.types import TextBatch
 
 PROMPTS = ["farmers sold apples", "nurses hid maps ashore late", "well"]
@@ -63,3 +63,40 @@ def test_batches_and_meshes_change_nothing(folder):
     np.testing.assert_allclose(on_mesh, whole, rtol=1e-5, atol=1e-6)
     empty = ~masks[1].any(axis=1)
     assert (whole[empty] == 0).all() and (whole[~empty] != 0).all()
+
+
+TEMPLATE = (
+    "{% for m in messages %}<pad>{{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}<pad>assistant {% endif %}"
+)
+
+
+def test_a_conversation_that_golds_own_template_rendered_is_not_wrapped_again(folder, tmp_path):
+    """A text prompt and the same prompt as the template writes it are the same tokens, with a system message or without."""
+    _, loaded = folder
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    save(loaded._replace(tokenizer=tokenizer), tmp_path / "chat")
+    score = reward_model_scorer(str(tmp_path / "chat"), batch_size=4, limits=Limits(32, 16))
+    text = "farmers sold apples"
+    turns = [{"role": "user", "content": text}]
+    rendered, with_system = (
+        tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True)
+        for m in (turns, [{"role": "system", "content": "well"}, *turns])
+    )
+    plain, again, system = score([text, rendered, with_system], ["maps ."] * 3)
+    assert plain == again  # the same ids: the same bits
+    ids = tokenizer(with_system + "maps .", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    whole = np.array([ids])
+    expected = float(loaded.model.apply(loaded.params, whole, np.ones_like(whole, bool)).scalars[0, -1])
+    assert system == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    half = score([text + "<pad>assistant ", "<pad>user " + text], ["maps ."] * 2)  # an end or a start alone is text
+    assert plain not in half
+
+
+def test_the_frame_of_a_template():
+    tokenizer = toy_tokenizer()
+    for template, start, end in ((TEMPLATE, "<pad>", " <eos> <pad>assistant "), ("Q: {{ messages[0]['content'] }} A:", "Q: ", " A:")):
+        tokenizer.chat_template = template
+        assert frame_of(tokenizer) == Frame(start, end)
+    assert Frame("Q: ", " A:").wrote("Q: x A:") and not Frame("Q: ", " A:").wrote("x A:") and not Frame("", " ").wrote("x ")
