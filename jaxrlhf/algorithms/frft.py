@@ -100,7 +100,8 @@ def _compare(context: RoundContext, pairs: Pairs, asked: Asked, answers: list[st
             columns[f"{side}_similarity"] = own_similarity(vectors, generations[asked.own_N])
         else:
             columns[f"{side}_similarity"] = nearest_similarity(vectors, generations, k=section.k, mesh=context.mesh)
-    kept = select(*columns.values(), pairs.ids, rule=section.rule, n=section.n, threshold=section.threshold, keys=_keys(section, pairs))
+    chosen, rejected, keys = columns["chosen_similarity"], columns["rejected_similarity"], _keys(section, pairs)
+    kept = select(chosen, rejected, pairs.ids, rule=section.rule, n=section.n, threshold=section.threshold, keys=keys)
     return columns | {"keep": keep_flags(kept, len(pairs.rows))}
 
 

@@ -16,8 +16,13 @@ from jaxrlhf.types import Model, PairLoss
 
 # What a loss reads of the reference model, and the precomputed log-probs it is.
 REFERENCE = {"reference_chosen_logp": "chosen_logp", "reference_rejected_logp": "rejected_logp"}
-# Hyperparameters of a pair loss, and the settings of the section that give them.
-_GIVEN_BY = {"beta": "beta", "label_smoothing": "label_smoothing", "clip": "wpo_clip"}
+# Hyperparameters of a pair loss that a setting of another name gives.
+_NAMED = {"clip": "wpo_clip"}
+
+
+def _hyperparameters(config: DPOConfig) -> dict[str, Any]:
+    """What the section gives a pair loss, by the loss's own names."""
+    return {"beta": config.beta, "label_smoothing": config.label_smoothing, "clip": config.wpo_clip}
 
 
 @lru_cache(maxsize=16)
@@ -37,20 +42,21 @@ def preference_loss(config: DPOConfig, policy_update: str, plugin: Callable[[str
         raise ValueError(f"dpo.loss {name!r} needs head {loss.head!r}; a policy has head 'lm', as {', '.join(over_logps)} have.")
     known = hyperparameter_names(loss)
     usual = {field.name: field.default for field in fields(config)}
+    given = _hyperparameters(config)
     for setting in ("beta", "label_smoothing"):
-        value = getattr(config, setting)
+        value = given[setting]
         if setting not in known and value != usual[setting]:
             raise ValueError(
                 f"dpo.{setting} is {value}, but dpo.loss {name!r} has no hyperparameter {setting!r}; "
                 f"leave it at {usual[setting]} or name a loss with that keyword."
             )
-    return bind(loss, **{given: getattr(config, setting) for given, setting in _GIVEN_BY.items() if given in known})
+    return bind(loss, **{name: value for name, value in given.items() if name in known})
 
 
 def settings_read(config: DPOConfig, policy_update: str, loss: PairLoss) -> dict[str, Any]:
     """The section less what a training with `loss` never looks at: what its result depends on."""
     known = hyperparameter_names(loss)
-    unread = {setting for given, setting in _GIVEN_BY.items() if given not in known}
+    unread = {_NAMED.get(name, name) for name in _hyperparameters(config) if name not in known}
     unread |= {"loss"} if policy_update == "wpo" else set()
     unread |= {"eval_batch_size"} if not needs_reference(loss) else set()
     return {name: value for name, value in asdict(config).items() if name not in unread}

@@ -108,18 +108,18 @@ def num_rounds(method: Method, rounds: int) -> int:
 def round_of(method: Method, number: int, last: Round | None = None, *, due: bool = True, updated: bool = False) -> Round:
     """The table's row, spelled out for round `number`; `last` is the round before.
 
-    `due`: a refit is due (always, unless the config says otherwise). Where it is not, the round goes on with the reward model, the KL
-    reference, the optimizer and the critic of the last one. `updated`: the row's one update has been made (update_rounds: once).
+    `due`: a refit is due (always, unless the config says otherwise). Where it is not, the round goes on with the policy, the reward model,
+    the KL reference, the optimizer and the critic of the last one, whatever the row says.
+    `updated`: the row's one update has been made (update_rounds: once).
     """
     if number == 1 or last is None:
         return Round(
             1, method.policy_update, None, method.needs_reward, "sft", method.ensemble,
             reference=0, policy_start=0, moved_reference=False, restart_optimizer=True, restart_critic=True,
         )  # fmt: skip
-    start = number - 1 if method.policy_start == "previous" else 0
     if not due and method.reward_update is not None:
         return last._replace(
-            number=number, reward_update=None, fits_reward=False, policy_start=start, restart_optimizer=False, restart_critic=False
+            number=number, reward_update=None, fits_reward=False, policy_start=number - 1, restart_optimizer=False, restart_critic=False
         )
     updates = method.reward_update is not None and not (method.update_rounds == "once" and updated)
     moved = method.reference == "previous"
@@ -131,7 +131,7 @@ def round_of(method: Method, number: int, last: Round | None = None, *, due: boo
         reward_start=method.reward_start,
         ensemble=method.ensemble,
         reference=number - 1 if moved else 0,
-        policy_start=start,
+        policy_start=number - 1 if method.policy_start == "previous" else 0,
         moved_reference=moved,
         restart_optimizer=method.restart_optimizer,
         restart_critic=method.restart_critic,

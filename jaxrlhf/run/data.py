@@ -18,9 +18,11 @@ from jaxrlhf.data.batches import take
 from jaxrlhf.data.pairs import Prompt, ReadReport
 from jaxrlhf.data.tables import read_pair_table, write_pair_table
 from jaxrlhf.data.tokens import decode_responses, eos_ids_of, pad_id_of, tokenize_pairs, tokenize_prompts
+from jaxrlhf.models.encoder_files import encoder_folder, load_classifier
 from jaxrlhf.models.hub import Loaded, eos_ids, read_tokenizer
-from jaxrlhf.offline.embed import encoder_identity
+from jaxrlhf.offline.embed import encoder_identity, folder_hash
 from jaxrlhf.offline.label import label_pairs
+from jaxrlhf.offline.synthesize import entailment_column
 from jaxrlhf.plugins import plugin, source_of
 from jaxrlhf.rollouts.dataset import Sampling, sample_dataset
 from jaxrlhf.run import inputs
@@ -153,7 +155,10 @@ def pair_batch(first: TextBatch, second: TextBatch, first_is_chosen: np.ndarray,
 
 def check_update(config: Config, name: str) -> None:
     """Raise before anything is built where the update `name` cannot work with this config."""
-    if "encoder" in SECTIONS_READ.get(name, ()):
+    sections = SECTIONS_READ.get(name, ())
+    if "synthesize" in sections and config.synthesize.nli is not None:
+        entailment_column(load_classifier(config.synthesize.nli).labels)
+    elif "encoder" in sections:
         encoder_identity(**encoder_options(config.encoder))
 
 
@@ -208,8 +213,13 @@ def _read_by(name: str, config: Config) -> dict[str, Any]:
     if ":" in name:
         return {"plugin": source_of(name), "config": read_by_plugins(config)}
     sections: dict[str, Any] = {section: asdict(getattr(config, section)) for section in SECTIONS_READ[name]}
-    if "encoder" in sections:
+    nli = config.synthesize.nli if "synthesize" in sections else None
+    if nli is not None:
+        sections["encoder"] = None
+        sections["synthesize"]["nli"] = folder_hash(encoder_folder(nli))
+    elif "encoder" in sections:
         sections["encoder"] = encoder_identity(**encoder_options(config.encoder)).key
+    if "encoder" in sections:
         sections["text"] = {"data": inputs.identity(config), "response_length": config.ppo.response_length}
     return sections
 

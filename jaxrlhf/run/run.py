@@ -150,7 +150,8 @@ def _stages(setting: Setting, until: str | None) -> None:
 
 def _next_round(setting: Setting, method: Method, track: Track, number: int, pairs: Done) -> Round:
     """The row's round `number`, with or without a refit."""
-    always = number == 1 or method.reward_update is None or setting.config.refit.when == "round"
+    done = method.reward_update is None or (method.update_rounds == "once" and track.update is not None)
+    always = number == 1 or done or setting.config.refit.when == "round"
     track.decision = None if always else refit_stage(setting, number, track, pairs)
     due = track.decision is None or track.decision.record["result"]["due"]
     return round_of(method, number, track.last, due=due, updated=track.update is not None)

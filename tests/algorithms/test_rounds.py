@@ -160,4 +160,6 @@ def test_unknown_names_offer_the_nearest():
         method_of("ocmr", {}, lambda name: None)
     with pytest.raises(ValueError, match=r"reward update 'importance-weigthed' is unknown.*Did you mean 'importance-weighted'\?"):
         reward_update_named("importance-weigthed", lambda name: None)  # type: ignore[arg-type,return-value]
-    assert reward_update_named("mine:update", lambda name: name.upper()) == "MINE:UPDATE"  # type: ignore[arg-type,return-value]
+    assert reward_update_named("mine:update", lambda name: {"mine:update": unweighted}[name]) is unweighted
+    with pytest.raises(ValueError, match=r"reward update 'mine:other' is a int; name a function \(RoundContext, Pairs\)"):
+        reward_update_named("mine:other", lambda name: 3)  # type: ignore[arg-type,return-value]

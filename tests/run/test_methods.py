@@ -69,7 +69,7 @@ FREE = {
 def folder(tmp_path_factory, tiny_config) -> Path:
     """All rows as arms of one recipe: they share what they have in common."""
     output = tmp_path_factory.mktemp("runs")
-    words = [word for word in toy_tokenizer().get_vocab() if word.isalpha()]
+    words = sorted(word for word in toy_tokenizer().get_vocab() if word.isalpha())
     encoder = write_tiny_bert(output / "encoder", words)
     arms = {name: {"method": name} for name in METHODS} | {"ocrm-flat": {"method": "ocrm", "weights.eta": 0.0}, **FREE}
     arms |= {"ppo-other-k": {"method": "ppo", "ppo.rloo_k": 4}, "ppo-same-prompts": {"method": "ppo", "ppo.round_prompts": "same"}}
