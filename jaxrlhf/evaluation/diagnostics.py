@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+
+RELIABILITY = "reliability.json"  # in the folder of a round's evaluation
+VALID_SCORES = "valid_scores.npy"  # in a reward model's folder: float32 [2, M], held-out pairs, chosen and rejected, bias taken off
+BINS = 10  # of the reliability diagram
 
 
 def pair_accuracy(chosen_N: np.ndarray, rejected_N: np.ndarray) -> float | None:
@@ -19,3 +28,83 @@ def agreement_with_gold(scores_2N: tuple[np.ndarray, np.ndarray], gold_2N: tuple
     first = gold_a > gold_b
     keep = gold_a != gold_b
     return pair_accuracy(np.where(first, a, b)[keep], np.where(first, b, a)[keep])
+
+
+def reliability(scores_2N: tuple[np.ndarray, np.ndarray], gold_2N: tuple[np.ndarray, np.ndarray], *, bins: int = BINS) -> dict[str, Any]:
+    """How often a reward model is right where it says it is so sure: the reliability of Bradley–Terry's P = σ(|r₁ − r₂|).
+
+    Of each pair of responses the side that scores higher is predicted with confidence P in [½, 1] and is right where gold agrees; equal
+    scores are half right, pairs that gold ties are left out. Folding at ½ makes the figure the same whichever response comes first.
+    {"pairs", "ece", "accuracy", "confidence", "bins": [{"low", "high", "pairs", "confidence", "accuracy"}, …]}, where
+    ece = Σ_b n_b / N · |accuracy_b − confidence_b| (Guo et al. 2017, eq. 3) over equally wide bins; null where there are no pairs.
+    """
+    (a, b), (gold_a, gold_b) = [[np.asarray(x, np.float64) for x in side] for side in (scores_2N, gold_2N)]
+    keep = gold_a != gold_b
+    difference, first = (a - b)[keep], (gold_a > gold_b)[keep]
+    confidence = 1 / (1 + np.exp(-np.abs(difference)))
+    right = np.where(difference == 0, 0.5, (difference > 0) == first)
+    edges = np.linspace(0.5, 1, bins + 1)
+    index = np.clip(np.digitize(confidence, edges) - 1, 0, bins - 1)
+    rows = [{"low": float(edges[i]), "high": float(edges[i + 1]), **_bin(confidence[index == i], right[index == i])} for i in range(bins)]
+    filled = [row for row in rows if row["pairs"]]
+    ece = sum(row["pairs"] * abs(row["accuracy"] - row["confidence"]) for row in filled) / len(right) if filled else None
+    return {**_bin(confidence, right), "ece": ece, "bins": rows}
+
+
+def _bin(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
+    n = len(right)
+    return {"pairs": n, "confidence": float(confidence.mean()) if n else None, "accuracy": float(right.mean()) if n else None}
+
+
+def write_reliability(folder: Path, figures: dict[str, Any]) -> None:
+    (folder / RELIABILITY).write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def drift(before_2M: np.ndarray, after_2M: np.ndarray) -> dict[str, float | None]:
+    """How far a reward model has moved from the one before it, on the same held-out pairs; scores [2, M] of chosen and rejected.
+
+    `agreement`: share of pairs on which both prefer the same side (a tie on either part counts one half); `correlation` of the 2M scores
+    (Pearson); `scale`: standard deviation of the scores, after / before; `shift`: mean after − mean before, in deviations of before.
+    None where a figure is undefined (no pairs, scores that do not vary). Raises ValueError where the pairs are not the same number.
+    """
+    before, after = np.asarray(before_2M, np.float64), np.asarray(after_2M, np.float64)
+    if before.shape != after.shape or before.ndim != 2 or len(before) != 2:
+        raise ValueError(f"scores of shapes {before.shape} and {after.shape}: drift compares two [2, M] arrays of the same pairs.")
+    if before.shape[1] == 0:
+        return dict.fromkeys(("agreement", "correlation", "scale", "shift"))
+    old, new = np.sign(before[0] - before[1]), np.sign(after[0] - after[1])
+    agreement = np.where((old == 0) | (new == 0), 0.5, old == new).mean()
+    spread, spread_after = before.std(), after.std()
+    varies = spread > 0 and spread_after > 0
+    return {
+        "agreement": float(agreement),
+        "correlation": float(np.corrcoef(before.ravel(), after.ravel())[0, 1]) if varies else None,
+        "scale": float(spread_after / spread) if spread > 0 else None,
+        "shift": float((after.mean() - before.mean()) / spread) if spread > 0 else None,
+    }
+
+
+def kl_budget(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, float | None]]:
+    """KL spent up to the end of each round, nats a response: `penalty` of the round, and `spent` so far.
+
+    Each round gives `penalty`, its KL to the penalty's reference, and `from_sft`, whether that reference is π_SFT. A fixed reference makes
+    the round's KL the whole distance already; a moving one makes it one more leg of a path, and legs add up:
+
+        spent_r = penalty_r                   where the reference is π_SFT
+        spent_r = spent_{r−1} + penalty_r     where it is the round's own start
+
+    The path is what the penalty allowed; the distance KL(π ‖ π_SFT) is another number, and may be larger. None from a round without
+    the figure on, until a fixed reference starts the count anew.
+    """
+    rows: list[dict[str, float | None]] = []
+    spent: float | None = 0.0
+    for one in rounds:
+        penalty = one["penalty"]
+        if penalty is None:
+            spent = None
+        elif one["from_sft"]:
+            spent = penalty
+        elif spent is not None:
+            spent = spent + penalty
+        rows.append({"penalty": penalty, "spent": spent})
+    return rows

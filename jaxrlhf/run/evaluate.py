@@ -13,7 +13,7 @@ from jaxrlhf.data.pairs import Prompt
 from jaxrlhf.data.report import ReadReport
 from jaxrlhf.data.tables import read_table, text_batch, unpadded, write_table
 from jaxrlhf.data.tokens import decode_responses, finished_responses, pad_id_of, tokenize_prompts
-from jaxrlhf.evaluation.diagnostics import agreement_with_gold
+from jaxrlhf.evaluation.diagnostics import agreement_with_gold, reliability, write_reliability
 from jaxrlhf.evaluation.winrate import win_rate
 from jaxrlhf.models.hub import Loaded, eos_ids
 from jaxrlhf.offline.logprobs import response_logps
@@ -59,12 +59,14 @@ def evaluation_stage(
         samples = draw(setting, folder, loaded, gold, number)
         kl = np.zeros(len(samples.rows), np.float32) if policy.hash == sft.hash else kl_to(setting, loaded, sft, samples.tables[0], number)
         result = {**gold_figures(samples, gold), "kl_sft": float(kl.mean()), **length_figures(samples, loaded)}
-        proxy = None
+        proxy, start = None, None
         if rewards:
             earlier = read_samples(before, loaded) if before is not None else samples
-            figures, proxy = proxy_figures(setting, rewards, spread_of(ensemble, config), samples, earlier)
+            figures, proxy, start = proxy_figures(setting, rewards, spread_of(ensemble, config), samples, earlier)
             result |= figures
-        write_samples(folder, samples, kl, proxy)
+            if earlier.gold is not None:
+                write_reliability(folder, reliability(start, earlier.gold))
+        write_samples(folder, samples, kl, eos_ids(loaded), proxy=proxy, proxy_start=start)
         return result
 
     slice_ = {
@@ -80,7 +82,7 @@ def evaluation_stage(
     sources |= {"before": before} if before is not None else {}
     slice_ |= {"spread_coef": spread_of(ensemble, config)} if rewards and ensemble else {}
     name = "sft-evaluation" if number == 0 else f"r{number}-evaluation"
-    return setting.build(Stage(name, "data", "evaluation", slice_, sources, version=2, parent="policy"), build, round=number)
+    return setting.build(Stage(name, "data", "evaluation", slice_, sources, version=3, parent="policy"), build, round=number)
 
 
 def draw(setting: Setting, folder: Path, loaded: Loaded, gold: Scorer | None, round: int) -> Samples:
@@ -151,8 +153,10 @@ def kl_to(setting: Setting, loaded: Loaded, sft: Done, texts: TextBatch, round: 
 
 def proxy_figures(
     setting: Setting, rewards: tuple[Done, ...], spread_coef: float | None, samples: Samples, earlier: Samples
-) -> tuple[dict[str, float | None], np.ndarray]:
+) -> tuple[dict[str, float | None], np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """The reward model on what the round's policy writes (`proxy`) and on what it wrote before the round (`proxy_start`).
+
+    (figures, scores [N] of the round's first responses, scores [N] of both responses from before the round).
 
     `reward_accuracy` is taken on the latter: on text of the policy that it produced, selection puts even a perfect fit below one half.
     With a `spread_coef` all three are of the ensemble's one score, and `proxy_spread` and `proxy_start_spread` say how far its members
@@ -165,10 +169,23 @@ def proxy_figures(
     figures = {"proxy": float(proxy.mean()), "proxy_start": float(start[0].mean()), "reward_accuracy": accuracy}
     if spread_coef is not None:
         figures |= {"proxy_spread": float(spreads[0].mean()), "proxy_start_spread": float(spreads[1].mean())}
-    return figures, proxy
+    return figures, proxy, start
 
 
-def write_samples(folder: Path, samples: Samples, kl: np.ndarray, proxy: np.ndarray | None) -> None:
+def write_samples(
+    folder: Path,
+    samples: Samples,
+    kl: np.ndarray,
+    eos: tuple[int, ...],
+    *,
+    proxy: np.ndarray | None = None,
+    proxy_start: tuple[np.ndarray, np.ndarray] | None = None,
+) -> None:
+    """One row a prompt: both responses with their tokens, whether they ended, and gold; `proxy` scores the first.
+
+    proxy_start_1 and proxy_start_2 are the same reward model's scores of the two responses that the policy ENTERING the round gave to the
+    same prompts; those texts stand in the evaluation of the round before.
+    """
     columns: dict[str, Any] = {
         "id": [row.id for row in samples.rows],
         "prompt": [row.prompt for row in samples.rows],
@@ -178,9 +195,12 @@ def write_samples(folder: Path, samples: Samples, kl: np.ndarray, proxy: np.ndar
     }
     if proxy is not None:
         columns["proxy"] = proxy.tolist()
+    if proxy_start is not None:
+        columns |= {f"proxy_start_{side}": scores.tolist() for side, scores in enumerate(proxy_start, start=1)}
     for side, (table, text) in enumerate(zip(samples.tables, samples.texts, strict=True), start=1):
         columns[f"response_{side}"] = text
         columns[f"response_{side}_tokens"] = unpadded(table.response_BT, table.response_mask_BT)  # type: ignore[arg-type]
+        columns[f"ended_{side}"] = finished_responses(table.response_BT, table.response_mask_BT, eos).tolist()  # type: ignore[arg-type]
         if samples.gold is not None:
             columns[f"gold_{side}"] = samples.gold[side - 1].tolist()
     L, T = samples.tables[0].prompt_BL.shape[1], samples.tables[0].response_BT.shape[1]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxrlhf import rng, sharding
@@ -23,7 +24,7 @@ from jaxrlhf.data import toy
 from jaxrlhf.data.batches import batches
 from jaxrlhf.data.tokenizer import train_tokenizer
 from jaxrlhf.data.tokens import eos_ids_of, pad_id_of, tokenize_demonstrations, tokenize_prompts
-from jaxrlhf.evaluation.diagnostics import pair_accuracy
+from jaxrlhf.evaluation.diagnostics import VALID_SCORES, pair_accuracy
 from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.hub import (
     Loaded,
@@ -133,7 +134,8 @@ def sft_stage(setting: Setting, tokenizer_done: Done) -> Done:
 
         state = setting.train(folder, "sft", state, loop, steps=steps, tokens=config.sft.batch_size * width(table))
         add_model(base._replace(params=state.params), folder)
-        return {"steps": steps, "rows": len(table.index_B)}
+        tokens = int(np.asarray(table.prompt_mask_BL).sum() + np.asarray(table.response_mask_BT).sum())
+        return {"steps": steps, "rows": len(table.index_B), "tokens": tokens}
 
     slice_ = {
         "sft": asdict(config.sft),
@@ -151,6 +153,7 @@ def reward_stage(
 ) -> Done:
     """The reward model of a round: Bradley–Terry on the (weighted) pairs, then the bias that puts reference responses at 0.
 
+    Its scores of the held-out pairs, bias taken off, stay in the folder (float32 [2, M], chosen and rejected): what drift is told by.
     `member` numbers the models of an ensemble: each has its own new head and its own order of the pairs; 0 is the model of a run without.
     """
     config = setting.config
@@ -184,7 +187,9 @@ def reward_stage(
         references = reference_responses(setting, base.tokenizer)
         bias = float(score_responses(base.model, state.params, references, **options).mean())
         add_model(with_reward_bias(base._replace(params=state.params), bias), folder)
-        accuracy = pair_accuracy(*score_pairs(base.model, state.params, valid, **options))
+        scores = score_pairs(base.model, state.params, valid, **options)
+        np.save(folder / VALID_SCORES, np.stack(scores).astype(np.float32) - np.float32(bias), allow_pickle=False)
+        accuracy = pair_accuracy(*scores)
         return {"steps": steps, "pairs": n, "reward_bias": bias, "accuracy_valid": accuracy}
 
     slice_ = {
@@ -200,7 +205,8 @@ def reward_stage(
     slice_ |= {"member": member} if member else {}
     sources = {"previous" if continues else "sft": start, "pairs": pairs} | ({} if update is None else {"update": update})
     name = f"r{round.number}-reward" + (f"-{member + 1}" if member else "")
-    return setting.build(Stage(name, "model", "reward", slice_, sources, parent=next(iter(sources))), build, round=round.number)
+    stage = Stage(name, "model", "reward", slice_, sources, version=2, parent=next(iter(sources)))
+    return setting.build(stage, build, round=round.number)
 
 
 def reference_responses(setting: Setting, tokenizer: Any) -> TextBatch:
@@ -268,7 +274,9 @@ def policy_stage(
         tokens = section.batch_size * section.response_length
         state = setting.train(folder, "policy", state, loop, steps=updates, tokens=tokens, round=number)
         add_model(policy._replace(params=state.params["policy"]), folder)
-        return {"updates": updates, "episodes": updates * section.batch_size, "kl_coef": float(state.controller["kl_coef"])}
+        prompt_length = float(np.asarray(table.prompt_mask_BL).sum(axis=1).mean())
+        result = {"updates": updates, "episodes": updates * section.batch_size, "kl_coef": float(state.controller["kl_coef"])}
+        return result | {"prompt_length": prompt_length}  # mean tokens of a prompt: with the metrics, what the FLOPs are counted from
 
     again = number > 1 and section.round_prompts == "same"  # round 1 has the same prompts either way
     unread = way.unread if again else (*way.unread, "round_prompts")

@@ -61,18 +61,19 @@ def proxies(setting, members, spread_coef):
 
 
 def test_one_reward_model_speaks_for_itself(setting):
-    figures, proxy = proxies(setting, MEMBERS[:1], None)
+    figures, proxy, start = proxies(setting, MEMBERS[:1], None)
     assert figures == {"proxy": 2.0, "proxy_start": 1.0, "reward_accuracy": 0.0} and proxy.tolist() == [1.0, 3.0]
+    assert [scores.tolist() for scores in start] == [[0.0, 2.0], [1.0, 1.0]]
 
 
 def test_an_ensemble_speaks_with_one_voice(setting):
     """Less its bias b says 1.5, −.5 late, 3.5, −.5 and .5, 1 before: accuracies and proxies are those of the joined scores."""
-    figures, proxy = proxies(setting, MEMBERS, 0.0)
+    figures, proxy, _ = proxies(setting, MEMBERS, 0.0)
     assert proxy.tolist() == [1.25, 1.25] and figures["proxy"] == 1.25
     # Before: means 1.75, .75 and .75, 1.25, so the ensemble is right twice, where a is never.
     assert figures["proxy_start"] == 1.25 and figures["reward_accuracy"] == 1.0
     assert figures["proxy_spread"] == pytest.approx((0.25 + 1.75) / 2) and figures["proxy_start_spread"] == pytest.approx((1.75 + 1.25) / 2)
-    pessimistic, proxy = proxies(setting, MEMBERS, 1.0)
+    pessimistic, proxy, _ = proxies(setting, MEMBERS, 1.0)
     np.testing.assert_allclose(proxy, [1.0, -0.5])
     # 0, −.5 and .5, 1: of the first prompt it now prefers the second response.
     assert pessimistic["proxy_start"] == pytest.approx(-0.25) and pessimistic["reward_accuracy"] == 0.5
