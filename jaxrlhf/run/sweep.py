@@ -193,28 +193,28 @@ def write_table(state: Sweep, folder: Path) -> None:
 
 @dataclass
 class Clock:
-    """How long the rest will take, from the runs of this process: as long as the same arm took, else as long as a run takes on the mean.
+    """How long the rest will take, from the runs of this process: as long as the same arm took, else the mean of all runs but the first.
 
-    Later seeds are quicker than it says: what they share with the first is there, and programs are compiled.
+    The first run trains what the others share, and compiles. Later seeds are quicker than it says, for the same reasons.
     """
 
     now: Callable[[], float]
-    seconds: dict[str, list[float]] = field(default_factory=dict)
+    taken: list[tuple[str, float]] = field(default_factory=list)
     _started: float = 0.0
 
     def start(self) -> None:
         self._started = self.now()
 
     def stop(self, arm: str) -> None:
-        self.seconds.setdefault(arm, []).append(self.now() - self._started)
+        self.taken.append((arm, self.now() - self._started))
 
     def left(self, arms_left: Sequence[str]) -> float | None:
-        """Seconds, or None before the first run has ended."""
-        taken = [one for of_arm in self.seconds.values() for one in of_arm]
-        if not taken:
+        """Seconds, or None before the second run has ended."""
+        if len(self.taken) < 2:
             return None
-        known = {arm: of_arm[-1] for arm, of_arm in self.seconds.items()}
-        return sum(known.get(arm, sum(taken) / len(taken)) for arm in arms_left)
+        known = dict(self.taken)
+        usual = sum(seconds for _, seconds in self.taken[1:]) / (len(self.taken) - 1)
+        return sum(known.get(arm, usual) for arm in arms_left)
 
 
 def spoken(seconds: float) -> str:

@@ -94,7 +94,8 @@ def show(sweep: Sweep, console: Console | None = None) -> None:
         table = _table(sweep, columns)
     console.print(table)
     settings = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
-    for title in ("arm", *(title for _, title in SETTINGS)):
+    settings.add_column("arm", overflow="fold", min_width=min(24, max(map(len, sweep.settings))))
+    for _, title in SETTINGS:
         settings.add_column(title, overflow="fold", justify="right" if title in ("rounds", "episodes") else "left")
     for arm, setting in sweep.settings.items():
         settings.add_row(arm, *(_setting(setting, name) for name, _ in SETTINGS))

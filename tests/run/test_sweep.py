@@ -197,11 +197,11 @@ def test_nothing_starts_where_a_config_cannot_run(tiny_config, tmp_path):
 
 
 def test_the_time_left_is_what_the_same_arm_took():
-    times = iter([0.0, 100.0, 100.0, 120.0])
+    times = iter([0.0, 100.0, 100.0, 120.0, 120.0, 150.0])
     clock = Clock(lambda: next(times))
-    assert clock.left(["a", "b"]) is None
-    for arm in ("a", "b"):
+    for arm, left in (("a", None), ("b", None), ("c", 100 + 20 + 20)):  # the first run says nothing of arms that have not run
+        assert clock.left(["a", "b", arm]) == left
         clock.start()
         clock.stop(arm)
-    assert clock.left(["a", "b", "c"]) == 100 + 20 + 60
+    assert clock.left(["a", "b", "d"]) == 100 + 20 + (20 + 30) / 2
     assert [spoken(seconds) for seconds in (40, 720, 12600)] == ["40 s", "12 min", "3.5 h"]
