@@ -246,7 +246,7 @@ class Asking:
         """Raise where sending the same again cannot help."""
         if status in _STOPPED:
             raise JudgeError(
-                f"the judge's endpoint answered {why}. Check --judge_model {self.judge.model!r}, the address "
+                f"the judge's endpoint answered {why}. Check --judge {self.judge.model!r}, the address "
                 f"({bare(self.judge.base_url) or 'the default'}) and the key in the variable {self.judge.api_key_env}."
             )
         if status not in _RETRIED and status < 500:

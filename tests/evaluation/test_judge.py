@@ -187,9 +187,7 @@ def test_one_silent_question_is_counted_and_asked_again_next_time(tmp_path):
         assert [v.outcome for v in judged.verdicts] == [1.0] * 4 and judged.usage["asked_now"] == 2
 
 
-@pytest.mark.parametrize(
-    ("status", "says"), [("401", "status 401.*TEST_JUDGE_KEY"), ("404", "judge_model 'm'"), ("400", "3 questions in a row")]
-)
+@pytest.mark.parametrize(("status", "says"), [("401", "status 401.*TEST_JUDGE_KEY"), ("404", "judge 'm'"), ("400", "3 questions in a row")])
 def test_an_endpoint_that_will_never_answer_stops_it_at_once(tmp_path, status, says):
     prompts, a, b = rows(30)
     with FaultyServer(longer, {status: 1.0}) as server:

@@ -1,0 +1,270 @@
+"""Two lists of responses to the same prompts, side by side: what gold and a judge say of them, and what of it is length."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrlhf.evaluation.judge import Judged
+from jaxrlhf.evaluation.winrate import by_length, length_controlled, mean_interval, outcomes, paired_difference, rate_of, score
+from jaxrlhf.scorers import Scorer
+
+FIGURES, TABLE, ROWS = "comparison.json", "comparison.md", "comparison.jsonl"
+MEASURES: dict[str, Callable[[str], int]] = {"characters": len, "words": lambda text: len(text.split())}
+
+
+class Texts(NamedTuple):
+    """One response of each side to each of N prompts; a reference is None where the data has none."""
+
+    ids: list[str]
+    prompts: list[str]
+    a: list[str]
+    b: list[str]
+    references: list[str | None]
+
+
+class Comparison(NamedTuple):
+    """`figures` is what comparison.json holds, `rows` are the lines of comparison.jsonl, in the order of the prompts."""
+
+    figures: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def compare(
+    texts: Texts,
+    names: tuple[str, str],
+    *,
+    gold: Scorer | None = None,
+    judged: Judged | None = None,
+    measure: str = "characters",
+    bins: int = 5,
+    seed: int = 0,
+    resamples: int = 10_000,
+) -> Comparison:
+    """Every figure of a against b.
+
+    `gold` scores each distinct (prompt, response) once, so identical responses tie exactly; `judged` are the verdicts on (a, b) in the
+    order of the texts. `measure` is what a length counts, a key of MEASURES. Where there are references other than b, both sides are also
+    measured against them, and the difference is a paired one. Intervals are 95 %; those of the bootstrap follow `seed`.
+    """
+    if measure not in MEASURES:
+        raise ValueError(f"length {measure!r} is none of {', '.join(MEASURES)}.")
+    draws: dict[str, Any] = {"seed": seed, "resamples": resamples}
+    lengths = tuple(np.array([MEASURES[measure](text) for text in side], np.float64) for side in (texts.a, texts.b))
+    difference = lengths[0] - lengths[1]
+    rows = [
+        {"id": i, "prompt": p, "a": x, "b": y, "reference": r, "length_a": int(m), "length_b": int(n)}
+        for i, p, x, y, r, m, n in zip(*texts[:4], texts.references, *lengths, strict=True)
+    ]
+    sides = [{"name": name, "length": float(length.mean()) if len(length) else None} for name, length in zip(names, lengths, strict=True)]
+    figures: dict[str, Any] = {"prompts": len(rows), "length_unit": measure, "a": sides[0], "b": sides[1], "gold": None, "judge": None}
+    figures |= {"against_references": None, "agreement": None}
+    if gold is not None:
+        _gold(texts, gold, figures, rows, difference, bins, draws)
+    if judged is not None:
+        _judge(judged, figures, rows, difference, bins, draws)
+    if gold is not None and judged is not None:
+        figures["agreement"] = _agreement(rows)
+    return Comparison(figures, rows)
+
+
+def _gold(
+    texts: Texts,
+    gold: Scorer,
+    figures: dict[str, Any],
+    rows: list[dict[str, Any]],
+    difference: np.ndarray,
+    bins: int,
+    draws: dict[str, Any],
+) -> None:
+    with_reference = [i for i, reference in enumerate(texts.references) if reference is not None]
+    asked = [texts.prompts[i] for i in with_reference]
+    a, b, reference = score_once(
+        gold, (texts.prompts, texts.a), (texts.prompts, texts.b), (asked, [texts.references[i] or "" for i in with_reference])
+    )
+    won = outcomes(a, b)
+    figures["gold"] = figures_of(won, difference, bins=bins, **draws) | {"difference": _named(paired_difference(a, b, **draws))}
+    for side, scores in (("a", a), ("b", b)):
+        figures[side] |= {"gold": _named(mean_interval(scores, **draws))}
+        for row, value in zip(rows, scores, strict=True):
+            row[f"gold_{side}"] = float(value)
+    for row, outcome in zip(rows, won, strict=True):
+        row["gold_outcome"] = float(outcome)
+    for i, value in zip(with_reference, reference, strict=True):
+        rows[i]["gold_reference"] = float(value)
+    if with_reference and [texts.b[i] for i in with_reference] != [texts.references[i] for i in with_reference]:
+        against = [outcomes(side[with_reference], reference) for side in (a, b)]
+        figures["against_references"] = {
+            "a": figures_of(against[0], None, **draws),
+            "b": figures_of(against[1], None, **draws),
+            "difference": _named(paired_difference(against[0], against[1], **draws)),
+        }
+
+
+def _judge(
+    judged: Judged, figures: dict[str, Any], rows: list[dict[str, Any]], difference: np.ndarray, bins: int, draws: dict[str, Any]
+) -> None:
+    for row, verdict in zip(rows, judged.verdicts, strict=True):
+        row |= {"judge_outcome": verdict.outcome, "judge_orders": verdict.orders, "judge_answers": verdict.keys}
+    kept = [i for i, verdict in enumerate(judged.verdicts) if verdict.outcome is not None]
+    won = np.array([judged.verdicts[i].outcome for i in kept], np.float64)
+    figures["judge"] = figures_of(won, difference[kept], bins=bins, **draws) | {"usage": judged.usage}
+
+
+def score_once(scorer: Scorer, *sides: tuple[Sequence[str], Sequence[str]]) -> list[np.ndarray]:
+    """Scores of several (prompts, responses). Each distinct pair of texts is scored once, so that no rounding tells equal texts apart."""
+    distinct = dict.fromkeys(pair for prompts, responses in sides for pair in zip(prompts, responses, strict=True))
+    if not distinct:
+        return [np.zeros(0, np.float32) for _ in sides]
+    scores = dict(zip(distinct, scorer([p for p, _ in distinct], [r for _, r in distinct]), strict=True))
+    return [np.array([scores[pair] for pair in zip(*side, strict=True)], np.float32) for side in sides]
+
+
+def figures_of(outcomes_N: np.ndarray, difference_N: np.ndarray | None, *, seed: int, resamples: int, bins: int = 5) -> dict[str, Any]:
+    """Win rate, tie rate, score and, with differences in length, what is left of the score without them; None throughout where n is 0."""
+    won, n = rate_of(outcomes_N), len(outcomes_N)
+    found: dict[str, Any] = {"n": n} | {name: getattr(won, name) if n else None for name in won._fields if name != "n"}
+    whole = score(outcomes_N, seed=seed, resamples=resamples)
+    found |= {"score": _number(whole.value), "score_low": _number(whole.low), "score_high": _number(whole.high)}
+    if difference_N is not None:
+        controlled = length_controlled(outcomes_N, difference_N)
+        found["length_controlled"] = None if controlled is None else _named(controlled)
+        found["by_length"] = [_named(one) for one in by_length(outcomes_N, difference_N, bins=bins)]
+    return found
+
+
+def _agreement(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How often judge and gold prefer the same response, among the prompts on which neither ties."""
+    decided = [row for row in rows if row["gold_outcome"] != 0.5 and row["judge_outcome"] not in (None, 0.5)]
+    same = sum(row["gold_outcome"] == row["judge_outcome"] for row in decided)
+    return {"n": len(decided), "rate": same / len(decided) if decided else None}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _named(one: Any) -> dict[str, Any]:
+    """A named tuple of numbers as JSON has it."""
+    return {name: int(value) if name == "n" else _number(value) for name, value in one._asdict().items()}
+
+
+def write_comparison(comparison: Comparison, folder: str | Path) -> None:
+    """comparison.jsonl, comparison.md and, last, comparison.json: where it is, the others are whole."""
+    lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in comparison.rows)
+    for name, text in (
+        (ROWS, lines),
+        (TABLE, as_markdown(comparison.figures)),
+        (FIGURES, json.dumps(comparison.figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n"),
+    ):
+        path = Path(folder) / name
+        partial = path.with_name(f".{name}.{os.getpid()}.partial")
+        partial.write_bytes(text.encode("utf-8", "surrogatepass"))
+        os.replace(partial, path)
+
+
+Row = tuple[str, ...]
+
+
+def main_table(figures: dict[str, Any]) -> tuple[Row, list[Row]]:
+    """(head, rows) of what the two sides won and are, as text."""
+    columns = [name for name in ("gold", "judge") if figures[name] is not None]
+    found = [figures[name] for name in columns]
+    rows = [
+        ("prompts", *(str(f["n"]) for f in found)),
+        ("A wins (strictly)", *(_share(f["win_rate"], f["win_rate_low"], f["win_rate_high"]) for f in found)),
+        ("ties", *(_share(f["tie_rate"]) for f in found)),
+        ("score of A (wins + ½ ties)", *(_share(f["score"], f["score_low"], f["score_high"]) for f in found)),
+        ("score of A at equal lengths", *(_share(*_values(f["length_controlled"], "score")) for f in found)),
+    ]
+    if figures["gold"] is not None:
+        blank = ("",) * (len(columns) - 1)
+        rows += [(f"mean gold of {side.upper()}", _plain(*_values(figures[side]["gold"], "value")), *blank) for side in ("a", "b")]
+        gap = figures["gold"]["difference"]
+        rows.append(("difference, paired", _plain(*_values(gap, "difference")) + f", p ≈ {gap['p']:.2g}", *blank))
+    return ("A against B", *columns), rows
+
+
+def reference_table(figures: dict[str, Any]) -> list[Row]:
+    """What each side wins against the references by gold, and the paired difference of their scores; empty without references."""
+    against = figures["against_references"]
+    if against is None:
+        return []
+    rows = [
+        (
+            side.upper(),
+            _share(f["win_rate"], f["win_rate_low"], f["win_rate_high"]),
+            _share(f["tie_rate"]),
+            _share(*_values(f, "score", True)),
+        )
+        for side, f in (("a", against["a"]), ("b", against["b"]))
+    ]
+    gap = against["difference"]
+    return [*rows, ("A − B", "", "", _share(*_values(gap, "difference")) + f", p ≈ {gap['p']:.2g}")]
+
+
+def as_markdown(figures: dict[str, Any]) -> str:
+    """comparison.md: the tables, what was left out, and how to read them."""
+    unit = figures["length_unit"]
+    lines = ["# A against B", ""]
+    for side in ("a", "b"):
+        length = figures[side]["length"]
+        lines.append(f"- {side.upper()}: {figures[side]['name']}" + ("" if length is None else f", {length:.1f} {unit} on average"))
+    lines += ["", *_markdown(*main_table(figures))]
+    if rows := reference_table(figures):
+        lines += ["", *_markdown(("by gold, against the references", "wins (strictly)", "ties", "score"), rows)]
+    for name in ("gold", "judge"):
+        if figures[name] is not None and figures[name]["by_length"]:
+            bins = figures[name]["by_length"]
+            rows = [(f"{b['low']:+.0f} … {b['high']:+.0f}", str(b["n"]), _share(b["score"]), _share(b["win_rate"])) for b in bins]
+            lines += ["", *_markdown((f"{name}: A longer by ({unit})", "prompts", "score of A", "A wins"), rows)]
+    if figures["judge"] is not None:
+        lines += ["", judge_line(figures["judge"]["usage"])]
+    if figures["agreement"] and figures["agreement"]["rate"] is not None:
+        lines += ["", f"Judge and gold prefer the same response on {_share(figures['agreement']['rate'])} of the prompts both decide."]
+    lines += ["", *(f"- {note}" for note in figures.get("notes", ())), ""] if figures.get("notes") else [""]
+    lines.append("Brackets: 95 % intervals (wins: Wilson; at equal lengths: of the logistic regression; all else: bootstrap over prompts).")
+    return "\n".join(lines) + "\n"
+
+
+def judge_line(usage: dict[str, Any]) -> str:
+    """The judge's account in a sentence or two."""
+    parts = [f"The judge gave {usage['judged']} of {usage['pairs']} verdicts in {usage['requests']} requests"]
+    parts.append(f"{usage['prompt_tokens']} tokens in and {usage['completion_tokens']} out")
+    parts.append("cost unknown" if usage["cost"] is None else f"cost {usage['cost']:.4g}")
+    line = ", ".join(parts) + "."
+    if usage["consistency"] is not None:
+        line += f" Both orders agree on {_share(usage['consistency'])} of the pairs"
+        line += "." if usage["first_rate"] is None else f"; the first response won {_share(usage['first_rate'])} of the decided questions."
+    if usage["no_verdict"]:
+        line += (
+            f" Without a verdict, and left out: {usage['no_verdict']} pairs ({usage['nonsense']} questions with nonsense for an answer, "
+            f"{usage['refused']} refused, {usage['unanswered']} unanswered; the latter two are asked again by the same command)."
+        )
+    return line
+
+
+def _values(figures: dict[str, Any] | None, name: str, prefixed: bool = False) -> tuple[float | None, ...]:
+    low, high = (f"{name}_low", f"{name}_high") if prefixed else ("low", "high")
+    return (None,) if figures is None else (figures[name], figures[low], figures[high])
+
+
+def _share(value: float | None, low: float | None = None, high: float | None = None) -> str:
+    """A share as per cent, with its interval."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f} %" + ("" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]")
+
+
+def _plain(value: float | None, low: float | None = None, high: float | None = None) -> str:
+    return "–" if value is None else f"{value:.3f}" + ("" if low is None or high is None else f" [{low:.3f}, {high:.3f}]")
+
+
+def _markdown(head: Row, rows: Sequence[Row]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ("---", *("---:" for _ in head[1:])), *rows)]
