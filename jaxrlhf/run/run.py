@@ -50,7 +50,7 @@ def run(config: Config | str | Path, *, until: str | None = None, log: RunLog | 
         check(one)
     folder = Path(config.output) / config.name
     if config.arms:
-        _write(folder / "config.yaml", to_yaml(config))
+        write_whole(folder / "config.yaml", to_yaml(config))
     for one in arms(config).values():
         _run_one(one, until, log)
     return folder
@@ -89,7 +89,7 @@ def check(config: Config) -> None:
 def _run_one(config: Config, until: str | None, log: RunLog | None) -> None:
     folder = Path(config.output) / config.name
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "config.yaml", to_yaml(config))
+    write_whole(folder / "config.yaml", to_yaml(config))
     store = Store(config.store or Path(config.output) / ".stages")
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     own = log or RunLog(
@@ -97,7 +97,7 @@ def _run_one(config: Config, until: str | None, log: RunLog | None) -> None:
     )
     try:
         setting = Setting(config, store, folder, own, mesh)
-        _stages(setting, until)
+        walk_through(setting, until)
         if until is None:
             setting.tidy(metrics=log is None)  # a log that was given may hold other runs
     finally:
@@ -118,7 +118,7 @@ class Track:
     decision: Done | None = None  # whether this round refits, where that was a question
 
 
-def _stages(setting: Setting, until: str | None) -> None:
+def walk_through(setting: Setting, until: str | None) -> None:
     """The stages of one method, in order. What a round needs is one row of the table; nothing here knows a method's name."""
     config = setting.config
     method = method_of(config.method, config.row, plugin)
@@ -242,14 +242,15 @@ class Summary:
         config = self._setting.config
         body = {"method": config.method, "row": config.row, "seed": config.seed, "name": config.name}
         body |= {"rounds": self._rounds, "notes": self.notes}
-        _write(self._setting.folder / "summary.json", json.dumps(body, indent=1) + "\n")
+        write_whole(self._setting.folder / "summary.json", json.dumps(body, indent=1) + "\n")
 
 
 def update_report(update: Done | None) -> dict[str, Any]:
     return {} if update is None else report_of(update.folder)
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that readers see whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")

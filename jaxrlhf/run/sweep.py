@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 from jaxrlhf import sharding
 from jaxrlhf.config import Config
 from jaxrlhf.recipe import ConfigError, arms, load_config, to_yaml
-from jaxrlhf.run.run import _stages as walk_through
-from jaxrlhf.run.run import _write, check, run
+from jaxrlhf.run.run import check, run, walk_through, write_whole
 from jaxrlhf.run.setting import Setting
 from jaxrlhf.run.stages import Done, Stage, Store
 from jaxrlhf.run.sweep_figure import draw
@@ -82,9 +81,9 @@ def sweep(config: Config | str | Path, seeds: Sequence[int], *, log: RunLog | No
     for job in jobs:
         check(job.config)
     folder = Path(config.output) / config.name
-    _write(folder / "config.yaml", to_yaml(config))
+    write_whole(folder / "config.yaml", to_yaml(config))
     for seed in seeds if config.arms else ():
-        _write(folder / f"seed-{seed}" / "config.yaml", to_yaml(replace(config, seed=seed, name=f"{config.name}/seed-{seed}")))
+        write_whole(folder / f"seed-{seed}" / "config.yaml", to_yaml(replace(config, seed=seed, name=f"{config.name}/seed-{seed}")))
     _run_all(config, jobs, folder, log)
     return folder
 
@@ -125,7 +124,7 @@ def run_one(job: Job, log: RunLog | None) -> Run:
             raise RuntimeError(f"a stage of {folder} vanished right after it was finished; is something else cleaning up?")
         return done
     except Exception as error:
-        _write(folder / ERROR, "".join(traceback.format_exception(error)))
+        write_whole(folder / ERROR, "".join(traceback.format_exception(error)))
         return Run(job.seed, job.arm, "failed", error=f"{type(error).__name__}: {error}", folder=str(folder))
 
 
@@ -187,8 +186,8 @@ def way_out(done: Sweep) -> list[str]:
 def write_table(state: Sweep, folder: Path) -> None:
     """sweep.json, sweep.md and the figure, each whole or as it was."""
     drawn = draw(state, folder / FIGURES)
-    _write(folder / TABLE, json.dumps(as_json(state), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    _write(folder / PAGE, as_markdown(state, figure=drawn.relative_to(folder) if drawn else None))
+    write_whole(folder / TABLE, json.dumps(as_json(state), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(folder / PAGE, as_markdown(state, figure=drawn.relative_to(folder) if drawn else None))
 
 
 @dataclass
