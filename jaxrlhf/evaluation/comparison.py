@@ -36,11 +36,37 @@ class Comparison(NamedTuple):
     rows: list[dict[str, Any]]
 
 
+class GoldScores(NamedTuple):
+    """Gold of both sides, float32 [N], and of the references, float32 [R], which are those of the prompts `rows`."""
+
+    a: np.ndarray
+    b: np.ndarray
+    references: np.ndarray
+    rows: list[int]
+
+
+def gold_scores(texts: Texts, gold: Scorer) -> GoldScores:
+    """What `gold` says of every response and reference."""
+    rows = [i for i, reference in enumerate(texts.references) if reference is not None]
+    references = [texts.prompts[i] for i in rows], [texts.references[i] or "" for i in rows]
+    a, b, scores = score_once(gold, (texts.prompts, texts.a), (texts.prompts, texts.b), references)
+    return GoldScores(a, b, scores, rows)
+
+
+def score_once(scorer: Scorer, *sides: tuple[Sequence[str], Sequence[str]]) -> list[np.ndarray]:
+    """Scores of several (prompts, responses). Each distinct pair of texts is scored once, so that no rounding tells equal texts apart."""
+    distinct = dict.fromkeys(pair for prompts, responses in sides for pair in zip(prompts, responses, strict=True))
+    if not distinct:
+        return [np.zeros(0, np.float32) for _ in sides]
+    scores = dict(zip(distinct, scorer([p for p, _ in distinct], [r for _, r in distinct]), strict=True))
+    return [np.array([scores[pair] for pair in zip(*side, strict=True)], np.float32) for side in sides]
+
+
 def compare(
     texts: Texts,
     names: tuple[str, str],
     *,
-    gold: Scorer | None = None,
+    gold: GoldScores | None = None,
     judged: Judged | None = None,
     measure: str = "characters",
     bins: int = 5,
@@ -49,9 +75,9 @@ def compare(
 ) -> Comparison:
     """Every figure of a against b.
 
-    `gold` scores each distinct (prompt, response) once, so identical responses tie exactly; `judged` are the verdicts on (a, b) in the
-    order of the texts. `measure` is what a length counts, a key of MEASURES. Where there are references other than b, both sides are also
-    measured against them, and the difference is a paired one. Intervals are 95 %; those of the bootstrap follow `seed`.
+    `judged` are the verdicts on (a, b) in the order of the texts. `measure` is what a length counts, a key of MEASURES. Where there are
+    references other than b, both sides are also measured against them, and the difference is a paired one. Intervals are 95 %; those of the
+    bootstrap follow `seed`.
     """
     if measure not in MEASURES:
         raise ValueError(f"length {measure!r} is none of {', '.join(MEASURES)}.")
@@ -76,30 +102,25 @@ def compare(
 
 def _gold(
     texts: Texts,
-    gold: Scorer,
+    gold: GoldScores,
     figures: dict[str, Any],
     rows: list[dict[str, Any]],
     difference: np.ndarray,
     bins: int,
     draws: dict[str, Any],
 ) -> None:
-    with_reference = [i for i, reference in enumerate(texts.references) if reference is not None]
-    asked = [texts.prompts[i] for i in with_reference]
-    a, b, reference = score_once(
-        gold, (texts.prompts, texts.a), (texts.prompts, texts.b), (asked, [texts.references[i] or "" for i in with_reference])
-    )
-    won = outcomes(a, b)
-    figures["gold"] = figures_of(won, difference, bins=bins, **draws) | {"difference": _named(paired_difference(a, b, **draws))}
-    for side, scores in (("a", a), ("b", b)):
+    won = outcomes(gold.a, gold.b)
+    figures["gold"] = figures_of(won, difference, bins=bins, **draws) | {"difference": _named(paired_difference(gold.a, gold.b, **draws))}
+    for side, scores in (("a", gold.a), ("b", gold.b)):
         figures[side] |= {"gold": _named(mean_interval(scores, **draws))}
         for row, value in zip(rows, scores, strict=True):
             row[f"gold_{side}"] = float(value)
     for row, outcome in zip(rows, won, strict=True):
         row["gold_outcome"] = float(outcome)
-    for i, value in zip(with_reference, reference, strict=True):
+    for i, value in zip(gold.rows, gold.references, strict=True):
         rows[i]["gold_reference"] = float(value)
-    if with_reference and [texts.b[i] for i in with_reference] != [texts.references[i] for i in with_reference]:
-        against = [outcomes(side[with_reference], reference) for side in (a, b)]
+    if gold.rows and any(texts.b[i] != texts.references[i] for i in gold.rows):
+        against = [outcomes(side[gold.rows], gold.references) for side in (gold.a, gold.b)]
         figures["against_references"] = {
             "a": figures_of(against[0], None, **draws),
             "b": figures_of(against[1], None, **draws),
@@ -115,15 +136,6 @@ def _judge(
     kept = [i for i, verdict in enumerate(judged.verdicts) if verdict.outcome is not None]
     won = np.array([judged.verdicts[i].outcome for i in kept], np.float64)
     figures["judge"] = figures_of(won, difference[kept], bins=bins, **draws) | {"usage": judged.usage}
-
-
-def score_once(scorer: Scorer, *sides: tuple[Sequence[str], Sequence[str]]) -> list[np.ndarray]:
-    """Scores of several (prompts, responses). Each distinct pair of texts is scored once, so that no rounding tells equal texts apart."""
-    distinct = dict.fromkeys(pair for prompts, responses in sides for pair in zip(prompts, responses, strict=True))
-    if not distinct:
-        return [np.zeros(0, np.float32) for _ in sides]
-    scores = dict(zip(distinct, scorer([p for p, _ in distinct], [r for _, r in distinct]), strict=True))
-    return [np.array([scores[pair] for pair in zip(*side, strict=True)], np.float32) for side in sides]
 
 
 def figures_of(outcomes_N: np.ndarray, difference_N: np.ndarray | None, *, seed: int, resamples: int, bins: int = 5) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from jaxrlhf.evaluation.comparison import (
     Comparison,
     Texts,
     compare,
+    gold_scores,
     judge_line,
     main_table,
     reference_table,
@@ -29,7 +30,7 @@ from jaxrlhf.evaluation.judge import TEMPLATE, Judge, Judged, judge_pairs
 from jaxrlhf.models.hub import read_config, resolve
 from jaxrlhf.plugins import source_of
 from jaxrlhf.run.embed import shown
-from jaxrlhf.run.inputs import folder_identity
+from jaxrlhf.run.inputs import folder_identity, try_gold
 from jaxrlhf.run.responses import Asked, Writing, asked_of, identity, new_tokens_of, prompts_identity, responses_of, together, write
 from jaxrlhf.run.sides import REFERENCE, Side, check_model, facts, side_of
 from jaxrlhf.scorers import Scorer
@@ -82,6 +83,7 @@ def evaluate(
     new_tokens, notes = new_tokens_of(sides, max_new_tokens)
     writing = Writing(new_tokens, max_prompt_length, temperature, batch_size, seed, dtype)
     scorer = None if gold is None else gold_scorer(gold, writing)
+    try_gold(scorer, asked.rows[:2])
     settings = settings_of(sides, asked, writing, gold, judge, {"length": length, "bins": bins})
     folder = Path(output)
     check_output(folder, settings, overwrite)
@@ -90,9 +92,10 @@ def evaluate(
     told = [responses_of(side, name, asked, writing, folder, show) for side, name in zip(sides, "ab", strict=True)]
     texts, finished, left_out = together(asked.rows, told)
     notes = [note for side in sides for note in side.notes] + notes + left_out
+    scores = None if scorer is None else gold_scores(texts, scorer)  # before the judge: what is wrong here is said before anything is paid
     judged = None if judge is None else _judged(texts, judge, folder, show)
     names = sides[0].name, sides[1].name
-    done = compare(texts, names, gold=scorer, judged=judged, measure=length, bins=bins, seed=seed)
+    done = compare(texts, names, gold=scores, judged=judged, measure=length, bins=bins, seed=seed)
     for name, side, ends in zip("ab", sides, finished, strict=True):
         done.figures[name] |= facts(side) | {"finished": None if None in ends or not ends else sum(map(bool, ends)) / len(ends)}
     done.figures.update(notes=notes, settings=settings)

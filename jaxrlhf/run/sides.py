@@ -82,7 +82,7 @@ def _folder(path: Path, given: str) -> Side:
     shards = [p for p in path.iterdir() if p.name.lower().endswith(SUFFIXES)]
     if shards:
         return _stored(path, given)
-    found = ", ".join(sorted(p.name for p in path.iterdir())[:6])
+    found = ", ".join(sorted(p.name for p in path.iterdir() if not p.name.startswith("."))[:6])
     raise ValueError(
         f"{given} is neither a policy folder (config.json, *.safetensors) nor responses (JSON lines or {SAMPLES}); it holds {found}. "
         "Name a policy or evaluation stage of a run (RUN/stages/…), or a file that `jaxrlhf generate --output` wrote."
@@ -112,7 +112,8 @@ def _not_a_side(path: Path, given: str) -> None:
 
 
 def _first_policy(path: Path, arms: list[str]) -> str:
-    return next((found for arm in arms for found in candidates(path / arm)[::-1]), f"{path / arms[0]}/stages/…-policy")
+    found = [stage for arm in arms for stage in candidates(path / arm) if stage.endswith("-policy")]
+    return found[-1] if found else f"{path / arms[0]}/stages/NN-rK-policy"
 
 
 def candidates(run: Path) -> list[str]:

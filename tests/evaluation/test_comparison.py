@@ -5,7 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from jaxrlhf.evaluation.comparison import Texts, as_markdown, compare, main_table, reference_table, score_once, write_comparison
+from jaxrlhf.evaluation.comparison import (
+    Texts,
+    as_markdown,
+    compare,
+    gold_scores,
+    main_table,
+    reference_table,
+    score_once,
+    write_comparison,
+)
 from jaxrlhf.evaluation.judge import FIRST, SECOND, TIE, Judged, Verdict
 from jaxrlhf.evaluation.winrate import length_controlled, paired_difference
 
@@ -31,7 +40,7 @@ def gold(prompts, responses):
 
 
 def test_figures_by_hand():
-    figures, rows = compare(TEXTS, ("mine", "yours"), gold=gold, judged=Judged(VERDICTS, USAGE))
+    figures, rows = compare(TEXTS, ("mine", "yours"), gold=gold_scores(TEXTS, gold), judged=Judged(VERDICTS, USAGE))
     # gold: 4>2 won, 1<2 lost, 2<3 lost, tie, 2>1 won, 0<1 lost
     assert [row["gold_outcome"] for row in rows] == [1.0, 0.0, 0.0, 0.5, 1.0, 0.0]
     one = figures["gold"]
@@ -63,16 +72,17 @@ def test_figures_by_hand():
 
 
 def test_words_seeds_and_what_is_not_there():
-    figures, rows = compare(TEXTS, ("a", "b"), gold=gold, measure="words", seed=1)
+    figures, rows = compare(TEXTS, ("a", "b"), gold=gold_scores(TEXTS, gold), measure="words", seed=1)
     assert [row["length_b"] for row in rows] == [1, 1, 2, 1, 1, 1] and figures["judge"] is None and figures["agreement"] is None
     # b is the references themselves: measuring against them says the same again
     of_reference = TEXTS._replace(b=["r"] * 6, references=["r"] * 6)
-    assert compare(of_reference, ("a", "reference"), gold=gold).figures["against_references"] is None
-    assert compare(TEXTS._replace(references=[None] * 6), ("a", "b"), gold=gold).figures["against_references"] is None
+    assert compare(of_reference, ("a", "reference"), gold=gold_scores(of_reference, gold)).figures["against_references"] is None
+    without = TEXTS._replace(references=[None] * 6)
+    assert compare(without, ("a", "b"), gold=gold_scores(without, gold)).figures["against_references"] is None
     only_judge = compare(TEXTS, ("a", "b"), judged=Judged(VERDICTS, USAGE))
     assert only_judge.figures["gold"] is None and "gold_a" not in only_judge.rows[0]
     with pytest.raises(ValueError, match="length 'tokens' is none of characters, words"):
-        compare(TEXTS, ("a", "b"), gold=gold, measure="tokens")
+        compare(TEXTS, ("a", "b"), gold=gold_scores(TEXTS, gold), measure="tokens")
 
 
 def test_nothing_judged_is_null_and_not_nan(tmp_path):
@@ -100,11 +110,11 @@ def test_equal_texts_are_scored_once():
 
 def test_a_score_that_is_no_number_stops_it():
     with pytest.raises(ValueError, match="not finite"):
-        compare(TEXTS, ("a", "b"), gold=lambda prompts, responses: np.full(len(responses), np.nan, np.float32))
+        compare(TEXTS, ("a", "b"), gold=gold_scores(TEXTS, lambda prompts, responses: np.full(len(responses), np.nan, np.float32)))
 
 
 def test_what_is_written(tmp_path):
-    done = compare(TEXTS, ("mine | x", "yours"), gold=gold, judged=Judged(VERDICTS, USAGE))
+    done = compare(TEXTS, ("mine | x", "yours"), gold=gold_scores(TEXTS, gold), judged=Judged(VERDICTS, USAGE))
     done.figures["notes"] = ["something to know"]
     write_comparison(done, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["comparison.json", "comparison.jsonl", "comparison.md"]

@@ -88,8 +88,8 @@ def test_a_judge_that_always_prefers_the_first_scores_one_half(tmp_path):
 
 def test_verdicts_through_every_fault_in_the_order_of_the_pairs(tmp_path):
     prompts, a, b = rows(60)
-    with FaultyServer(longer, FAULTS, silence=0.6) as server:
-        judge = Judge("m", server.url, **FAST | {"timeout": 0.5, "attempts": 12, "asks": 12}, price_in=2.0, price_out=10.0)
+    with FaultyServer(longer, FAULTS, silence=1.8) as server:
+        judge = Judge("m", server.url, **FAST | {"timeout": 1.5, "attempts": 12, "asks": 12}, price_in=2.0, price_out=10.0)
         shown = []
         judged = judge_pairs(prompts, a, b, judge, tmp_path / "answers.jsonl", progress=lambda *now: shown.append(now))
     assert [v.outcome for v in judged.verdicts] == expected(a, b)
@@ -147,14 +147,14 @@ def test_what_a_request_carries(tmp_path):
 @pytest.mark.parametrize("limit", [1, 3])
 def test_so_many_at_a_time_and_no_more(tmp_path, limit):
     prompts, a, b = rows(12)
-    with FaultyServer(longer, delay=0.02) as server:
+    with FaultyServer(longer, delay=0.04) as server:
         judge_pairs(prompts, a, b, Judge("m", server.url, **FAST, concurrency=limit), tmp_path / "answers.jsonl")
     assert server.most_in_flight == limit
 
 
 def test_nonsense_is_asked_again_and_then_leaves_the_pair_out(tmp_path):
     def odd(content):
-        return "who knows" if "Q: p1" in content else longer(content)
+        return f"who knows {SECRET}" if "Q: p1" in content else longer(content)
 
     with FaultyServer(odd) as server:
         judge = Judge("m", server.url, **FAST, asks=4)
@@ -165,6 +165,8 @@ def test_nonsense_is_asked_again_and_then_leaves_the_pair_out(tmp_path):
         assert usage.items() <= judged.usage.items() and judged.usage["cost"] is None
         judge_pairs(["p0", "p1"], ["aaa", "aaa"], ["b", "b"], judge, tmp_path / "answers.jsonl")
         assert sum(server.fates.values()) == 10  # its answer is known: none
+    text = (tmp_path / "answers.jsonl").read_text()
+    assert text.count("who knows [key]") == 2 * 5 and SECRET not in text  # four asks and the last of them
 
 
 def test_one_silent_question_is_counted_and_asked_again_next_time(tmp_path):
@@ -173,15 +175,15 @@ def test_one_silent_question_is_counted_and_asked_again_next_time(tmp_path):
 
     def verdict(content):
         if server.stuck and "Q: p1" in content:
-            time.sleep(0.4)
+            time.sleep(1.4)
         return longer(content)
 
     with Sometimes(verdict) as server:
-        judge = Judge("m", server.url, **FAST | {"timeout": 0.2}, attempts=2, concurrency=2)
+        judge = Judge("m", server.url, **FAST | {"timeout": 1.0}, attempts=2, concurrency=2)
         told = ["p0", "p1", "p2", "p3"], ["aaa"] * 4, ["b"] * 4
         judged = judge_pairs(*told, judge, tmp_path / "answers.jsonl")
         assert [v.outcome for v in judged.verdicts] == [1.0, None, 1.0, 1.0]
-        assert judged.usage["unanswered"] == 2 and "no answer in 0.2 s, 2 times" in judged.usage["failures"]
+        assert judged.usage["unanswered"] == 2 and "no answer in 1 s, 2 times" in judged.usage["failures"]
         server.stuck = False
         judged = judge_pairs(*told, judge, tmp_path / "answers.jsonl")
         assert [v.outcome for v in judged.verdicts] == [1.0] * 4 and judged.usage["asked_now"] == 2
@@ -270,7 +272,7 @@ from pathlib import Path
 import openai
 from jaxrlhf.evaluation.judge import Judge, judge_pairs
 out, url, data = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-patient = {"timeout": 1.0, "attempts": 20, "asks": 20, "backoff": 0.005, "concurrency": 4}
+patient = {"timeout": 2.0, "attempts": 20, "asks": 20, "backoff": 0.005, "concurrency": 4}
 judge = Judge("m", url, template=data["template"], api_key_env="TEST_JUDGE_KEY", **patient)
 for line in sys.stdin:  # one life a line: the library is imported once
     child = os.fork()
@@ -290,7 +292,7 @@ def test_ten_kills_lose_nothing_and_count_nothing_twice(tmp_path):
     faults = {name: share for name, share in FAULTS.items() if name != "silent"} | {"silent": 0.01}
     questions = 2 * sum(x != y for x, y in zip(a, b, strict=True))
     path = tmp_path / "answers.jsonl"
-    with FaultyServer(longer, faults, silence=1.2, delay=0.004) as server:
+    with FaultyServer(longer, faults, silence=2.5, delay=0.004) as server:
         data = json.dumps({"template": TEMPLATE, "prompts": prompts, "a": a, "b": b})
         parent = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(tmp_path), server.url, data], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

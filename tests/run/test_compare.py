@@ -154,6 +154,11 @@ def test_gold_scorers(run, tmp_path, monkeypatch):
         gold_scorer(str(run / "stages" / "01-sft"), Writing(5))
     with pytest.raises(ValueError, match=r"no config.json; its reward models are .*03-r1-reward"):
         gold_scorer(str(run), Writing(5))
+    monkeypatch.setattr("jaxrlhf.run.compare.judge_pairs", lambda *a, **k: pytest.fail("asked before gold was tried"))
+    rows = [{"prompt": row["prompt"], "response": "."} for row in reward.rows] + [{"prompt": "q", "response": "r"}]
+    one, other = lines(tmp_path / "one.jsonl", rows), lines(tmp_path / "other.jsonl", [rows[-1] | {"response": "s"}])
+    with pytest.raises(ValueError, match="not a post of the toy task: 'q'"):
+        evaluate(one, other, output=tmp_path / "f", gold="toy", judge=Judge("m"))
     with pytest.raises(ValueError, match="nobody judges"):
         evaluate(stage, output=tmp_path / "c")
 
@@ -230,7 +235,7 @@ def test_what_is_no_side_says_what_is_missing(run, tmp_path):
             assert part in str(caught.value), (part, str(caught.value))
 
     refused(run, "is a run's folder", str(policy), "01-sft", "05-r1-evaluation")
-    refused(run.parent, "holds several runs", "05-r1-evaluation")
+    refused(run.parent, "holds several runs", str(policy))
     refused(stages / "03-r1-reward", "holds a reward model (LlamaForSequenceClassification)", str(policy), "given as --gold")
     refused(stages / "02-pairs", "is the stage pairs (data)", "name a policy or evaluation stage beside it", str(policy))
     (tmp_path / "empty").mkdir()
