@@ -84,6 +84,9 @@ class Handler(BaseHTTPRequestHandler):
                 int(fate), json.dumps({"error": {"message": f"{fate} for key {key}"}}), {"retry-after": "0.01"} if fate == "429" else {}
             )
             return
+        if fate == "trickle":
+            self.send(200, " " * 1000, kind=fate)
+            return
         if fate == "page":
             self.send(200, "<html>out of order</html>", kind="text/html")
             return
@@ -104,8 +107,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, status: int, text: str, headers: dict[str, str] | None = None, kind: str = "application/json"):
         data = text.encode()
+        if kind == "trickle":
+            self.trickle(data)
+            return
         self.send_response(status)
         for name, value in ({"content-type": kind, "content-length": str(len(data))} | (headers or {})).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
+
+    def trickle(self, data: bytes):
+        """A byte every twentieth of a second: no single read ever times out."""
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        for n in range(min(len(data), 200)):
+            self.wfile.write(data[n : n + 1])
+            time.sleep(0.05)

@@ -60,7 +60,8 @@ def test_figures_by_hand():
     # the judge: the pair without a verdict is out of n
     two = figures["judge"]
     assert (two["n"], two["win_rate"], two["tie_rate"], two["score"]) == (5, 0.2, 0.4, 0.4) and two["usage"] == USAGE
-    assert sum(b["n"] for b in two["by_length"]) == 5
+    assert two["length_controlled"] == length_controlled(np.array([1, 0, 0.5, 0.5, 0]), np.array([2, -1, -2, 0, -1.0]))._asdict()  # type: ignore[union-attr]
+    assert [b["n"] for b in two["by_length"]] == [1, 2, 1, 1]
     assert rows[4]["judge_outcome"] is None and rows[0]["judge_answers"] == ("k0", "k1")
     assert figures["agreement"] == {"n": 3, "rate": 1.0}
     # against the references of the five prompts that have one: a: 4>3, 1>0, tie, 2<3, 0<1; b: 2<3, 2>0, tie, 1<3, tie

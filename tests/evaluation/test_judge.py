@@ -212,6 +212,32 @@ def test_a_dead_endpoint_stops_it_and_one_refused_text_does_not(tmp_path):
     assert judged.usage["unanswered"] == 0 and judged.usage["judged"] + judged.usage["no_verdict"] == 30
 
 
+def test_a_reply_that_trickles_is_cut_off_in_time(tmp_path):
+    with FaultyServer(longer, {"trickle": 1.0}) as server:
+        started = time.monotonic()
+        with pytest.raises(JudgeError, match=r"no answer in 0.3 s, 1 times"):
+            judge_pairs(["p"], ["aa"], ["b"], Judge("m", server.url, **FAST | {"timeout": 0.3}, attempts=1), tmp_path / "answers.jsonl")
+        assert time.monotonic() - started < 5  # the whole reply would take ten seconds
+
+
+def test_failures_that_are_not_in_a_row_do_not_stop_it(tmp_path):
+    def even_fail(content):
+        if int(content.split("Q: p")[1].split()[0]) % 2:
+            raise BrokenPipeError  # the connection drops
+        return longer(content)
+
+    told = [f"p{i}" for i in range(8)], ["aaa"] * 8, ["b"] * 8
+    with FaultyServer(even_fail) as server:
+        judge = Judge("m", server.url, **FAST, attempts=1, concurrency=1)
+        judged = judge_pairs(*told, judge, tmp_path / "answers.jsonl")
+        assert [v.outcome for v in judged.verdicts] == [1.0, None] * 4 and judged.usage["unanswered"] == 8
+        # only those are asked again, one after the other: an outage, unless told to go on
+        with pytest.raises(JudgeError, match=r"3 questions in a row.*--judge_keep_going"):
+            judge_pairs(*told, judge, tmp_path / "answers.jsonl")
+        judged = judge_pairs(*told, replace(judge, keep_going=True), tmp_path / "answers.jsonl")
+        assert judged.usage["unanswered"] == 8 and judged.usage["judged"] == 4
+
+
 def test_the_key_comes_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("TEST_JUDGE_KEY")
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
