@@ -1,0 +1,469 @@
+"""The figures of a report, drawn by matplotlib without a window: colours for the colour-blind, and lines and marks for grey paper."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrlhf.evaluation.curves import Band, over_seeds
+from jaxrlhf.evaluation.report_arms import Arm, View
+from jaxrlhf.evaluation.report_costs import PARTS
+
+# Okabe & Ito (2008) without their yellow, which paper does not show. INK is the page's own text colour where a figure stands in a page.
+INK = "#010203"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
+LINES = ("-", "--", "-.", ":")
+MARKS = ("o", "s", "^", "D", "v", "P", "X")
+SIZE = (4.7, 3.3)  # inches: on a narrow screen a figure is as wide as the screen, and its letters stay letters
+PNG_DPI = 200
+LABEL_LIMIT = 28
+
+
+class Drawing(NamedTuple):
+    """A figure: its name (of the files), what it shows, and the means to draw it: False where there is nothing to draw."""
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[Any, Sequence[Arm]], bool]
+    missing: str  # why there may be nothing
+
+
+class Figure(NamedTuple):
+    """A figure drawn: `inline` is SVG to stand in a page, `svg` and `png` are files."""
+
+    name: str
+    title: str
+    caption: str
+    inline: str
+    svg: bytes
+    png: bytes
+
+
+def look(number: int) -> dict[str, Any]:
+    """The line of the n-th arm."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": LINES[number // len(COLOURS) % len(LINES)],
+        "marker": MARKS[number % len(MARKS)],
+    }
+
+
+def label_of(name: str) -> str:
+    """A name as a legend can show it: short, and not begun by the underscore that hides an entry."""
+    short = name if len(name) <= LABEL_LIMIT else f"…{name[-LABEL_LIMIT + 1 :]}"
+    return f"\u200a{short}" if short.startswith("_") else short
+
+
+def line_of(axes: Any, x: Sequence[float | None], bands: Sequence[Band | None], style: dict[str, Any], label: str | None = None) -> bool:
+    """A line through the means with a band of one standard error; False where no point has both coordinates."""
+    points = [(at, one) for at, one in zip(x, bands, strict=True) if at is not None and one is not None]
+    if not points:
+        return False
+    at = np.array([one for one, _ in points])
+    mean = np.array([one.mean for _, one in points])
+    se = np.array([one.se or 0.0 for _, one in points])
+    axes.plot(at, mean, label=label, **style)
+    if se.any():
+        axes.fill_between(at, mean - se, mean + se, color=style["color"], alpha=0.16, linewidth=0)
+    return True
+
+
+def against_kl(
+    axes: Any, arms: Sequence[Arm], of: Callable[[View], Sequence[float | None]], *, style: dict[str, Any] | None = None
+) -> bool:
+    """A quantity by √KL: every seed faintly, their means as the line."""
+    drawn = False
+    for number, arm in enumerate(arms):
+        own = look(number) | (style or {})
+        series = [(root_kl(view), of(view)) for view in arm.views]
+        if len(series) > 1:
+            for x, y in series:
+                points = [(a, b) for a, b in zip(x, y, strict=True) if a is not None and b is not None]
+                axes.plot([a for a, _ in points], [b for _, b in points], color=own["color"], linewidth=0.6, alpha=0.35)
+        means = [None if one is None else one.mean for one in over_seeds([x for x, _ in series])]
+        drawn |= line_of(axes, means, over_seeds([y for _, y in series]), own, label_of(arm.name))
+    return drawn
+
+
+def root_kl(view: View) -> list[float | None]:
+    return [p.root_kl for p in view.curve.points]
+
+
+def overoptimisation(axes: Any, arms: Sequence[Arm]) -> bool:
+    """Gao et al.'s figure: gold (solid) and proxy (dashed) gained since π_SFT in one unit."""
+    if not any(x is not None for arm in arms for view in arm.views for x in view.curve.proxy_gain[1:]):
+        return False  # π_SFT alone, where both are 0 by definition
+    against_kl(axes, arms, lambda view: view.curve.proxy_gain, style={"linestyle": (0, (2, 1.5)), "markerfacecolor": "none"})
+    count = len(axes.get_lines())
+    drawn = against_kl(axes, arms, lambda view: view.curve.gold_gain)
+    for line in axes.get_lines()[:count]:
+        line.set_label("_")
+    for text, line in (("gold", "-"), ("proxy", "--")):
+        axes.plot([], [], color=INK, linestyle=line, linewidth=1.2, label=text)
+    axes.set(xlabel=ROOT_KL, ylabel="gained since SFT (σ)")
+    axes.axhline(0, color=INK, linewidth=0.5, alpha=0.5)
+    return drawn
+
+
+ROOT_KL = "√KL to SFT (√nats a response)"
+
+
+def gold_by_kl(axes: Any, arms: Sequence[Arm]) -> bool:
+    drawn = against_kl(axes, arms, lambda view: [p.gold for p in view.curve.points])
+    for number, arm in enumerate(arms):
+        for view in arm.views if len(arm.views) <= 3 else ():
+            peak = view.curve.peak
+            if peak is not None and peak.root_kl is not None:
+                axes.plot(peak.root_kl, peak.gold, marker="*", markersize=12, color=look(number)["color"], alpha=0.55, zorder=1)
+    axes.set(xlabel=ROOT_KL, ylabel="gold (true reward)")
+    return drawn
+
+
+def proxy_by_kl(axes: Any, arms: Sequence[Arm]) -> bool:
+    """Each round's reward model from where the round began to where it ended; where a refit breaks the line, a diamond begins the next."""
+    drawn = False
+    for number, arm in enumerate(arms):
+        style, label = look(number), label_of(arm.name)
+        for view in arm.views:
+            points = {p.round: p for p in view.curve.points}
+            for p in view.curve.points[1:]:
+                start = points.get(p.start)
+                if start is None or None in (start.root_kl, p.root_kl, p.proxy_start, p.proxy):
+                    continue
+                axes.plot([start.root_kl, p.root_kl], [p.proxy_start, p.proxy], color=style["color"], linestyle=style["linestyle"],
+                          alpha=1 if len(arm.views) == 1 else 0.55)  # fmt: skip
+                axes.plot(p.root_kl, p.proxy, marker=style["marker"], color=style["color"], linestyle="none")
+                if p.refit:
+                    axes.plot(start.root_kl, p.proxy_start, marker="d", markersize=7, color=style["color"], markerfacecolor="none")
+                drawn = True
+        axes.plot([], [], label=label, **style)
+    if any(p.refit for arm in arms for view in arm.views for p in view.curve.points):
+        axes.plot([], [], marker="d", linestyle="none", markerfacecolor="none", color=INK, markersize=7, label="refit")
+    axes.set(xlabel=ROOT_KL, ylabel="proxy (nats of preference)")
+    return drawn
+
+
+def by_round(axes: Any, arms: Sequence[Arm], of: Callable[[View], Sequence[float | None]], *, style: dict[str, Any] | None = None) -> bool:
+    drawn = False
+    for number, arm in enumerate(arms):
+        bands = over_seeds([of(view) for view in arm.views])
+        drawn |= line_of(axes, list(range(len(bands))), bands, look(number) | (style or {}), None if style else label_of(arm.name))
+    whole_numbers(axes, arms)
+    return drawn
+
+
+def whole_numbers(axes: Any, arms: Sequence[Arm]) -> None:
+    """The axis of rounds: the same in every figure, from π_SFT to the last round that is there."""
+    from matplotlib.ticker import MaxNLocator
+
+    last = max((row["round"] for arm in arms for view in arm.views for row in view.run.rounds), default=0)
+    axes.set(xlabel="round (0: SFT)", xlim=(-0.15, max(last, 1) + 0.15))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+
+
+def gold_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
+    axes.set_ylabel("gold (true reward)")
+    return by_round(axes, arms, lambda view: view.by_round("gold"))
+
+
+def win_rate_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
+    axes.set_ylabel("win rate (% of prompts)")
+    drawn = by_round(axes, arms, lambda view: percents(view.by_round("win_rate")))
+    for number, arm in enumerate(arms):
+        if len(arm.views) == 1:  # of one seed the interval is over prompts
+            low, high = (percents(arm.first.by_round(f"win_rate_{end}")) for end in ("low", "high"))
+            at = [i for i in range(len(low)) if low[i] is not None and high[i] is not None]
+            axes.fill_between(at, [low[i] for i in at], [high[i] for i in at], color=look(number)["color"], alpha=0.13, linewidth=0)
+    return drawn
+
+
+def percents(values: Sequence[float | None]) -> list[float | None]:
+    return [None if value is None else 100 * value for value in values]
+
+
+def accuracy_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
+    drawn = by_round(axes, arms, lambda view: percents(view.by_round("reward_accuracy")))
+    held_out = {"linestyle": (0, (1, 1.2)), "marker": "", "linewidth": 1.2}
+    drawn |= by_round(axes, arms, lambda view: percents(view.by_round("reward_accuracy_valid")), style=held_out)
+    axes.axhline(50, color=INK, linewidth=0.7, alpha=0.6)
+    axes.plot([], [], color=INK, **held_out, label="on held-out pairs")
+    axes.set_ylabel("reward model right (% of pairs)")
+    return drawn
+
+
+def reliability_diagram(axes: Any, arms: Sequence[Arm]) -> bool:
+    drawn = False
+    axes.plot([50, 100], [50, 100], color=INK, linewidth=0.7, alpha=0.6)
+    for number, arm in enumerate(arms):
+        rows = pooled([view.reliabilities[max(view.reliabilities)]["bins"] for view in arm.views if view.reliabilities])
+        if rows:
+            at, right, pairs = zip(*rows, strict=True)
+            axes.plot(at, right, label=label_of(arm.name), **look(number))
+            axes.scatter(at, right, s=[160 * n / max(pairs) for n in pairs], color=look(number)["color"], alpha=0.2, linewidth=0)
+            drawn = True
+    axes.set(xlabel="P(the preferred side is better), said (%)", ylabel="right, by gold (%)", xlim=(49, 101))
+    return drawn
+
+
+def pooled(diagrams: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[float, float, int]]:
+    """(confidence %, right %, pairs) of every bin that is not empty, the seeds' pairs put together."""
+    points = []
+    for bins in zip(*diagrams, strict=False):
+        filled = [one for one in bins if one["pairs"]]
+        n = sum(one["pairs"] for one in filled)
+        if n:
+            said, right = (100 * sum(one["pairs"] * one[name] for one in filled) / n for name in ("confidence", "accuracy"))
+            points.append((said, right, n))
+    return points
+
+
+def drift_agreement(axes: Any, arms: Sequence[Arm]) -> bool:
+    return _drift(axes, arms, "agreement", "agreement with the model before (%)", 100)
+
+
+def drift_scale(axes: Any, arms: Sequence[Arm]) -> bool:
+    drawn = _drift(axes, arms, "scale", "spread of scores, new / old", 1)
+    axes.axhline(1, color=INK, linewidth=0.7, alpha=0.6)
+    return drawn
+
+
+def _drift(axes: Any, arms: Sequence[Arm], name: str, ylabel: str, factor: float) -> bool:
+    def of(view: View) -> list[float | None]:
+        values = [view.drifts.get(number, {}).get(name) for number in range(max(view.drifts, default=-1) + 1)]
+        return [None if value is None else factor * value for value in values]
+
+    axes.set_ylabel(ylabel)
+    return by_round(axes, arms, of)
+
+
+def kl_budget_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
+    drawn = by_round(axes, arms, lambda view: view.by_round("kl_sft"))
+    path = {"linestyle": (0, (3, 1.5)), "markerfacecolor": "none", "linewidth": 1.2}
+    drawn |= by_round(axes, arms, lambda view: [0.0, *(row["spent"] for row in view.budgets)] if view.budgets else [], style=path)
+    axes.plot([], [], color=INK, **path, label="let pass by the penalty, added up")
+    axes.set_ylabel("KL (nats a response)")
+    return drawn
+
+
+def weights_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
+    def of(view: View) -> list[float | None]:
+        found = {number: body.get("ess_fraction") for number, body in view.weights.items()}
+        return percents([found.get(number) for number in range(max(found, default=-1) + 1)])
+
+    axes.set_ylabel("ESS (% of the pairs)")
+    drawn = by_round(axes, arms, of)
+    axes.set_ylim(0, 104)
+    return drawn
+
+
+def weights_by_length(axes: Any, arms: Sequence[Arm]) -> bool:
+    drawn = False
+    for number, arm in enumerate(arms):
+        last = arm.first.weights.get(max(arm.first.weights, default=-1), {})
+        rows = [row for row in last.get("by_length") or [] if row.get("ess_fraction") is not None]
+        if rows:
+            at = [(row["from"] + row["to"]) / 2 for row in rows]
+            axes.plot(at, [100 * row["ess_fraction"] for row in rows], label=label_of(arm.name), **look(number))
+            drawn = True
+    axes.set(xlabel="length of a response (tokens)", ylabel="ESS (% of the bin's pairs)")
+    axes.set_ylim(0, 104)
+    return drawn
+
+
+def filter_similarity(axes: Any, arms: Sequence[Arm]) -> bool:
+    """Mean cosine of the chosen sides that were kept (filled) and of all pairs (hollow), by refit."""
+    drawn = False
+    for number, arm in enumerate(arms):
+        found = {n: body["similarity"]["chosen"] for n, body in arm.first.filters.items() if "similarity" in body}
+        if found:
+            style, rounds = look(number), sorted(found)
+            axes.plot(rounds, [found[n]["mean_kept"] for n in rounds], label=label_of(arm.name), **style)
+            hollow = style | {"markerfacecolor": "none", "linestyle": (0, (1, 1.2))}
+            axes.plot(rounds, [found[n]["mean_at_random"] for n in rounds], **hollow)
+            drawn = True
+    whole_numbers(axes, arms)
+    axes.plot([], [], color=INK, marker="o", markerfacecolor="none", linestyle=(0, (1, 1.2)), label="all pairs")
+    axes.set_ylabel("cosine with the policy's text")
+    return drawn
+
+
+def filter_histogram(axes: Any, arms: Sequence[Arm]) -> bool:
+    drawn = False
+    for number, arm in enumerate(arms):
+        last = arm.first.filters.get(max(arm.first.filters, default=-1), {})
+        similarity = last.get("similarity") or {}
+        if "chosen" in similarity:
+            edges, kept = similarity["bin_edges"], similarity["chosen"]["histogram_kept"]
+            shares = [100 * n / max(sum(kept), 1) for n in kept]
+            style = look(number)
+            axes.stairs(shares, edges, color=style["color"], linestyle=style["linestyle"], linewidth=1.6, label=label_of(arm.name))
+            drawn = True
+    axes.set(xlabel="cosine with the policy's text", ylabel="kept pairs (%)")
+    return drawn
+
+
+PART_COLOURS = ("#999999", "#56B4E9", "#0072B2", "#009E73", "#D55E00", "#E69F00")
+HATCHES = ("", "..", "//", "", "xx", "\\\\")
+
+
+def seconds_bars(axes: Any, arms: Sequence[Arm]) -> bool:
+    return _bars(axes, arms, lambda view: dict(view.seconds), "wall-clock (minutes)", 1 / 60)
+
+
+def flops_bars(axes: Any, arms: Sequence[Arm]) -> bool:
+    return _bars(axes, arms, lambda view: view.flops[0], "counted FLOPs (10¹²)", 1e-12)
+
+
+def _bars(axes: Any, arms: Sequence[Arm], of: Callable[[View], dict[str, Any]], xlabel: str, unit: float) -> bool:
+    """Stacked bars, mean over seeds; a part that is not known has no piece."""
+    drawn, used = False, set()
+    for place, arm in enumerate(arms):
+        parts = [of(view) for view in arm.views]
+        left = 0.0
+        for number, part in enumerate(PARTS):
+            known = [x for one in parts if (x := one[part]) is not None]
+            width = unit * sum(known) / len(known) if known else 0.0
+            if width:
+                axes.barh(place, width, left=left, color=PART_COLOURS[number], hatch=HATCHES[number], edgecolor="white", linewidth=0.4,
+                          label=None if part in used else part)  # fmt: skip
+                used.add(part)
+                left, drawn = left + width, True
+    axes.set_yticks(range(len(arms)), [label_of(arm.name) for arm in arms])
+    axes.invert_yaxis()
+    axes.set_xlabel(xlabel)
+    return drawn
+
+
+def training_score(axes: Any, arms: Sequence[Arm]) -> bool:
+    axes.set_ylabel("reward model's score (nats)")
+    return _training(axes, arms, "rollout/score")
+
+
+def training_kl(axes: Any, arms: Sequence[Arm]) -> bool:
+    axes.set_ylabel("KL to SFT (nats a response)")
+    return _training(axes, arms, "kl/sft")
+
+
+def _training(axes: Any, arms: Sequence[Arm], name: str) -> bool:
+    drawn = False
+    for number, arm in enumerate(arms):
+        for place, view in enumerate(arm.views):
+            points = view.training.get(name) or (view.training.get("kl/penalty") if name == "kl/sft" and _from_sft(view) else None)
+            if points:
+                style = {k: v for k, v in look(number).items() if k != "marker"}
+                axes.plot([x for x, _ in points], [y for _, y in points], label=label_of(arm.name) if place == 0 else None,
+                          linewidth=1.0, alpha=0.9 if len(arm.views) == 1 else 0.5, **style)  # fmt: skip
+                drawn = True
+    axes.set_xlabel("updates of the policy")
+    return drawn
+
+
+def _from_sft(view: View) -> bool:
+    return all(row["from_sft"] for row in view.budgets)
+
+
+NEEDS_GOLD = "No gold scorer is named in the config (gold.kind), so nothing says how good the policy really is."
+DRAWINGS = (
+    Drawing("overoptimisation", "Gold and proxy as the policy moves away",
+            "Gold (solid) and proxy (dashed) gained since SFT, against √KL (Gao et al. 2023), in standard deviations σ: gold in those over SFT's "
+            "responses; proxy in those of each reward model's scores on the same held-out pairs, summed over rounds by what "
+            "the round's own reward model saw change: a refit starts no jump. The gap between the two is over-optimisation.",
+            overoptimisation, "Needs gold and the reward models' scores on held-out pairs, which runs of this version keep."),
+    Drawing("gold_kl", "Gold against √KL", "Mean gold of the policy's responses; a star marks each run's peak.", gold_by_kl, NEEDS_GOLD),
+    Drawing("proxy_kl", "Proxy against √KL", "Every round's own reward model, from the policy that entered the round to the one that left "
+            "it. A refit (diamond) changes the unit: values before and after it are not comparable.", proxy_by_kl,
+            "No round with a reward model is finished."),
+    Drawing("gold_round", "Gold by round", "Mean gold of the policy's responses at the end of each round.", gold_by_round, NEEDS_GOLD),
+    Drawing("win_rate", "Win rate by round", "Responses of strictly higher gold than the reference's; of one seed with Wilson's 95 % "
+            "interval over prompts.", win_rate_by_round, "Needs gold and reference responses."),
+    Drawing("accuracy", "Reward-model accuracy by round", "On fresh pairs of the policy that enters the round, labelled by gold; dotted: "
+            "on held-out pairs of the data. The line at 50 % is chance.", accuracy_by_round, "No round with a reward model is finished."),
+    Drawing("reliability", "Reliability of the reward model", "How often the last round's reward model is right where it says it is so "
+            "sure, on fresh pairs of the policy that entered the round. Below the diagonal it is too sure. Discs: pairs in a bin.",
+            reliability_diagram, "Needs gold and reliability.json in a round's evaluation, which runs of this version write."),
+    Drawing("drift_agreement", "Drift: agreement", "Share of held-out pairs on which a refitted reward model prefers the same side as the "
+            "one before it.", drift_agreement, "Needs a refit, and valid_scores.npy of both reward models."),
+    Drawing("drift_scale", "Drift: scale", "Standard deviation of the scores on the held-out pairs, refitted model over the one before.",
+            drift_scale, "Needs a refit, and valid_scores.npy of both reward models."),
+    Drawing("kl_budget", "KL budget", "Solid: KL to SFT at the end of the round. Dashed: KL to the penalty's reference; of a moving "
+            "reference added up over rounds, of SFT the level itself.", kl_budget_by_round, "No round is finished."),
+    Drawing("weights", "Weight health", "Effective sample size of each refit's importance weights.", weights_by_round,
+            "No refit of these runs weighs its pairs."),
+    Drawing("weights_length", "Weight health by length", "Effective sample size of the last refit among pairs of similar length "
+            "(first seed).", weights_by_length, "No weight_health.json: no refit of these runs weighs its pairs."),
+    Drawing("filter", "Filter by round", "Mean similarity of the chosen sides that each refit kept; hollow: of all pairs, what a random "
+            "draw would have (first seed).", filter_similarity, "No refit of these runs filters its pairs."),
+    Drawing("filter_histogram", "Filter: what the last refit kept", "Similarity of the chosen sides (first seed).", filter_histogram,
+            "No refit of these runs filters its pairs."),
+    Drawing("training_score", "Training: score", "Mean score of each rollout under the round's reward model.", training_score,
+            "No policy has logged a rollout yet."),
+    Drawing("training_kl", "Training: KL to SFT", "Of each rollout, k1 estimate.", training_kl, "No policy has logged its KL yet."),
+    Drawing("cost_seconds", "Where the time went", "Corrections: deciding, weighing or choosing pairs, and fitting reward models from "
+            "round 2 on. Compilation included; stages shared between arms count in each.", seconds_bars, "No stage is finished."),
+    Drawing("cost_flops", "Where the FLOPs went", "Counted: 6 · parameters · tokens of training, 2 · parameters · tokens of a forward pass "
+            "or of sampling; padding not counted. A part with a count missing is left out.", flops_bars, "No count is known."),
+)  # fmt: skip
+
+
+def draw(arms: Sequence[Arm]) -> tuple[list[Figure], list[tuple[str, str]]]:
+    """(figures, (title, why it is not there) of the others)."""
+    figures, absent = [], []
+    for drawing in DRAWINGS:
+        figure = _drawn(drawing, arms)
+        if figure is None:
+            absent.append((drawing.title, drawing.missing))
+        else:
+            figures.append(figure)
+    return figures, absent
+
+
+def _drawn(drawing: Drawing, arms: Sequence[Arm]) -> Figure | None:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas  # no pyplot: no window, no global state
+
+    style: Any = {
+        "svg.fonttype": "none", "svg.hashsalt": drawing.name, "font.size": 10, "axes.titlesize": 10, "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"], "text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False,
+        "lines.linewidth": 1.6, "lines.markersize": 5, "axes.grid": True, "grid.alpha": 0.18, "grid.linewidth": 0.6,
+        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK),
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        bars = drawing.draw in (seconds_bars, flops_bars)
+        count = len(arms)
+        width, height = SIZE
+        canvas = Canvas(figsize=(width, height + 0.22 * max(0, (count - 1) // 2) + (0.18 * count if bars else 0)), layout="constrained")
+        FigureCanvasAgg(canvas)
+        axes = canvas.subplots()
+        if not drawing.draw(axes, arms):
+            return None
+        handles, labels = axes.get_legend_handles_labels()
+        if labels:
+            canvas.legend(handles, labels, loc="outside lower center", ncols=2 if max(map(len, labels)) > 16 else 3, frameon=False,
+                          fontsize=9, handlelength=2.6, columnspacing=1.2)  # fmt: skip
+        drawn, png = io.StringIO(), io.BytesIO()
+        canvas.patch.set_alpha(0)
+        axes.patch.set_alpha(0)
+        canvas.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+        canvas.patch.set_alpha(1)
+        canvas.savefig(png, format="png", dpi=PNG_DPI, facecolor="white")
+    svg = drawn.getvalue()
+    return Figure(drawing.name, drawing.title, drawing.caption, inline(svg, drawing), svg.replace(INK, "#000000").encode(), png.getvalue())
+
+
+def inline(svg: str, drawing: Drawing) -> str:
+    """SVG text to stand in a page: no prologue, ids of its own, the page's text colour and width, and its title in words."""
+    from html import escape
+
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'\bid="([^"]*)"', rf'id="{drawing.name}-\1"', svg)
+    svg = re.sub(r"url\(#", f"url(#{drawing.name}-", svg)
+    svg = re.sub(r'xlink:href="#', f'href="#{drawing.name}-', svg).replace(INK, "currentColor")
+    return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
+                  rf'<svg viewBox="\1" role="img" aria-label="{escape(drawing.title, quote=True)}" xmlns="http://www.w3.org/2000/svg">',
+                  svg, count=1)  # fmt: skip

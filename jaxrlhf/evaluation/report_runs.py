@@ -1,0 +1,403 @@
+"""Run folders as a report reads them: what is there, and in words what is missing. No model is loaded.
+
+A folder may be a run, a run of several arms, or a sweep; a run may be unfinished, and its files are read as they are at the moment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from jaxrlhf.evaluation.curves import Curve, curve_of
+from jaxrlhf.evaluation.diagnostics import RELIABILITY, VALID_SCORES, drift, kl_budget
+
+CURVES_KEPT = 400  # points of a training curve at most: a page has no more pixels
+PREFERENCE = ("dpo", "wpo")  # policies that are fitted to pairs, and sample nothing
+IDENTITY = ("name", "output", "seed", "sft_seed", "store", "standalone", "log", "checkpoint", "mesh")  # not what is compared
+SAMPLE_COLUMNS = (
+    "id", "prompt", "reference", "response_1", "response_1_tokens", "prompt_tokens", "gold_1", "gold_2", "proxy", "kl_sft", "ended_1",
+)  # fmt: skip
+
+
+class ReportError(ValueError):
+    """A folder of which nothing can be shown; the message says what is missing and how to make it."""
+
+
+@dataclass(frozen=True)
+class StageRead:
+    """A finished stage as its stage.json tells; `round` from its name, None outside rounds."""
+
+    name: str
+    function: str
+    round: int | None
+    folder: Path
+    record: dict[str, Any]
+
+    @property
+    def hash(self) -> str:
+        return self.record.get("hash") or ""
+
+    @property
+    def seconds(self) -> float:
+        return float(self.record.get("seconds") or 0.0)
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return self.record.get("result") or {}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.record.get("config") or {}
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        return self.record.get("inputs") or {}
+
+
+@dataclass
+class RunRead:
+    """One run: one arm at one seed. `arm` is its name on the page, `missing` what a reader has to know is not there."""
+
+    folder: Path
+    arm: str
+    seed: int | None
+    method: str
+    config_text: str
+    config: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    notes: list[str]
+    stages: list[StageRead]
+    log: list[dict[str, Any]]
+    missing: list[str] = field(default_factory=list)
+    finished: bool = False
+
+    def of(self, function: str, round: int | None = None) -> list[StageRead]:
+        return [s for s in self.stages if s.function == function and (round is None or s.round == round)]
+
+    @property
+    def policies(self) -> list[StageRead]:
+        return [s for s in self.stages if s.round and s.name.endswith("-policy")]
+
+    @property
+    def fitted(self) -> dict[int, list[StageRead]]:
+        """The reward models by the round that fitted them; several are an ensemble."""
+        found: dict[int, list[StageRead]] = {}
+        for stage in self.of("reward"):
+            found.setdefault(stage.round or 0, []).append(stage)
+        return found
+
+
+def read_runs(folder: str | Path) -> list[RunRead]:
+    """The runs of a folder: of a sweep's seeds, of a run's arms, or the one it is. Raises ReportError where there is none."""
+    folder = Path(folder).expanduser()
+    if not folder.exists():
+        raise ReportError(f"{folder} does not exist; `jaxrlhf run CONFIG.yaml` makes a run folder (output/name of its config).")
+    if not folder.is_dir():
+        raise ReportError(f"{folder} is a file; name the folder of a run, which holds config.yaml and stages/.")
+    folders = _run_folders(folder)
+    if not folders:
+        raise ReportError(_foreign(folder))
+    return [read_run(one, arm=one.name) for one in folders]
+
+
+def _run_folders(folder: Path) -> list[Path]:
+    if _is_run(folder):
+        return [folder]
+    seeds = sorted((p for p in folder.glob("seed-*") if p.is_dir()), key=_seed_number)
+    homes = seeds or [folder]
+    return [run for home in homes for run in ([home] if _is_run(home) else _arms(home))]
+
+
+def _seed_number(path: Path) -> tuple[int, str]:
+    number = path.name.removeprefix("seed-")
+    return (int(number) if number.isdecimal() else 1 << 30, path.name)
+
+
+def _arms(folder: Path) -> list[Path]:
+    """The arms of a run: in the order of its config, then what else lies there. An arm that has not begun has no folder yet."""
+    known = [p for p in folder.iterdir() if p.is_dir() and _is_run(p)]
+    raw, _ = _yaml(folder / "config.yaml")
+    arms = raw.get("arms") or {}
+    order = {name: n for n, name in enumerate(arms)} if isinstance(arms, dict) else {}
+    return sorted(known, key=lambda p: (order.get(p.name, len(order)), p.name))
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "summary.json").is_file() or (folder / "stages").is_dir()
+
+
+def _foreign(folder: Path) -> str:
+    if not any(folder.iterdir()):
+        return f"{folder} is empty; `jaxrlhf run CONFIG.yaml` with output: {folder.parent} and name: {folder.name} fills it."
+    if (folder / "config.yaml").is_file():
+        return f"{folder} has a config.yaml and no stage is finished yet: `jaxrlhf run {folder / 'config.yaml'}` makes them."
+    if (folder / "stage.json").is_file():
+        return f"{folder} is the folder of one stage; name the run's folder, in whose stages/ it is linked."
+    if (folder / "model.safetensors").is_file():
+        return f"{folder} is a model folder and no run; a report needs a run's config.yaml, summary.json and stages/ (`jaxrlhf run`)."
+    return (
+        f"{folder} is no run folder: it has neither summary.json nor stages/, and no folder in it has. "
+        "`jaxrlhf run CONFIG.yaml` makes one, and `jaxrlhf sweep` a folder of them."
+    )
+
+
+def read_run(folder: Path, *, arm: str) -> RunRead:
+    """One run folder; whatever cannot be read is named in `missing`, with the way out."""
+    missing: list[str] = []
+    config, text = _yaml(folder / "config.yaml")
+    if not config:
+        missing.append("config.yaml is missing or broken: settings are not shown; running the config again writes it.")
+    summary = _json(folder / "summary.json", missing, "the table and the curves need it; `jaxrlhf run` on the config writes it again")
+    rounds = _rows(summary)
+    if summary and not rounds:
+        missing.append("summary.json has no rounds of ours: it was written by something else, or broken; `jaxrlhf run` writes it again.")
+    method = str(summary.get("method") or config.get("method") or arm)
+    seed = summary.get("seed", config.get("seed"))
+    run = RunRead(
+        folder, arm, seed if isinstance(seed, int) else None, method, text, config, rounds,
+        [str(note) for note in summary.get("notes") or []], _stages(folder, missing), read_log(folder / "metrics.jsonl"), missing,
+    )  # fmt: skip
+    _completeness(run, summary)
+    return run
+
+
+def _rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = summary.get("rounds")
+    if not isinstance(rows, list):
+        return []
+    rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("round"), int)]
+    return [{name: finite(value) for name, value in row.items()} for row in rows]
+
+
+def _completeness(run: RunRead, summary: dict[str, Any]) -> None:
+    asked, done = run.config.get("rounds"), len(run.rounds) - 1
+    single = any(s.function in PREFERENCE for s in run.stages) and not run.of("update")  # every further round would repeat the first
+    asked = 1 if single else asked
+    if not summary and not (run.folder / "summary.json").exists():
+        run.missing.append("No round is finished, so there is no summary.json yet: the figures by round come with the first.")
+    elif isinstance(asked, int) and run.rounds:
+        run.finished = done >= asked
+        if not run.finished:
+            run.missing.append(f"Unfinished: {done} of {asked} rounds. The same `jaxrlhf run` goes on from here.")
+    if not run.log and not all(s.function in ("tokenizer", "pairs") for s in run.stages):
+        run.missing.append("metrics.jsonl is missing or empty: no training curves, no KL to the penalty's reference, no FLOPs of PPO.")
+
+
+def now_doing(run: RunRead) -> str:
+    """What an unfinished run logged last."""
+    if run.finished or not run.log:
+        return ""
+    last = run.log[-1]
+    where = f" of round {last['round']}" if last.get("round") is not None else ""
+    return f"last heard from: {last.get('stage')}{where}, step {last.get('step')}"
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a line that is being written, or is broken, is left out."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    lines = []
+    for line in text.splitlines():
+        try:
+            one = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(one, dict) and "stage" in one:
+            lines.append(one)
+    return lines
+
+
+def _stages(folder: Path, missing: list[str]) -> list[StageRead]:
+    found = []
+    home = folder / "stages"
+    for path in sorted(home.iterdir()) if home.is_dir() else []:
+        if path.name.startswith(".") or not re.match(r"\d\d+-", path.name):
+            continue
+        name = path.name.split("-", 1)[1]
+        if path.is_symlink() and not path.exists():
+            missing.append(f"stages/{path.name} links to a folder that is gone (the store was moved?); `jaxrlhf run` builds it again.")
+            continue
+        record = _json(path / "stage.json", missing, f"stage {name} is left out; delete its folder and `jaxrlhf run` builds it again")
+        if isinstance(record.get("function"), str):
+            match = re.match(r"r(\d+)-", name)
+            found.append(StageRead(name, record["function"], int(match[1]) if match else None, path, record))
+    if not home.is_dir():
+        missing.append("stages/ is missing: no samples, lineage or cost; a run folder that was copied needs `standalone: true`.")
+    return found
+
+
+def _json(path: Path, missing: list[str], without: str) -> dict[str, Any]:
+    """A JSON object; {} where the file is not there, or is not one (said in `missing`)."""
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        missing.append(f"{path.name} cannot be read ({error}): {without}.")
+        return {}
+    if not isinstance(body, dict):
+        missing.append(f"{path.name} is not a JSON object: {without}.")
+        return {}
+    return body
+
+
+def _yaml(path: Path) -> tuple[dict[str, Any], str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        body = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}, ""
+    return (body, text) if isinstance(body, dict) else ({}, text)
+
+
+def finite(value: Any) -> Any:
+    """NaN and ±inf as None: JSON has none, and nothing can be drawn of them."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def settings_key(run: RunRead) -> str:
+    """The same for two runs that differ in their seeds alone."""
+    facts = {name: value for name, value in run.config.items() if name not in IDENTITY} or {"method": run.method}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def curve(run: RunRead) -> Curve:
+    """Gold and proxy by round, with the scales that make proxies comparable where the run kept them."""
+    by_hash = {s.hash: s.round or 0 for s in run.policies} | {s.hash: 0 for s in run.of("sft")}
+    starts = {s.round or 0: by_hash[s.inputs["start"]] for s in run.policies if s.inputs.get("start") in by_hash}
+    fitted = set(run.fitted) or {row["round"] for row in run.rounds if row["round"] == 1 or row.get("refit")}
+    scales = {}
+    for number, members in run.fitted.items():
+        scores = [x for s in members if (x := valid_scores(s)) is not None]
+        if scores and len(scores) == len(members) and np.std(mean := np.mean(scores, axis=0)) > 0:
+            scales[number] = float(np.std(mean))
+    return curve_of(run.rounds, starts=starts, fitted=fitted, scales=scales, gold_scale=_gold_scale(run))
+
+
+def _gold_scale(run: RunRead) -> float | None:
+    first = next(iter(run.of("evaluation")), None)
+    columns = sample_columns(first.folder) if first and first.round is None else {}
+    gold = [x for name in ("gold_1", "gold_2") for x in columns.get(name) or [] if x is not None]
+    return float(np.std(gold)) or None if gold else None
+
+
+def valid_scores(stage: StageRead) -> np.ndarray | None:
+    """A reward model's scores of the held-out pairs, float [2, M]; None for folders from before they were kept."""
+    try:
+        scores = np.load(stage.folder / VALID_SCORES, allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    return scores if scores.ndim == 2 and len(scores) == 2 and scores.shape[1] and np.isfinite(scores).all() else None
+
+
+def sample_columns(folder: Path) -> dict[str, list[Any]]:
+    """The columns of a samples.parquet that a report reads; {} where the file is not there or broken."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(folder / "samples.parquet")
+        return file.read(columns=[name for name in SAMPLE_COLUMNS if name in file.schema_arrow.names]).to_pydict()
+    except (OSError, pa.ArrowException):
+        return {}
+
+
+def reliabilities(run: RunRead) -> dict[int, dict[str, Any]]:
+    """reliability.json by round."""
+    found = {s.round: _json(s.folder / RELIABILITY, run.missing, "no reliability diagram") for s in run.of("evaluation") if s.round}
+    return {number: body for number, body in found.items() if body.get("bins") and body.get("pairs")}
+
+
+def drifts(run: RunRead) -> dict[int, dict[str, float | None]]:
+    """Of every refit, the drift from the reward model before it."""
+    found, before = {}, None
+    for number, members in sorted(run.fitted.items()):
+        scores = [valid_scores(s) for s in members]
+        known = [x for x in scores if x is not None]
+        now = np.mean(known, axis=0) if known and len(known) == len(scores) else None
+        if before is not None and now is not None and before.shape == now.shape:
+            found[number] = drift(before, now)
+        before = now
+    return found
+
+
+def stage_reports(run: RunRead, name: str) -> dict[int, dict[str, Any]]:
+    """`name` (weight_health.json, filter_report.json, report.json) of every reward update, by round."""
+    found = {s.round or 0: _json(s.folder / name, run.missing, f"round {s.round} has none to show") for s in run.of("update")}
+    return {number: body for number, body in found.items() if body}
+
+
+def budgets(run: RunRead) -> list[dict[str, Any]]:
+    """KL by round: to π_SFT (of the evaluation and of the last training batch), of the penalty, and what the penalty has let pass."""
+    sft = {s.hash for s in run.of("sft")}
+    policies = {s.round: s for s in run.policies}
+    rows = []
+    for row in run.rounds[1:]:
+        stage = policies.get(row["round"])
+        penalty = last_value(run.log, row["round"], "kl/penalty")
+        from_sft = stage is None or stage.inputs.get("reference") in sft
+        rows.append({"round": row["round"], "kl_sft": row.get("kl_sft"), "from_sft": from_sft, "penalty": penalty})
+        rows[-1]["kl_sft_training"] = last_value(run.log, row["round"], "kl/sft") if not from_sft else penalty
+    return [row | spent for row, spent in zip(rows, kl_budget(rows), strict=True)]
+
+
+def last_value(log: Sequence[dict[str, Any]], round: int, name: str) -> float | None:
+    values = [line[name] for line in log if line.get("stage") == "policy" and line.get("round") == round and name in line]
+    return finite(values[-1]) if values else None
+
+
+def training(run: RunRead, names: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
+    """(updates so far, value) of metrics of the policies' training, thinned to what a page can show."""
+    lines = [line for line in run.log if line.get("stage") == "policy"]
+    offsets, total = {}, 0
+    for number in sorted({line.get("round") or 0 for line in lines}):
+        offsets[number] = total
+        total += max(line.get("step") or 0 for line in lines if (line.get("round") or 0) == number)
+    series = {}
+    for name in names:
+        points = [(offsets[line.get("round") or 0] + (line.get("step") or 0), line[name]) for line in lines if name in line]
+        points = [(x, y) for x, y in points if isinstance(y, int | float) and math.isfinite(y)]
+        if points:
+            series[name] = points[:: max(1, math.ceil(len(points) / CURVES_KEPT))]
+    return series
+
+
+def lineage_lines(run: RunRead) -> list[dict[str, Any]]:
+    """One row a model: what it started from, what it was fitted on, whom it is for; from lineage.json where there is one."""
+    names = {s.hash: s.name for s in run.stages}
+    rows = []
+    for s in run.stages:
+        if s.record.get("kind") != "model":
+            continue
+        facts = _json(s.folder / "lineage.json", run.missing, f"lineage of {s.name} is not shown")
+        rows.append(
+            {
+                "stage": s.name,
+                "hash": s.hash[:8],
+                "from": ", ".join(f"{key}: {names.get(h, h[:8])}" for key, h in s.inputs.items()),
+                "on": _data_of(facts),
+                "seconds": s.seconds,
+                "finished": s.record.get("finished") or "",
+            }
+        )
+    return rows
+
+
+def _data_of(facts: dict[str, Any]) -> str:
+    data = facts.get("data")
+    if not isinstance(data, dict):
+        return str(facts.get("update") or "")
+    ess = (data.get("weights") or {}).get("ess")
+    effective = f", ESS {ess:.0f}" if isinstance(ess, int | float) else ""
+    return f"{data.get('pairs')} pairs ({data.get('update') or 'all, weights 1'}{effective})"
