@@ -209,6 +209,9 @@ def test_a_dead_endpoint_stops_it_and_one_refused_text_does_not(tmp_path):
     with FaultyServer(longer, {"422": 0.3}) as server:
         judged = judge_pairs(prompts, a, b, replace(judge, base_url=server.url), tmp_path / "answers.jsonl")
     assert judged.usage["refused"] == server.fates["422"] > 3  # sent once each, not again
+    with FaultyServer(longer, {"422": 1.0}) as server:  # what is left is refused again, one after the other: no outage
+        again = judge_pairs(prompts, a, b, replace(judge, base_url=server.url), tmp_path / "answers.jsonl")
+    assert again.verdicts == judged.verdicts and again.usage["refused"] == judged.usage["refused"] == server.fates["422"]
     assert judged.usage["unanswered"] == 0 and judged.usage["judged"] + judged.usage["no_verdict"] == 30
 
 
