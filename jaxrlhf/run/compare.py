@@ -82,7 +82,7 @@ def evaluate(
     asked = asked_of(sides, prompts, toy_prompts, limit, seed, tokenizer)
     new_tokens, notes = new_tokens_of(sides, max_new_tokens)
     writing = Writing(new_tokens, max_prompt_length, temperature, batch_size, seed, dtype)
-    scorer = None if gold is None else gold_scorer(gold, writing)
+    scorer = None if gold is None else gold_scorer(gold, writing, longest(sides, asked, writing))
     try_gold(scorer, asked.rows[:2])
     settings = settings_of(sides, asked, writing, gold, judge, {"length": length, "bins": bins})
     folder = Path(output)
@@ -103,8 +103,15 @@ def evaluate(
     return done
 
 
-def gold_scorer(gold: str, writing: Writing) -> Scorer:
-    """The scorer that --gold names. A reward model reads twice as many tokens as a policy writes: its tokenizer may need more."""
+def longest(sides: tuple[Side, Side], asked: Asked, writing: Writing) -> tuple[int, int]:
+    """Tokens that no prompt and no response exceeds, whatever the tokenizer: bytes of what is known, twice the tokens of what is not."""
+    stored = [row.response for side in sides for row in side.rows] + [row.reference or "" for row in asked.rows]
+    responses = [len(text.encode()) for text in stored] + [2 * writing.max_new_tokens]
+    return max(len(row.prompt.encode()) for row in asked.rows) + 64, max(responses) + 1  # room for a chat template, and for EOS
+
+
+def gold_scorer(gold: str, writing: Writing, limits: tuple[int, int]) -> Scorer:
+    """The scorer that --gold names; `limits` are tokens of prompts and responses. Learned positions set a bound."""
     if gold == "toy":
         return toy_gold()
     path = Path(gold).expanduser()
@@ -118,12 +125,12 @@ def gold_scorer(gold: str, writing: Writing) -> Scorer:
         check_model(path, gold, head="scalar")
     folder = resolve(gold)
     model = read_config(folder)
-    prompt, response = 2 * writing.max_prompt_length, 2 * writing.max_new_tokens
+    prompt, response = limits
     if model.positions == "learned":
         response = min(response, model.max_positions // 2)
         prompt = min(prompt, model.max_positions - response)
-    limits = Limits(prompt, response, "truncate", "truncate")
-    return reward_model_scorer(str(folder), batch_size=writing.batch_size, limits=limits, dtype=writing.dtype or "float32")
+    within = Limits(prompt, response, "truncate", "truncate")
+    return reward_model_scorer(str(folder), batch_size=writing.batch_size, limits=within, dtype=writing.dtype or "float32")
 
 
 def settings_of(

@@ -143,17 +143,23 @@ def test_stored_responses_bring_their_prompts(run, tmp_path):
 def test_gold_scorers(run, tmp_path, monkeypatch):
     stage = str(run / "stages" / "05-r1-evaluation")
     reward = evaluate(stage, output=tmp_path / "a", gold=str(run / "stages" / "03-r1-reward"), **QUIET)
-    scorer = gold_scorer(str(run / "stages" / "03-r1-reward"), Writing(5, 17, batch_size=8))
+    scorer = gold_scorer(str(run / "stages" / "03-r1-reward"), Writing(5, 17, batch_size=8), (40, 40))
     expected = scorer([row["prompt"] for row in reward.rows], [row["a"] for row in reward.rows])
     assert [row["gold_a"] for row in reward.rows] == pytest.approx(list(map(float, expected)), abs=1e-5)
+    # a stored response is read whole, however much longer than what policies would write
+    prompt, words = reward.rows[0]["prompt"], " ".join(["sold"] * 30)
+    long = lines(tmp_path / "long.jsonl", [{"prompt": prompt, "response": words + " maps"}])
+    other = lines(tmp_path / "longer.jsonl", [{"prompt": prompt, "response": words + " maps apples"}])
+    both = evaluate(long, other, output=tmp_path / "long", gold=str(run / "stages" / "03-r1-reward"), max_new_tokens=4, **QUIET)
+    assert both.rows[0]["gold_a"] != both.rows[0]["gold_b"]
     (tmp_path / "my_judge.py").write_text("def score(prompts, responses):\n    return [-len(r) for r in responses]\n")
     monkeypatch.syspath_prepend(tmp_path)
     shorter = evaluate(stage, output=tmp_path / "b", gold="my_judge:score")
     assert all(row["gold_a"] == -len(row["a"]) for row in shorter.rows)
     with pytest.raises(ValueError, match=r"--gold .*LlamaForCausalLM, not a reward model"):
-        gold_scorer(str(run / "stages" / "01-sft"), Writing(5))
+        gold_scorer(str(run / "stages" / "01-sft"), Writing(5), (40, 40))
     with pytest.raises(ValueError, match=r"no config.json; its reward models are .*03-r1-reward"):
-        gold_scorer(str(run), Writing(5))
+        gold_scorer(str(run), Writing(5), (40, 40))
     monkeypatch.setattr("jaxrlhf.run.compare.judge_pairs", lambda *a, **k: pytest.fail("asked before gold was tried"))
     rows = [{"prompt": row["prompt"], "response": "."} for row in reward.rows] + [{"prompt": "q", "response": "r"}]
     one, other = lines(tmp_path / "one.jsonl", rows), lines(tmp_path / "other.jsonl", [rows[-1] | {"response": "s"}])
