@@ -185,7 +185,7 @@ def read_stored(path: Path) -> tuple[tuple[Stored, ...], tuple[str, ...]]:
             raise DataError(
                 f"{where}: a stored response has the texts prompt and response, as `jaxrlhf generate` writes them; found {sorted(row)}."
             )
-        if any("\ud800" <= c <= "\udfff" for c in prompt + response):
+        if any("\ud800" <= c <= "\udfff" for c in prompt + response + str(reference)):
             raise DataError(f"{where}: a lone surrogate, which is no text. Repair the row or write the responses again.")
         if prompt in rows:
             further += 1
