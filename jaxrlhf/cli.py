@@ -20,11 +20,13 @@ jaxrlhf sweep CONFIG.yaml --seeds 5 [--…]           every arm at the seeds 0 t
 jaxrlhf sft | reward | ppo CONFIG.yaml [--…]        the stages up to that one (of round 1)
 jaxrlhf embed | nearest DATA --output FOLDER        vectors of preference pairs; the pairs nearest to a policy's text
 jaxrlhf generate FOLDER [PROMPT …] [--file F]       sample from a policy
+jaxrlhf evaluate A [B] --gold … | --judge MODEL     policies, stored responses or references against each other
 jaxrlhf run CONFIG.yaml --help                      every key of the config
 """
 
 
 HELP = ("-h", "--help")
+TOOLS = {"embed": "embed", "nearest": "nearest", "evaluate": "compare"}  # commands with options of their own: jaxrlhf/run/NAME.py
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if argv else 2
     commands = dict.fromkeys(("run", "sft", "reward", "ppo"), _run)
-    commands |= {"sweep": _sweep, "embed": _tool, "nearest": _tool, "generate": _generate}
+    commands |= {"sweep": _sweep, "generate": _generate} | dict.fromkeys(TOOLS, _tool)
     if argv[0] not in commands:
         print(f"jaxrlhf: no command {argv[0]!r}.\n{USAGE}", end="", file=sys.stderr)
         return 2
@@ -178,11 +180,11 @@ def _cache_compilations() -> None:
 
 
 def _tool(command: str, argv: list[str]) -> int:
-    """A command that has its own options: jaxrlhf/run/COMMAND.py."""
+    """A command of TOOLS."""
     import importlib
 
     parser = argparse.ArgumentParser(prog=f"jaxrlhf {command}")
-    module = importlib.import_module(f"jaxrlhf.run.{command}")
+    module = importlib.import_module(f"jaxrlhf.run.{TOOLS[command]}")
     module.add_arguments(parser)
     options = parser.parse_args(argv)
     _cache_compilations()
