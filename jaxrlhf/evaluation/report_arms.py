@@ -60,6 +60,15 @@ class View:
     def training(self) -> dict[str, list[tuple[float, float]]]:
         return reading.training(self.run, TRAINING)
 
+    @cached_property
+    def lineage(self) -> list[dict[str, Any]]:
+        return reading.lineage_lines(self.run)
+
+    def read(self) -> None:
+        """Read all there is, so that `run.missing` is complete."""
+        for name in ("curve", "reliabilities", "drifts", "budgets", "weights", "filters", "seconds", "flops", "training", "lineage"):
+            getattr(self, name)
+
     def by_round(self, name: str) -> list[float | None]:
         """One figure of summary.json, π_SFT first."""
         return [value if isinstance(value := row.get(name), int | float) else None for row in self.run.rounds]
@@ -100,7 +109,10 @@ def collect(folders: Sequence[str | Path]) -> Collected:
         found += [(folder, run) for run in new]
     if not found:
         raise ReportError("\n".join(problems) or "name at least one run folder.")
-    return Collected(_arms(found), problems, [Path(one) for one in folders])
+    arms = _arms(found)
+    for view in (view for arm in arms for view in arm.views):
+        view.read()
+    return Collected(arms, problems, [Path(one) for one in folders])
 
 
 def _arms(found: Sequence[tuple[Path, RunRead]]) -> list[Arm]:
@@ -167,7 +179,7 @@ COLUMNS = (
     Column("round", "rounds", "finished", 0, lambda view: len(view.run.rounds) - 1 if view.run.rounds else None),
     Column("gold", "gold", "true reward at the end", 3, _end("gold")),
     Column("peak", "peak gold", "the highest of all rounds, SFT included", 3, _peak("gold")),
-    Column("peak_round", "at round", "of the peak; 0 is SFT", 1, _peak("round")),
+    Column("peak_round", "at round", "of the peak; 0 is SFT", 0, _peak("round")),
     Column("lost", "lost since", "gold at the peak less gold at the end", 3, lambda view: view.curve.lost),
     Column("gap", "gap (σ)", "proxy gain less gold gain at the end, in standard deviations", 2, lambda view: view.curve.gap),
     Column("proxy", "proxy", "the last round's reward model, nats of preference; not comparable across refits", 3, _end("proxy")),
@@ -207,7 +219,7 @@ def as_text(value: Band | None, digits: int) -> str:
     """mean, or mean ± one standard error; "–" where there is nothing."""
     if value is None:
         return "–"
-    if value.se is None and value.mean == int(value.mean):
-        digits = min(digits, 0) if digits <= 1 else digits  # a count, a round or a plain 0 %
+    if digits == 0 and value.se and abs(value.mean) < 100:
+        digits = 1  # whole numbers have means that are none
     text = f"{value.mean:,.{digits}f}" + ("" if value.se is None else f" ± {value.se:,.{digits}f}")
     return text.replace("-", "−")

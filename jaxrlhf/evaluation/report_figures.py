@@ -370,8 +370,8 @@ def _from_sft(view: View) -> bool:
 NEEDS_GOLD = "No gold scorer is named in the config (gold.kind), so nothing says how good the policy really is."
 DRAWINGS = (
     Drawing("overoptimisation", "Gold and proxy as the policy moves away",
-            "Gold (solid) and proxy (dashed) gained since SFT, against √KL (Gao et al. 2023), in standard deviations σ: gold in those over SFT's "
-            "responses; proxy in those of each reward model's scores on the same held-out pairs, summed over rounds by what "
+            "Gold (solid) and proxy (dashed) gained since SFT, against √KL (Gao et al. 2023), in standard deviations σ: gold's over SFT's "
+            "responses; proxy's over each reward model's scores of the same held-out pairs, summed over rounds by what "
             "the round's own reward model saw change: a refit starts no jump. The gap between the two is over-optimisation.",
             overoptimisation, "Needs gold and the reward models' scores on held-out pairs, which runs of this version keep."),
     Drawing("gold_kl", "Gold against √KL", "Mean gold of the policy's responses; a star marks each run's peak.", gold_by_kl, NEEDS_GOLD),

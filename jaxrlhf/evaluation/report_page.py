@@ -16,7 +16,6 @@ from jaxrlhf.evaluation.filter_page import escape as escape_markdown
 from jaxrlhf.evaluation.report_arms import Arm, Column, as_text, table
 from jaxrlhf.evaluation.report_costs import PARTS
 from jaxrlhf.evaluation.report_figures import Figure
-from jaxrlhf.evaluation.report_runs import lineage_lines
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 WIDE = "overoptimisation"
@@ -201,7 +200,7 @@ def _origin(arms: Sequence[Arm]) -> str:
     parts = []
     for arm in arms:
         run = arm.first.run
-        rows = [[one["stage"], one["hash"], one["from"], one["on"], f"{one['seconds']:.0f}", one["finished"]] for one in lineage_lines(run)]
+        rows = [[one["stage"], one["hash"], one["from"], one["on"], f"{one['seconds']:.0f}", one["finished"]] for one in arm.first.lineage]
         models = _table(("model", "hash", "made from", "by or on", "seconds", "finished"), rows) if rows else "<p>No model is finished.</p>"
         costs = _costs(arm)
         seeds = ", ".join(str(view.run.seed) for view in arm.views)

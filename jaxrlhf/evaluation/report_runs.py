@@ -175,7 +175,7 @@ def _rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(rows, list):
         return []
     rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("round"), int)]
-    return [{name: finite(value) for name, value in row.items()} for row in rows]
+    return [{name: finite(value) if isinstance(value, int | float) else None for name, value in row.items()} for row in rows]
 
 
 def _completeness(run: RunRead, summary: dict[str, Any]) -> None:
