@@ -124,7 +124,7 @@ def curve_of(
         points.append(
             Point(
                 number, row.get("kl_sft"), row.get("gold"), row.get("proxy_start"), row.get("proxy"),
-                scale, starts.get(number, max(number - 1, 0)), number > 1 and number in fitted,
+                scale, starts[number] if number in starts else max(number - 1, 0), number > 1 and number in fitted,
             )
         )  # fmt: skip
     return Curve(tuple(points), gold_scale)

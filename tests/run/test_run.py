@@ -13,6 +13,9 @@ import jaxrlhf
 from jaxrlhf.algorithms import rounds
 from jaxrlhf.algorithms.rounds import Method
 from jaxrlhf.data.tables import read_table
+from jaxrlhf.evaluation.report_arms import Arm, collect
+from jaxrlhf.evaluation.report_costs import share_of_corrections
+from jaxrlhf.evaluation.report_samples import samples_of
 from jaxrlhf.recipe import ConfigError, load_config
 from jaxrlhf.run.run import not_the_sampler, run
 from jaxrlhf.run.stages import read_record
@@ -68,12 +71,30 @@ def test_summary(finished):
         for row in (first, second):
             kept = {name for name, value in row.items() if value is None}
             weighted = row["round"] == 2 and summary["method"] == "ocrm"
-            assert kept == {"refit_value"} | (set() if weighted else {"ess", "ess_fraction", "eta"})
+            assert kept == {"refit_value"} | (set() if weighted else {"ess", "ess_fraction", "eta"}) | (
+                set() if row["refit"] else {"update"}
+            )
             assert 0 <= row["win_rate_low"] <= row["win_rate"] <= row["win_rate_high"] <= 1 and row["seconds"] > 0
         assert sft["kl_sft"] == 0 and sft["proxy"] is None and sft["reward_accuracy_valid"] is None and sft["gold"] < 0
         assert abs(first["kl_sft"]) > 1e-4
     assert summaries["ocrm"]["rounds"][2]["ess_fraction"] >= 0.5
     assert summaries["ocrm-flat"]["rounds"][2]["ess"] == pytest.approx(40, abs=2)
+
+
+def test_the_report_finds_all_that_a_run_keeps(finished, tmp_path):
+    """What the stages write is what the report reads: nothing is missing, and every count of cost is there."""
+    arms = {arm.name: arm.first for arm in collect([finished]).arms}
+    assert list(arms) == list(ARMS)
+    for view in arms.values():
+        assert view.run.finished and view.run.missing == [] and view.flops[1] == [] and view.curve.gap is not None
+        assert set(view.reliabilities) == {1, 2} and view.reliabilities[2]["accuracy"] == pytest.approx(
+            view.run.rounds[2]["reward_accuracy"]
+        )
+        assert [row["penalty"] is not None for row in view.budgets] == [True, True]
+    assert set(arms["ocrm"].drifts) == {2} and arms["ppo"].drifts == {}
+    assert share_of_corrections(arms["ppo"].flops[0]) == 0 and 0 < (share_of_corrections(arms["ocrm"].flops[0]) or 0) < 1
+    rows = samples_of([Arm("ocrm", [arms["ocrm"]])])[0]["rows"]
+    assert len(rows) == 3 * 20 and all(isinstance(row[-1], bool) for row in rows)
 
 
 def test_config_in_the_folder_loads_again_as_it_is(finished, store, tiny_config):
