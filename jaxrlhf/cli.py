@@ -103,10 +103,19 @@ def _run(command: str, argv: list[str]) -> int:
 
 
 def _sweep(command: str, argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="jaxrlhf sweep CONFIG.yaml",
+        description="Every arm of a recipe at every seed, into one table. A sweep that was stopped goes on with the same command. "
+        "Exit status 1 where a run failed: its error.txt says why, the others have gone on.",
+        epilog="Any other --section.key VALUE changes the recipe, as in `jaxrlhf run`; --output FOLDER is where runs go (runs by default).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--seeds", default="", help="5: the seeds 0 to 4; 3,5,9: these three")
+    if argv and argv[0] in HELP:
+        parser.print_help()
+        return 0
     if (status := _without_config(command, argv)) is not None:
         return status
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--seeds", default="")
     options, overrides = parser.parse_known_args(argv[1:])
     config = _config_of(command, argv[0], overrides)
     from jaxrlhf.run.sweep import read_sweep, seeds_of, sweep, way_out
@@ -150,10 +159,22 @@ def _config_of(command: str, path: str, overrides: list[str]) -> Any:
 
 
 def _overridden(config: Any, overrides: list[str], prog: str) -> Any:
+    import dataclasses
+
     import tyro
+    import yaml
 
     from jaxrlhf.config import Config
 
+    # `row` has no keys of its own: what it holds is checked with the method it changes.
+    row, rest, words = dict(config.row), [], iter(overrides)
+    for word in words:
+        if word.startswith("--row."):
+            column, given, value = word.removeprefix("--row.").partition("=")
+            row[column.replace("-", "_")] = yaml.safe_load(value if given else next(words, ""))
+        else:
+            rest.append(word)
+    config, overrides = dataclasses.replace(config, row=row), rest
     # Keys are written as in the YAML; tyro takes underscores and hyphens alike.
     return tyro.cli(Config, default=config, args=overrides, prog=prog, config=(tyro.conf.FlagConversionOff,))
 

@@ -332,6 +332,8 @@ def _at_odds(config: Config) -> Iterator[str]:
         yield "filter.n and filter.threshold are both null, which would keep every pair; give one of them."
     if config.filter.rule == "half-half" and config.filter.n is None:
         yield "filter.rule is 'half-half', which fills each half up to filter.n / 2; give filter.n."
+    if config.filter.k > 1 and config.filter.compare == "own":
+        yield f"filter.k is {config.filter.k}, but filter.compare 'own' has one generation a pair; set filter.compare: nearest, or k: 1."
     if config.filter.k > config.filter.num_prompts:
         yield f"filter.k {config.filter.k} is more than the {config.filter.num_prompts} generations of filter.num_prompts; lower it."
     when = config.refit.when

@@ -263,3 +263,21 @@ def test_tools_have_their_own_options(command, monkeypatch, capsys):
     given = {"embed": ["pairs.jsonl"], "nearest": ["pairs.jsonl", "--embeddings", "v", "--generations", "g.jsonl"]}[command]
     assert cli.main([command, *given, "--output", "there"]) == 3
     assert seen[0].output == "there"
+
+
+def test_columns_of_the_row_are_given_on_the_command_line_too(recipe, capsys):
+    """Whether or not the recipe has a row; a column that does not exist is refused by name."""
+    config = cli._config_of("run", recipe(), ["--row.reference", "previous", "--seed", "3", "--row.restart-critic=false"])
+    assert config.row == {"reference": "previous", "restart_critic": False} and config.seed == 3
+    assert cli.main(["run", recipe(), "--row.refernce", "sft"]) == 1
+    assert "row.refernce is no column of a method; the columns are policy_update" in capsys.readouterr().err
+
+
+def test_an_ensemble_without_reward_model_is_refused(recipe, capsys):
+    assert cli.main(["run", recipe(method="dpo", row={"ensemble": "mean"})]) == 1
+    assert "row.ensemble is 'mean', but dpo uses no reward model" in capsys.readouterr().err
+
+
+def test_help_of_the_sweep(capsys):
+    assert cli.main(["sweep", "--help"]) == 0
+    assert "--seeds" in capsys.readouterr().out

@@ -24,7 +24,7 @@ def escape(text: str) -> str:
     text = re.sub(r"\r\n|[\r\n\v\f\x85\u2028\u2029]", "⏎", text).replace("\t", " ")
     text = "".join(f"U+{ord(c):04X}" if unicodedata.category(c) in ("Cc", "Cs") or c in _BIDI else c for c in text)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"([\\`*_{}\[\]()#+\-.!|~$:/@=\"'^%])", r"\\\1", text)
+    text = re.sub(r"([\\`*_{}\[\]()#!|~$@^])", r"\\\1", text)
     return text.strip(" ") or "(empty)"
 
 

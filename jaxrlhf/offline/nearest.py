@@ -240,5 +240,6 @@ def _check_lengths(squares_N: np.ndarray, name: str, start: int) -> None:
         what = f"has length {length:.4g}" if np.isfinite(length) else "is not finite"
         raise EmbeddingError(
             f"row {start + int(bad[0])} of the {name} {what} ({len(bad)} such rows in this block); every row must be a finite vector of "
-            f"length 1 within {UNIT_TOLERANCE:g}. Divide each by its length, or embed again (delete the folder of embeddings)."
+            f"length 1 within {UNIT_TOLERANCE:g}. Divide each by its length; vectors that `jaxrlhf embed` "
+            "made are of length 1 and have been damaged since: delete their folder and embed again."
         )

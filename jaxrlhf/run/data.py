@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf import rng
+from jaxrlhf.algorithms.reward import with_weights
 from jaxrlhf.algorithms.rounds import SECTIONS_READ, Round, reward_update_named
 from jaxrlhf.algorithms.update import Pairs, RoundContext, encoder_options
 from jaxrlhf.config import Config
@@ -191,6 +192,10 @@ def update_stage(setting: Setting, round: Round, *, pairs: Done, sft: Done, poli
         (folder / REPORT).unlink(missing_ok=True)  # of an attempt that was stopped
         setting.log.note(f"round {round.number} update: {name} on {len(rows)} pairs")
         chosen, weights_N = update(context, given)
+        try:
+            with_weights(chosen.tokens, weights_N)
+        except ValueError as error:
+            raise ValueError(f"reward update {name!r}: {error}") from None
         np.save(folder / WEIGHTS, np.asarray(weights_N, np.float32), allow_pickle=False)
         if chosen is not given or set(chosen.tokens.columns) != columns:
             write_pair_table(folder / UPDATED, chosen.rows, chosen.tokens, pad_id=pad_id_of(context.sft.tokenizer))

@@ -87,6 +87,8 @@ def nearest_file(
     if report.dropped:
         print(report.summary(), file=sys.stderr)
     answers = read_generations(generations)
+    if compare == "own" and k != 1:
+        raise ValueError(f"--k {k} averages over several generations, but --compare own has one a pair; add --compare nearest.")
     own = own_rows(pairs, answers) if compare == "own" else None
     which = {"encoder": encoder, "backend": backend, "pooling": pooling, "max_length": max_length, "dtype": dtype}
     rest: dict[str, Any] = {"rule": rule, "n": n, "threshold": threshold, "compare": compare, "k": k, "dedupe": dedupe, "embed": embed}

@@ -66,6 +66,8 @@ def check(config: Config) -> None:
     if method.reward_update is not None:
         reward_update_named(method.reward_update, plugin)
         check_update(config, method.reward_update)
+    if method.ensemble is not None and not method.needs_reward:
+        raise ConfigError(f"row.ensemble is {method.ensemble!r}, but {method.policy_update} uses no reward model; take it out of the row.")
     loss = reward_loss(config.reward, plugin)
     columns = loss.columns
     if method.needs_reward:
@@ -89,12 +91,15 @@ def check(config: Config) -> None:
 def _run_one(config: Config, until: str | None, log: RunLog | None) -> None:
     folder = Path(config.output) / config.name
     folder.mkdir(parents=True, exist_ok=True)
+    replaces = (folder / "summary.json").exists() and (folder / "config.yaml").read_text(encoding="utf-8") != to_yaml(config)
     write_whole(folder / "config.yaml", to_yaml(config))
     store = Store(config.store or Path(config.output) / ".stages")
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     own = log or RunLog(
         folder, tensorboard=config.log.tensorboard, wandb={"project": config.log.wandb, "name": config.name} if config.log.wandb else None
     )
+    if replaces:
+        own.note(f"note: {folder} held another config's run, whose summary and links this one replaces; its stages stay in {store.root}")
     try:
         setting = Setting(config, store, folder, own, mesh)
         walk_through(setting, until)
@@ -131,8 +136,12 @@ def walk_through(setting: Setting, until: str | None) -> None:
     if until is None:
         track.evaluations.append(evaluation_stage(setting, 0, policy=sft, sft=sft, rewards=(), ensemble=None, before=None))
         summary.add(0, track.evaluations[0])
+    if num_rounds(method, config.rounds) < config.rounds:
+        summary.note(f"{config.method} has one round: a second one, from π_SFT on the same pairs, would repeat it.")
     for number in range(1, num_rounds(method, config.rounds) + 1):
         round = _next_round(setting, method, track, number, pairs)
+        if track.decision is not None and not track.decision.record["result"]["due"]:
+            summary.note(not_due(number, track.decision.record["result"]))
         update = _reward(setting, round, track, pairs)
         if until == "reward":
             return
@@ -200,6 +209,13 @@ def not_the_sampler(config: Config) -> list[str]:
             f"weights.max_tokens {weights.max_tokens} leaves out what follows in responses of up to {config.ppo.response_length}"
         )
     return reasons
+
+
+def not_due(number: int, decision: dict[str, Any]) -> str:
+    """Why round `number` has no refit."""
+    value = "not to be had" if decision["value"] is None else f"{decision['value']:.3g}"
+    what = f"{decision['when']} is {value}, the threshold {decision['threshold']:.3g}"
+    return f"round {number}: no refit was due ({what}); it goes on with the reward model, reference, optimizer and critic of the last one."
 
 
 class Summary:

@@ -244,7 +244,8 @@ def _sync(path: str | Path) -> None:
 
 def _way_out(stage: Stage, partial: Path, error: BaseException) -> str:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    first = "the disk is full: free some space, then run" if full else "run"
+    stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+    first = "the disk is full: free some space, then run" if full else "run" if stopped else "mend the cause, then run"
     return f"stage {stage.name} is not finished; its work so far is in {partial}: {first} the same command again to continue it."
 
 

@@ -126,7 +126,8 @@ def _cell(row: dict[str, Any], name: str) -> str:
         return "–"
     if name == "win_rate":
         return f"{value:.2f} [{row['win_rate_low']:.2f}, {row['win_rate_high']:.2f}]"
-    return f"{value:.0f}" if name in ("ess", "pairs") else f"{value:.3f}" if name.startswith("reward_accuracy") else f"{value:.2f}"
+    text = f"{value:.0f}" if name in ("ess", "pairs") else f"{value:.3f}" if name.startswith("reward_accuracy") else f"{value:.2f}"
+    return "0.00" if text == "-0.00" else text
 
 
 def findings(summaries: dict[str, Summary]) -> list[str]:

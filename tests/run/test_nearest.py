@@ -50,7 +50,9 @@ def cosines(inputs, responses, generations):
 def test_similarities_are_those_of_the_texts(inputs, tmp_path, compare):
     pairs, _ = read_pairs(inputs / "pairs.jsonl")
     answers = read_generations(str(inputs / "generations.jsonl"))
-    report = nearest_file(str(inputs / "pairs.jsonl"), output=tmp_path / "out", compare=compare, k=2, **options(inputs))
+    report = nearest_file(
+        str(inputs / "pairs.jsonl"), output=tmp_path / "out", compare=compare, k=1 if compare == "own" else 2, **options(inputs)
+    )
     ids = [p.id for p in pairs]
     got = join_columns(ids, tmp_path / "out", ["chosen_similarity", "rejected_similarity", "keep"], expect={"compare": compare})
     expected = {}
@@ -149,3 +151,8 @@ def test_the_command_line(inputs, tmp_path, capsys):
     given += ["--keep_duplicates", "--overwrite"]
     assert command.main(parser.parse_args([str(inputs / "pairs.jsonl"), *map(str, given)])) == 0
     assert read_header(tmp_path / "out")["header"]["dedupe"] is False
+
+
+def test_k_with_one_generation_a_pair_is_refused(inputs, tmp_path):
+    with pytest.raises(ValueError, match=r"--k 3 averages over several generations, but --compare own has one a pair"):
+        nearest_file(str(inputs / "pairs.jsonl"), output=tmp_path / "out", compare="own", k=3, **options(inputs))
