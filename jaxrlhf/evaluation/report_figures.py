@@ -45,11 +45,11 @@ class Figure(NamedTuple):
 
 
 def look(number: int) -> dict[str, Any]:
-    """The line of the n-th arm."""
+    """The line of the n-th arm; no two of 49 have both colour and mark in common."""
     return {
         "color": COLOURS[number % len(COLOURS)],
         "linestyle": LINES[number // len(COLOURS) % len(LINES)],
-        "marker": MARKS[number % len(MARKS)],
+        "marker": MARKS[(number + number // len(COLOURS)) % len(MARKS)],
     }
 
 
@@ -100,7 +100,7 @@ def overoptimisation(axes: Any, arms: Sequence[Arm]) -> bool:
         return False  # π_SFT alone, where both are 0 by definition
     against_kl(axes, arms, lambda view: view.curve.proxy_gain, style={"linestyle": (0, (2, 1.5)), "markerfacecolor": "none"})
     count = len(axes.get_lines())
-    drawn = against_kl(axes, arms, lambda view: view.curve.gold_gain)
+    drawn = against_kl(axes, arms, lambda view: view.curve.gold_gain, style={"linestyle": "-"})
     for line in axes.get_lines()[:count]:
         line.set_label("_")
     for text, line in (("gold", "-"), ("proxy", "--")):

@@ -144,6 +144,9 @@ def _foreign(folder: Path) -> str:
         return f"{folder} is the folder of one stage; name the run's folder, in whose stages/ it is linked."
     if (folder / "model.safetensors").is_file():
         return f"{folder} is a model folder and no run; a report needs a run's config.yaml, summary.json and stages/ (`jaxrlhf run`)."
+    inside = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".") and _run_folders(path)]
+    if inside:
+        return f"{folder} holds several runs and is none: name those to show, {', '.join(inside[:8])}{' …' if inside[8:] else ''} in it."
     return (
         f"{folder} is no run folder: it has neither summary.json nor stages/, and no folder in it has. "
         "`jaxrlhf run CONFIG.yaml` makes one, and `jaxrlhf sweep` a folder of them."

@@ -16,7 +16,7 @@ import pytest
 from jaxrlhf.evaluation import report_costs, report_runs
 from jaxrlhf.evaluation.report import ReportError, report, watched, write
 from jaxrlhf.evaluation.report_arms import as_text, collect, table
-from jaxrlhf.evaluation.report_figures import DRAWINGS, draw
+from jaxrlhf.evaluation.report_figures import DRAWINGS, draw, look
 from jaxrlhf.run import report as command
 
 PACKAGE = Path(report_runs.__file__).parent
@@ -159,6 +159,18 @@ def test_folders_of_which_nothing_can_be_shown(tmp_path, make, said):
     make(tmp_path / "run")
     with pytest.raises(ReportError, match=re.escape(said)):
         report([tmp_path / "run"])
+
+
+def test_a_folder_of_runs_names_them(make_run, tmp_path):
+    make_run(tmp_path / "first" / "ppo")
+    make_run(tmp_path / "second" / "seed-0" / "ppo")
+    with pytest.raises(ReportError, match="name those to show, first, second in it"):
+        report([tmp_path])
+
+
+def test_lines_of_many_arms_differ_in_colour_or_mark():
+    looks = [(look(n)["color"], look(n)["marker"]) for n in range(40)]
+    assert len(set(looks)) == 40
 
 
 def test_a_bad_folder_beside_a_good_one_is_named(run, tmp_path, undrawn):
@@ -351,6 +363,7 @@ def test_served_on_loopback_and_fresh(run, undrawn):
             with pytest.raises(HTTPError) as refused:
                 get(path, **headers)
             assert refused.value.code == status
+            refused.value.close()
         shutil.rmtree(run)
         assert "does not exist" in get("/")
         server.shutdown()
