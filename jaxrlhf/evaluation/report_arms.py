@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxrlhf.evaluation import report_runs as reading
+from jaxrlhf.evaluation import report_diagnoses as reading
 from jaxrlhf.evaluation.curves import Band, Curve, band
 from jaxrlhf.evaluation.report_costs import flops_by_part, seconds_by_part, share_of_corrections
 from jaxrlhf.evaluation.report_runs import ReportError, RunRead, now_doing, read_runs, settings_key
