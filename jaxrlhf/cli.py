@@ -21,12 +21,14 @@ jaxrlhf sft | reward | ppo CONFIG.yaml [--…]        the stages up to that one 
 jaxrlhf embed | nearest DATA --output FOLDER        vectors of preference pairs; the pairs nearest to a policy's text
 jaxrlhf generate FOLDER [PROMPT …] [--file F]       sample from a policy
 jaxrlhf evaluate A [B] --gold … | --judge MODEL     policies, stored responses or references against each other
+jaxrlhf report RUN [RUN …] [--serve]                one page: table, figures, samples; --serve keeps it fresh
 jaxrlhf run CONFIG.yaml --help                      every key of the config
 """
 
 
 HELP = ("-h", "--help")
-TOOLS = {"embed": "embed", "nearest": "nearest", "evaluate": "compare"}  # commands with options of their own: jaxrlhf/run/NAME.py
+# Commands with options of their own: jaxrlhf/run/NAME.py.
+TOOLS = {"embed": "embed", "nearest": "nearest", "evaluate": "compare", "report": "report"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,6 +91,7 @@ def _run(command: str, argv: list[str]) -> int:
         return status
     config = _config_of(command, argv[0], argv[1:])
     _cache_compilations()
+    from jaxrlhf.run.report import write_report
     from jaxrlhf.run.run import run
     from jaxrlhf.run.table import read_summaries, show
 
@@ -96,6 +99,8 @@ def _run(command: str, argv: list[str]) -> int:
     if command == "run":
         show(read_summaries(folder))
         print(f"run folder: {folder}")
+        if page := write_report(folder):
+            print(f"report: {page}")
     else:
         for stage in sorted((folder / "stages").glob("*")) if not config.arms else sorted(folder.glob("*/stages/*")):
             print(stage)
