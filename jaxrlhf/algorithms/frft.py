@@ -173,9 +173,9 @@ def _asked(context: RoundContext, pairs: Pairs) -> Asked:
         tokens = pairs.tokens
         table = PromptBatch(tokens.prompt_BL, tokens.prompt_mask_BL, tokens.row_mask_B, tokens.index_B)
         return Asked(list(number), _renumbered(take(table, first)), own_N)
-    limits = context.config.data.limits
-    table, report = tokenize_prompts(context.prompts(), context.policy.tokenizer, Limits(**asdict(limits)))
-    kept = [context.prompts()[i].prompt for i in report.rows]
+    limits, prompts = context.config.data.limits, context.prompts()
+    table, report = tokenize_prompts(prompts, context.policy.tokenizer, Limits(**asdict(limits)))
+    kept = [prompts[i].prompt for i in report.rows]
     first = (context.round - 2) * section.num_prompts if section.round_prompts == "fresh" else 0
     rows = np.arange(first, first + section.num_prompts) % len(kept)  # from the start again where there are fewer
     return Asked([kept[i] for i in rows], _renumbered(take(table, rows)), None)

@@ -100,13 +100,16 @@ def _say_truncated(top_k: int, top_p: float) -> None:
     )
 
 
-@lru_cache(maxsize=8)
 def ppo_trainer(policy: Model, scalar: Model, config: PPOConfig, plugin: Callable[[str], PolicyLoss], **how: Any) -> PPOTrainer:
     """The compiled parts of a round of PPO; `scalar` is the model of both critic and reward. Equal arguments share compilations.
 
     `how`: eos_ids, pad_id, vocab_size, and where they apply mesh and the `spread_coef` of an ensemble, as `_trainer` takes them.
     """
-    loss = policy_loss_of(config, plugin)
+    return _ppo_trainer(policy, scalar, config, policy_loss_of(config, plugin), **how)
+
+
+@lru_cache(maxsize=8)
+def _ppo_trainer(policy: Model, scalar: Model, config: PPOConfig, loss: PolicyLoss, **how: Any) -> PPOTrainer:
     parts = (
         policy_part(policy, loss, temperature=config.temperature),
         value_part(scalar, cliprange_value=config.cliprange_value, vf_coef=config.vf_coef),
@@ -117,11 +120,15 @@ def ppo_trainer(policy: Model, scalar: Model, config: PPOConfig, plugin: Callabl
     return _trainer(RolloutModels(policy, policy, critic=scalar, reward=scalar), parts, credit, ppo_optimizer(config), config, **how)
 
 
-@lru_cache(maxsize=8)
 def rloo_trainer(policy: Model, scalar: Model, config: PPOConfig, plugin: Callable[[str], PolicyLoss], **how: Any) -> PPOTrainer:
     """The compiled parts of a round of RLOO, as `ppo_trainer`: the same update without its value part, and no critic anywhere."""
     check_rloo(config)
-    parts = (policy_part(policy, policy_loss_of(config, plugin), temperature=config.temperature),)
+    return _rloo_trainer(policy, scalar, config, policy_loss_of(config, plugin), **how)
+
+
+@lru_cache(maxsize=8)
+def _rloo_trainer(policy: Model, scalar: Model, config: PPOConfig, loss: PolicyLoss, **how: Any) -> PPOTrainer:
+    parts = (policy_part(policy, loss, temperature=config.temperature),)
     credit = partial(rloo_credit, samples=config.rloo_k, whiten_rewards=config.whiten_rewards)
     optimizer = optimizer_of(config, steps=num_updates(config) * config.num_ppo_epochs * config.num_mini_batches)
     return _trainer(RolloutModels(policy, policy, reward=scalar), parts, credit, optimizer, config, **how)
@@ -222,9 +229,9 @@ def rollout_prompts(
 ) -> Iterator[PromptBatch]:
     """The prompts of rollout batches `start`, `start + 1`, … without end: `batch_size / samples` prompts, `samples` neighbouring rows each.
 
-    The order of the prompts depends on the seed alone, so equal numbers of episodes see equally many. A row's number becomes
-    `samples` · the prompt's + its place in the group, from which its random numbers derive: the copies of a prompt differ, and do not
-    depend on the batch or the mesh.
+    The order of the prompts depends on the seed alone; in equally many episodes, more samples to a prompt are fewer prompts. A row's number
+    becomes `samples` · the prompt's + its place in the group, from which its random numbers derive: the copies of a prompt differ, and
+    do not depend on the batch or the mesh.
     """
     for batch in batches(table, config.batch_size // samples, seed=seed, name="ppo", bucket=bucket, start=start):
         yield batch if samples == 1 else repeated(batch, samples)

@@ -25,7 +25,6 @@ def _hyperparameters(config: DPOConfig) -> dict[str, Any]:
     return {"beta": config.beta, "label_smoothing": config.label_smoothing, "clip": config.wpo_clip}
 
 
-@lru_cache(maxsize=16)
 def preference_loss(config: DPOConfig, policy_update: str, plugin: Callable[[str], PairLoss]) -> PairLoss:
     """The pair loss of `policy_update` ("wpo": WPO; "dpo": the one that the section names), with those hyperparameters bound that it has.
 

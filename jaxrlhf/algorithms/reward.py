@@ -37,7 +37,7 @@ def reward_loss(config: RewardConfig, plugin: Callable[[str], PairLoss]) -> Pair
         raise ValueError(f"reward.use_margin is set, but reward.loss {name!r} reads no column 'margin'; unset it or name another loss.")
     center = config.center_rewards_coefficient
     if "center" in hyperparameter_names(loss):
-        return _centred(loss, center)
+        return bind(loss, center=center)
     if center:
         raise ValueError(
             f"reward.center_rewards_coefficient is {center}, but reward.loss {name!r} has no hyperparameter 'center'; "
@@ -54,12 +54,6 @@ def _name(config: RewardConfig) -> str:
 def called(config: RewardConfig) -> str:
     """The section's loss as messages call it."""
     return f"reward.loss {_name(config)!r}"
-
-
-@lru_cache(maxsize=16)
-def _centred(loss: PairLoss, center: float) -> PairLoss:
-    """One object for equal losses, by which their trainers are found; a module that was reloaded has another loss."""
-    return bind(loss, center=center)
 
 
 def check_columns(loss: PairLoss, reward_update: str | None, *, name: str, given: tuple[str, ...] = ("margin",)) -> None:

@@ -52,7 +52,8 @@ METHODS: dict[str, Method] = {
     "retrain-fixed-reference": Method(reward_update="unweighted"),
     "frft": Method(reward_update="nearest", update_rounds="once"),
     "frft-alpha": Method(reward_update="nearest"),
-    "random-subset": Method(reward_update="random-subset"),
+    "random-subset": Method(reward_update="random-subset"),  # the control of frft-alpha
+    "random-subset-once": Method(reward_update="random-subset", update_rounds="once"),  # the control of frft
     "ocrm": Method(reward_update="importance-weighted", reference="previous"),
     "ocrm-fixed-reference": Method(reward_update="importance-weighted"),
     "frft+ocrm": Method(reward_update="nearest-importance-weighted", reference="previous"),
@@ -98,11 +99,11 @@ class Round(NamedTuple):
 
 
 def num_rounds(method: Method, rounds: int) -> int:
-    """How many rounds a row has: one where every further round would only repeat the first (DPO from π_SFT on the same pairs)."""
+    """How many rounds a row has: one where every further one would only repeat it (DPO from and against π_SFT on the same pairs)."""
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; at least one round of training is needed.")
-    repeats = method.policy_update in PREFERENCE and method.policy_start == "sft" and method.reward_update is None
-    return 1 if repeats else rounds
+    from_sft = (method.policy_start, method.reference, method.reward_update) == ("sft", "sft", None)
+    return 1 if from_sft and method.policy_update in PREFERENCE else rounds
 
 
 def round_of(method: Method, number: int, last: Round | None = None, *, due: bool = True, updated: bool = False) -> Round:

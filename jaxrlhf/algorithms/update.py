@@ -42,7 +42,8 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class RoundContext:
-    """Where a reward update stands: `policy` is the policy the new reward model is for, `sft` the sampler of the pairs.
+    """Where a reward update stands: `policy` is the policy the new reward model is for, `sft` the sampler of the pairs, `reward` the reward
+    model in use (of an ensemble the first member).
 
     `folder` is the update's own stage folder: what it writes there is kept with the run. `report` adds to its report.json, whose
     numbers reach the run's metrics as weights/NAME, and "ess", "ess_fraction" and "eta" its summary. "needs_sampler": true there says

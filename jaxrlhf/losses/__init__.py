@@ -48,12 +48,20 @@ _Entry = TypeVar("_Entry", bound=PairLoss | PolicyLoss)
 
 
 def bind(entry: _Entry, **hyperparameters: Any) -> _Entry:
-    """The registry entry with hyperparameters of its loss fixed; a name the loss does not know is an error."""
+    """The registry entry with hyperparameters of its loss fixed; a name the loss does not know is an error.
+
+    Equal arguments give the very same object, by which compiled steps are found again; a module that was reloaded has another loss.
+    """
     known = hyperparameter_names(entry)
     unknown = sorted(set(hyperparameters) - set(known))
     if unknown:
         raise TypeError(f"the loss has no hyperparameter {', '.join(unknown)}; it has {', '.join(known) or 'none'}.")
-    return entry._replace(loss=functools.partial(entry.loss, **hyperparameters))
+    return _bound(entry, tuple(sorted(hyperparameters.items())))
+
+
+@functools.lru_cache(maxsize=64)
+def _bound(entry: Any, hyperparameters: tuple[tuple[str, Any], ...]) -> Any:
+    return entry._replace(loss=functools.partial(entry.loss, **dict(hyperparameters)))
 
 
 def hyperparameter_names(entry: PairLoss | PolicyLoss) -> tuple[str, ...]:

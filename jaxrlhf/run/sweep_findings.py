@@ -35,7 +35,7 @@ def _differences(sweep: Sweep) -> list[str]:
         return []
     groups: dict[str, list[str]] = {"above": [], "below": [], "within": []}
     for arm, one in found.items():
-        beyond = abs(one.mean) > 2 * (one.se or 0.0)
+        beyond = not abs(one.mean) <= 2 * (one.se or 0.0)  # NaN is not within anything
         groups["within" if not beyond else "above" if one.mean > 0 else "below"].append(f"{arm} {spelled(one, 2, sign=True)}")
     lines = [
         f"Differences smaller than 2 standard errors are not differences. Final gold against {sweep.first}, seed by seed: "

@@ -34,6 +34,7 @@ BY_HAND = {
     "frft": [FIRST, ("nearest", True, "sft", 0, 1), (None, False, "sft", 0, 2)],
     "frft-alpha": [FIRST, ("nearest", True, "sft", 0, 1), ("nearest", True, "sft", 0, 2)],
     "random-subset": [FIRST, ("random-subset", True, "sft", 0, 1), ("random-subset", True, "sft", 0, 2)],
+    "random-subset-once": [FIRST, ("random-subset", True, "sft", 0, 1), (None, False, "sft", 0, 2)],
     "ocrm": [FIRST, ("importance-weighted", True, "sft", 1, 1), ("importance-weighted", True, "sft", 2, 2)],
     "ocrm-fixed-reference": [FIRST, ("importance-weighted", True, "sft", 0, 1), ("importance-weighted", True, "sft", 0, 2)],
     "frft+ocrm": [FIRST, ("nearest-importance-weighted", True, "sft", 1, 1), ("nearest-importance-weighted", True, "sft", 2, 2)],
@@ -78,6 +79,7 @@ def test_rows_that_would_only_repeat_themselves_have_one_round():
     assert num_rounds(METHODS["dpo"], 5) == num_rounds(METHODS["wpo"], 5) == 1
     assert num_rounds(Method(policy_update="dpo"), 5) == 5  # goes on from its last policy
     assert num_rounds(Method(policy_update="dpo", policy_start="sft", reward_update="nearest"), 5) == 5  # on other pairs
+    assert num_rounds(Method(policy_update="dpo", policy_start="sft", reference="previous"), 5) == 5  # against another policy every round
     assert num_rounds(METHODS["rlp-spg"], 5) == num_rounds(METHODS["ppo"], 5) == 5
     with pytest.raises(ValueError, match=r"rounds is 0; at least one round"):
         num_rounds(Method(), 0)

@@ -113,15 +113,17 @@ def test_without_gold_the_table_shows_the_accuracy_on_held_out_pairs():
 
 
 def test_filtered_against_random_round_by_round():
-    """Only rounds in which both kept equally many pairs are set side by side, the filter first."""
+    """Rounds that have both are set side by side, the filter first; the title says whether they kept equally many pairs."""
     zero = {"proxy": 0.2, "proxy_start": 0.1, "kl_sft": 1.0, "reward_accuracy": 0.6, "reward_accuracy_valid": 0.7, "ess": None}
 
     def rows(update, *pairs):
         made = [zero | {"round": n, "gold": n / 10, "update": update, "pairs": kept} for n, kept in enumerate(pairs, start=2)]
         return {"method": update, "seed": 0, "rounds": [zero | {"round": 1, "gold": 0.0, "update": None, "pairs": 40}, *made]}
 
-    summaries = {"random": rows("random-subset", 12, 12), "near": rows("nearest", 12, 9), "all": rows("unweighted", 40, 40)}
+    summaries = {"random": rows("random-subset", 12, 12), "near": rows("nearest", 12), "all": rows("unweighted", 40, 40)}
     found = subset_table(summaries)
     assert found is not None and [list(column.cells) for column in found.columns][:3] == [["2", "2"], ["near", "random"], ["12", "12"]]
     assert [list(column.cells) for column in found.columns][3:5] == [["0.600"] * 2, ["0.700"] * 2]
+    assert str(found.title).endswith("equal budget")
+    assert "NOT the same number" in str(subset_table(summaries | {"near": rows("nearest", 11)}).title)  # type: ignore[union-attr]
     assert subset_table({"near": summaries["near"], "all": summaries["all"]}) is None
