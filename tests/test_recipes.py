@@ -8,7 +8,7 @@ import pytest
 
 from jaxrlhf.algorithms.ppo import num_updates, ppo_trainer
 from jaxrlhf.algorithms.reward import reward_loss, reward_trainer
-from jaxrlhf.algorithms.rounds import method_of, num_rounds
+from jaxrlhf.algorithms.rounds import METHODS, method_of, num_rounds
 from jaxrlhf.algorithms.supervised import sft_trainer
 from jaxrlhf.models.families import config_from_hf
 from jaxrlhf.models.model import build_model
@@ -151,3 +151,8 @@ def test_importance_weights_build(two_layers):
     score = lambda p, t, m: policy.score_tokens(p, t, m, start=L, temperature=config.weights.temperature)  # noqa: E731
     stats = jax.eval_shape(score, params, tokens, mask)
     assert stats.logp_BT.shape == (config.weights.batch_size, T) and stats.logp_BT.dtype == jnp.float32
+
+
+def test_one_recipe_has_every_method_by_name():
+    named = {name: one.method for name, one in arms(load_config("methods_toy.yaml")).items()}
+    assert {name for name, method in named.items() if name.rsplit("/")[-1] == method} >= set(METHODS)
