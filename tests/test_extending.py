@@ -69,6 +69,12 @@ def lines(run: Path, stage: str, round: int) -> list[dict]:
     return [line for line in read(run / "metrics.jsonl") if (line["stage"], line["round"]) == (stage, round)]
 
 
+def test_a_run_ends_with_its_report(ran):
+    for name in ("mine", "plain"):
+        page = (ran / name / "report.html").read_text(encoding="utf-8")
+        assert "<svg" in page and name in page
+
+
 def test_the_page_is_short_and_names_what_it_holds():
     assert {*FILES} == {"my_update.py", "my_pair_loss.py", "my_policy_loss.py", "my_gold.py", "my_row.py", "recipe.yaml"}
     assert all(text.count("\n") <= 20 for text in FILES.values()) and len(COMMANDS) == 2 and len(REFUSED) == PAGE.count("| `--") >= 8
