@@ -13,7 +13,7 @@ from jaxrlhf.evaluation.curves import Band, Curve, band
 from jaxrlhf.evaluation.report_costs import flops_by_part, seconds_by_part, share_of_corrections
 from jaxrlhf.evaluation.report_runs import ReportError, RunRead, now_doing, read_runs, settings_key
 
-TRAINING = ("rollout/score", "kl/sft", "kl/penalty", "rollout/length")
+TRAINING = ("rollout/score", "kl/sft", "rollout/kl")
 
 
 @dataclass
@@ -40,13 +40,11 @@ class View:
 
     @cached_property
     def weights(self) -> dict[int, dict[str, Any]]:
-        """weight_health.json by round, or else what the update's report.json says of its weights."""
-        reports = {n: body for n, body in reading.stage_reports(self.run, "report.json").items() if "ess_fraction" in body}
-        return reports | reading.stage_reports(self.run, "weight_health.json")
+        return reading.weights(self.run)
 
     @cached_property
     def filters(self) -> dict[int, dict[str, Any]]:
-        return reading.stage_reports(self.run, "filter_report.json")
+        return reading.filters(self.run)
 
     @cached_property
     def seconds(self) -> dict[str, float]:

@@ -18,7 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.evaluation.report_runs import PREFERENCE, RunRead, StageRead, sample_columns
+from jaxrlhf.evaluation.report_files import number, sample_columns
+from jaxrlhf.evaluation.report_runs import PREFERENCE, RunRead, StageRead
 
 PARTS: tuple[str, ...] = ("SFT", "pairs", "reward model, round 1", "policies", "corrections", "evaluation")
 FORWARD, TRAIN = 2, 6  # FLOPs a parameter and token
@@ -83,9 +84,12 @@ class Counts:
         if count is None:
             return None, f"no formula for a stage of kind {stage.function}"
         try:
-            return count(stage), ""
-        except (KeyError, TypeError, LookupError) as error:
+            value = number(count(stage))
+        except LookupError as error:
             return None, error.args[0] if isinstance(error, Missing) else f"the folder does not say {error}"
+        except (TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:  # a count of the folder is no number, or 0
+            return None, f"the folder's counts cannot be used ({error})"
+        return value, "" if value is not None else "the folder's counts cannot be used"
 
     def _model(self, stage: StageRead, name: str) -> int:
         source = self._by_hash.get(stage.inputs.get(name, ""))
@@ -134,8 +138,7 @@ class Counts:
     def _rollouts(self, stage: StageRead) -> float:
         """Sampling, log-probs of policy and reference (and of π_SFT where it is neither), scores and values, and the epochs of updates."""
         run, ppo, result = self._run, stage.config["ppo"], stage.result
-        lengths = [line["rollout/length"] for line in run.log if line.get("round") == stage.round and "rollout/length" in line]
-        lengths = [x for x in lengths if isinstance(x, int | float) and math.isfinite(x)]
+        lengths = [x for line in run.log if line.get("round") == stage.round and (x := number(line.get("rollout/length"))) is not None]
         if not lengths:
             raise Missing("metrics.jsonl has no rollout/length")
         tokens = result["episodes"] * (self._prompt_length(stage) + sum(lengths) / len(lengths))
@@ -150,13 +153,13 @@ class Counts:
         if "prompt_length" in stage.result:
             return stage.result["prompt_length"]
         for one in self._run.of("evaluation"):
-            if prompts := sample_columns(one.folder).get("prompt_tokens"):
+            if prompts := sample_columns(one.folder, self._run.missing).get("prompt_tokens"):
                 return sum(map(len, prompts)) / len(prompts)
         raise Missing("no length of the prompts is kept")
 
     def _evaluation(self, stage: StageRead) -> float:
         """Two responses a prompt are sampled; the first is read by the policy and π_SFT, three tables by each reward model."""
-        columns = sample_columns(stage.folder)
+        columns = sample_columns(stage.folder, self._run.missing)
         tokens = sum(map(len, columns["prompt_tokens"])) + sum(map(len, columns["response_1_tokens"]))
         policy = self._model(stage, "policy")
         rewards = [self._model(stage, name) for name in stage.inputs if name.split("-")[0] == "reward"]

@@ -214,7 +214,7 @@ def pooled(diagrams: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[float, fl
     """(confidence %, right %, pairs) of every bin that is not empty, the seeds' pairs put together."""
     points = []
     for bins in zip(*diagrams, strict=False):
-        filled = [one for one in bins if one["pairs"]]
+        filled = [one for one in bins if one["pairs"] and None not in (one["confidence"], one["accuracy"])]
         n = sum(one["pairs"] for one in filled)
         if n:
             said, right = (100 * sum(one["pairs"] * one[name] for one in filled) / n for name in ("confidence", "accuracy"))
@@ -353,7 +353,7 @@ def _training(axes: Any, arms: Sequence[Arm], name: str) -> bool:
     drawn = False
     for number, arm in enumerate(arms):
         for place, view in enumerate(arm.views):
-            points = view.training.get(name) or (view.training.get("kl/penalty") if name == "kl/sft" and _from_sft(view) else None)
+            points = view.training.get(name) or (view.training.get("rollout/kl") if name == "kl/sft" and _from_sft(view) else None)
             if points:
                 style = {k: v for k, v in look(number).items() if k != "marker"}
                 axes.plot([x for x, _ in points], [y for _, y in points], label=label_of(arm.name) if place == 0 else None,

@@ -173,10 +173,7 @@ def _figures(figures: Sequence[Figure], absent: Sequence[tuple[str, str]]) -> st
 
 def _samples(data: dict[str, Any], said: str) -> str:
     if not data["rows"]:
-        return (
-            '<section id="samples-section"><h2>Samples</h2><p>None yet: they come with the first evaluation, which follows SFT, in '
-            "<code>stages/</code>.</p></section>"
-        )
+        return f'<section id="samples-section"><h2>Samples</h2><p>{escape(said)}</p></section>'
     titles = {"kl": "KL (nats)", "length": "tokens"}
     heads = "".join(
         f'<th scope="col" data-key="{name}" data-first="{"descending" if name in ("gold", "proxy", "kl", "length") else "ascending"}"'

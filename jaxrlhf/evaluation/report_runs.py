@@ -6,8 +6,6 @@ A folder may be a run, a run of several arms, or a sweep; a run may be unfinishe
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +13,11 @@ from typing import Any
 
 import yaml
 
+from jaxrlhf.evaluation.report_files import number, read_json, read_log, read_record, read_yaml
+
+STAGE = re.compile(r"\d\d+-.")  # how a folder in stages/ is named
 PREFERENCE = ("dpo", "wpo")  # policies that are fitted to pairs, and sample nothing
 IDENTITY = ("name", "output", "seed", "sft_seed", "store", "standalone", "log", "checkpoint", "mesh")  # not what is compared
-SAMPLE_COLUMNS = (
-    "id", "prompt", "reference", "response_1", "response_1_tokens", "prompt_tokens", "gold_1", "gold_2", "proxy", "kl_sft", "ended_1",
-)  # fmt: skip
 
 
 class ReportError(ValueError):
@@ -119,14 +117,17 @@ def _seed_number(path: Path) -> tuple[int, str]:
 def _arms(folder: Path) -> list[Path]:
     """The arms of a run: in the order of its config, then what else lies there. An arm that has not begun has no folder yet."""
     known = [p for p in folder.iterdir() if p.is_dir() and _is_run(p)]
-    raw, _ = _yaml(folder / "config.yaml")
+    raw, _ = read_yaml(folder / "config.yaml")
     arms = raw.get("arms") or {}
     order = {name: n for n, name in enumerate(arms)} if isinstance(arms, dict) else {}
     return sorted(known, key=lambda p: (order.get(p.name, len(order)), p.name))
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "summary.json").is_file() or (folder / "stages").is_dir()
+    """Stages named as ours, or a summary with rounds of ours: a report is written into a run's folder, and into no other."""
+    if any(STAGE.match(path.name) for path in (folder / "stages").glob("*")):
+        return True
+    return bool(_rows(read_json(folder / "summary.json", [], "")))
 
 
 def _foreign(folder: Path) -> str:
@@ -142,7 +143,7 @@ def _foreign(folder: Path) -> str:
     if inside:
         return f"{folder} holds several runs and is none: name those to show, {', '.join(inside[:8])}{' …' if inside[8:] else ''} in it."
     return (
-        f"{folder} is no run folder: it has neither summary.json nor stages/, and no folder in it has. "
+        f"{folder} is no run folder: it has neither a summary.json with rounds nor stages/NN-…, and no folder in it has. "
         "`jaxrlhf run CONFIG.yaml` makes one, and `jaxrlhf sweep` a folder of them."
     )
 
@@ -150,18 +151,22 @@ def _foreign(folder: Path) -> str:
 def read_run(folder: Path, *, arm: str) -> RunRead:
     """One run folder; whatever cannot be read is named in `missing`, with the way out."""
     missing: list[str] = []
-    config, text = _yaml(folder / "config.yaml")
+    config, text = read_yaml(folder / "config.yaml")
     if not config:
         missing.append("config.yaml is missing or broken: settings are not shown; running the config again writes it.")
     summary = read_json(folder / "summary.json", missing, "the table and the curves need it; `jaxrlhf run` on the config writes it again")
     rounds = _rows(summary)
     if summary and not rounds:
         missing.append("summary.json has no rounds of ours: it was written by something else, or broken; `jaxrlhf run` writes it again.")
+    notes = summary.get("notes") or []
+    if not isinstance(notes, list):
+        missing.append("summary.json: notes is not a list, and is left out.")
+        notes = []
     method = str(summary.get("method") or config.get("method") or arm)
     seed = summary.get("seed", config.get("seed"))
     run = RunRead(
         folder, arm, seed if isinstance(seed, int) else None, method, text, config, rounds,
-        [str(note) for note in summary.get("notes") or []], _stages(folder, missing), read_log(folder / "metrics.jsonl"), missing,
+        [str(note) for note in notes], _stages(folder, missing), read_log(folder / "metrics.jsonl", missing), missing,
     )  # fmt: skip
     _completeness(run, summary)
     return run
@@ -171,8 +176,8 @@ def _rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     rows = summary.get("rounds")
     if not isinstance(rows, list):
         return []
-    rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("round"), int)]
-    return [{name: finite(value) if isinstance(value, int | float) else None for name, value in row.items()} for row in rows]
+    rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("round"), int) and row["round"] >= 0]
+    return [{name: value if isinstance(value, bool) else number(value) for name, value in row.items()} for row in rows]
 
 
 def _completeness(run: RunRead, summary: dict[str, Any]) -> None:
@@ -198,34 +203,17 @@ def now_doing(run: RunRead) -> str:
     return f"last heard from: {last.get('stage')}{where}, step {last.get('step')}"
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a line that is being written, or is broken, is left out."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    lines = []
-    for line in text.splitlines():
-        try:
-            one = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(one, dict) and "stage" in one:
-            lines.append(one)
-    return lines
-
-
 def _stages(folder: Path, missing: list[str]) -> list[StageRead]:
     found = []
     home = folder / "stages"
     for path in sorted(home.iterdir()) if home.is_dir() else []:
-        if path.name.startswith(".") or not re.match(r"\d\d+-", path.name):
+        if not STAGE.match(path.name):
             continue
         name = path.name.split("-", 1)[1]
         if path.is_symlink() and not path.exists():
             missing.append(f"stages/{path.name} links to a folder that is gone (the store was moved?); `jaxrlhf run` builds it again.")
             continue
-        record = read_json(path / "stage.json", missing, f"stage {name} is left out; delete its folder and `jaxrlhf run` builds it again")
+        record = read_record(path / "stage.json", missing)
         if isinstance(record.get("function"), str):
             match = re.match(r"r(\d+)-", name)
             found.append(StageRead(name, record["function"], int(match[1]) if match else None, path, record))
@@ -234,48 +222,7 @@ def _stages(folder: Path, missing: list[str]) -> list[StageRead]:
     return found
 
 
-def read_json(path: Path, missing: list[str], without: str) -> dict[str, Any]:
-    """A JSON object; {} where the file is not there, or is not one (said in `missing`)."""
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        missing.append(f"{path.name} cannot be read ({error}): {without}.")
-        return {}
-    if not isinstance(body, dict):
-        missing.append(f"{path.name} is not a JSON object: {without}.")
-        return {}
-    return body
-
-
-def _yaml(path: Path) -> tuple[dict[str, Any], str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        body = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}, ""
-    return (body, text) if isinstance(body, dict) else ({}, text)
-
-
-def finite(value: Any) -> Any:
-    """NaN and ±inf as None: JSON has none, and nothing can be drawn of them."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def settings_key(run: RunRead) -> str:
     """The same for two runs that differ in their seeds alone."""
     facts = {name: value for name, value in run.config.items() if name not in IDENTITY} or {"method": run.method}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def sample_columns(folder: Path) -> dict[str, list[Any]]:
-    """The columns of a samples.parquet that a report reads; {} where the file is not there or broken."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(folder / "samples.parquet")
-        return file.read(columns=[name for name in SAMPLE_COLUMNS if name in file.schema_arrow.names]).to_pydict()
-    except (OSError, pa.ArrowException):
-        return {}
+    return hashlib.sha256(yaml.safe_dump(facts, sort_keys=True).encode()).hexdigest()

@@ -82,8 +82,9 @@ class Live:
             if version != self._seen:
                 try:
                     self._html = report(self._folders, cap=self._cap, version=version).html
-                except ReportError as error:
-                    self._html = _waiting(str(error), version)
+                except Exception as error:  # of whatever kind: a reader who has the page open is told, and it is tried again
+                    said = str(error) if isinstance(error, ReportError) else f"the page cannot be made ({type(error).__name__}: {error})"
+                    self._html = _waiting(said, version)
                 self._seen = version
             return self._html
 

@@ -137,7 +137,7 @@ def make_run(folder, *, arm="ocrm", seed=0, rounds=2, refits=True, gold_shift=0.
         shown = {"policy": f"hash-r{number}-policy", "sft": "hash-sft", "reward": judge}
         evaluation = made.evaluation(f"r{number}-evaluation", shown, prompts=5, gold=2.0, proxy=number, text=f"{arm} round {number}")
         write_json(evaluation / "reliability.json", {"pairs": 8, "ece": 0.2, "accuracy": 0.6, "confidence": 0.8, "bins": BINS})
-        lines += [{"stage": "policy", "round": number, "step": step, "kl/penalty": 0.5 * number, "kl/sft": number * step,
+        lines += [{"stage": "policy", "round": number, "step": step, "rollout/kl": 0.5 * number, "kl/penalty": 9.0, "kl/sft": number * step,
                    "rollout/length": 5.0 + step, "rollout/score": 0.1 * step} for step in (1, 2)]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder

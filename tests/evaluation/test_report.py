@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.error import HTTPError
 
+import numpy as np
 import pytest
 
 from jaxrlhf.evaluation import report_costs, report_runs
@@ -62,7 +63,7 @@ def test_drift_budget_and_health_of_a_run(run):
         2: {"agreement": 0.5, "correlation": pytest.approx(-2 / 20**0.5 / 1), "scale": pytest.approx(2 / 5**0.5), "shift": 0.0}
     }
     assert [row["spent"] for row in view.budgets] == [0.5, 1.5]  # the second round's reference is the first round's policy
-    assert [row["penalty"] for row in view.budgets] == [0.5, 1.0] and view.budgets[1]["kl_sft_training"] == 4.0
+    assert [row["penalty"] for row in view.budgets] == [0.5, 1.0]  # k1, whatever kl_estimator penalises
     assert view.weights[2]["by_length"][0]["ess_fraction"] == 0.5 and view.filters[2]["kept"] == 5 and view.reliabilities[2]["ece"] == 0.2
     assert view.training["kl/sft"] == [(1, 1), (2, 2), (3, 2), (4, 4)]  # updates count on over rounds
 
@@ -128,7 +129,8 @@ def test_runs_side_by_side_keep_their_names_apart(make_run, tmp_path, undrawn):
     assert [arm.name for arm in arms] == ["a/ppo", "b/ppo"]
     assert len(collect([first, first]).arms) == 1  # the same folder twice is one run
     assert len(collect([first, make_run(tmp_path / "c" / "ppo", arm="ppo")]).arms) == 2  # the same seed again is no second seed
-    assert "nothing" not in report([tmp_path / "a", tmp_path / "b"]).markdown
+    rows = [line for line in report([tmp_path / "a", tmp_path / "b"]).markdown.splitlines() if line.startswith("|")]
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| a/ppo", "| b/ppo"]
 
 
 def test_the_table_for_papers(composed):
@@ -149,7 +151,10 @@ def test_the_table_for_papers(composed):
         (lambda path: None, "does not exist; `jaxrlhf run"),
         (lambda path: path.mkdir(), "is empty; `jaxrlhf run CONFIG.yaml`"),
         (lambda path: path.write_text("x"), "is a file"),
-        (lambda path: (path.mkdir(), (path / "photo.jpg").write_text("x")), "no run folder: it has neither summary.json nor stages/"),
+        (
+            lambda path: (path.mkdir(), (path / "photo.jpg").write_text("x")),
+            "it has neither a summary.json with rounds nor stages/NN-",
+        ),
         (lambda path: (path.mkdir(), (path / "config.yaml").write_text("name: x")), "no stage is finished yet: `jaxrlhf run"),
         (lambda path: (path.mkdir(), (path / "model.safetensors").write_text("x")), "is a model folder"),
         (lambda path: (path.mkdir(), (path / "stage.json").write_text("{}")), "folder of one stage"),
@@ -203,9 +208,9 @@ BREAKS = {
     "config.yaml": "config.yaml is missing or broken",
     "metrics.jsonl": "metrics.jsonl is missing or empty",
     "stages/*-r1-policy/stage.json": "stage.json cannot be read",
-    "stages/*-r2-evaluation/samples.parquet": None,
+    "stages/*-r2-evaluation/samples.parquet": "samples.parquet of 10-r2-evaluation cannot be read",
     "stages/*-r2-evaluation/reliability.json": "reliability.json cannot be read",
-    "stages/*-r2-reward/valid_scores.npy": None,
+    "stages/*-r2-reward/valid_scores.npy": "valid_scores.npy of 08-r2-reward cannot be used",
     "stages/*-update/weight_health.json": "weight_health.json cannot be read",
     "stages/*-update/filter_report.json": "filter_report.json cannot be read",
     "stages/*-pairs/train.parquet": "train.parquet of the pairs cannot be read",
@@ -213,13 +218,105 @@ BREAKS = {
 }
 
 
+@pytest.mark.parametrize("content", [b"\x00{[ half a fi", b"", b"PK\x03\x04 half a fi"], ids=["half", "empty", "zip"])
 @pytest.mark.parametrize("name", BREAKS)
-def test_a_broken_file_costs_what_it_holds_and_no_more(run, name, undrawn):
+def test_a_broken_file_costs_what_it_holds_and_no_more(run, name, content, undrawn):
     (path,) = run.glob(name)
-    path.write_bytes(b"\x00{[ half a fi")
+    path.write_bytes(content)
     html = report([run]).html
-    assert BREAKS[name] is None or BREAKS[name] in html
-    assert "Samples" in html and "half a fi" not in html.replace("half a fi</pre>", "")
+    assert BREAKS[name] in html
+    assert "Samples" in html and "half a fi" not in re.sub(r"cannot be read \(.*?\):|half a fi</pre>", "", html)
+
+
+WRONG = [
+    ("stages/*-sft/stage.json", {"seconds": "x"}, "stage.json of 01-sft: seconds is not a number"),
+    ("stages/*-sft/stage.json", {"seconds": True, "inputs": [1]}, "stage.json of 01-sft: inputs is not an object of hashes"),
+    ("stages/*-sft/stage.json", {"inputs": {"a": [1]}}, "inputs is not an object of hashes"),
+    ("stages/*-r1-policy/stage.json", {"result": "x", "config": 3, "hash": [1], "finished": {}}, "result is not an object"),
+    (
+        "stages/*-r1-policy/stage.json",
+        {"result": {"episodes": "x", "prompt_length": 4}},
+        "r1-policy: the folder&#x27;s counts",
+    ),
+    ("stages/*-pairs/stage.json", {"result": {"train": 0, "sampled_from_sft": True}}, "counts cannot be used (division by zero)"),
+    ("summary.json", {"notes": 5}, "notes is not a list"),
+    ("summary.json", {"rounds": {"a": 1}}, "summary.json has no rounds of ours"),
+    ("summary.json", {"seed": "x", "method": [1]}, "Samples"),
+    ("stages/*-r2-evaluation/reliability.json", {"bins": 5}, "reliability.json of r2-evaluation has no bins of ours"),
+    ("stages/*-r2-evaluation/reliability.json", {"bins": [{"pairs": "x"}], "ece": "x"}, "Samples"),
+    ("stages/*-update/weight_health.json", {"by_length": [1]}, "weight_health.json of r2-update is of a wrong form"),
+    (
+        "stages/*-update/weight_health.json",
+        {"ess_fraction": "NaN", "by_length": [{"from": "a"}]},
+        "weight_health.json of r2-update is of a",
+    ),
+    ("stages/*-update/filter_report.json", {"similarity": {"chosen": 1}}, "filter_report.json of r2-update: similarity is of a wrong form"),
+    ("stages/*-update/filter_report.json", {"similarity": [1]}, "filter_report.json of r2-update: similarity is of a wrong form"),
+    ("stages/*-r2-reward/lineage.json", {"data": {"weights": 5}}, "Samples"),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "said"), WRONG)
+def test_valid_json_of_the_wrong_type_is_said(run, name, fields, said, undrawn):
+    from matplotlib.figure import Figure
+
+    (path,) = run.glob(name)
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    assert said in report([run]).html
+    for drawing in DRAWINGS:
+        drawing.draw(Figure().subplots(), collect([run]).arms)  # no figure stumbles either
+
+
+@pytest.mark.parametrize("name", [name for name in BREAKS if name.endswith(".json")])
+def test_json_that_is_no_object_is_said(run, name, undrawn):
+    (path,) = run.glob(name)
+    for text in ("[1]", "null", '"x"', "7"):
+        path.write_text(text)
+        assert f"{path.name} is not a JSON object" in report([run]).html
+
+
+def test_a_log_of_wrong_types_is_left_out_and_said(run, undrawn):
+    with (run / "metrics.jsonl").open("a") as file:
+        for wrong in ({"step": "x"}, {"step": 1, "round": [1]}, {"stage": 5}, {"step": 1.5}):
+            file.write(json.dumps({"stage": "policy", "round": 2, "rollout/kl": 7.0} | wrong) + "\n")
+    assert "metrics.jsonl: 4 lines without a stage, round and step of ours left out" in report([run]).html
+    assert view_of(run).budgets[1]["penalty"] == 1.0
+
+
+def test_columns_and_scores_of_a_wrong_type_are_said(run, undrawn):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = next(run.glob("stages/*-sft-evaluation/samples.parquet"))
+    rows = {"prompt": [1, 2], "response_1": ["a", None], "gold_1": ["x", "y"], "response_1_tokens": [3, 4], "proxy": [float("nan"), 1.0]}
+    pq.write_table(pa.table(rows), path)
+    np.save(next(run.glob("stages/*-r2-reward/valid_scores.npy")), np.array([["a"], ["b"]]))
+    html = report([run]).html
+    assert all(f"column {name} is of a wrong type" in html for name in ("prompt", "gold_1", "response_1_tokens"))
+    assert "valid_scores.npy of 08-r2-reward cannot be used (not numbers of shape [2, M])" in html
+
+
+def test_the_log_of_a_run_that_diverged_is_drawn(run):
+    """The log writes NaN as the string "NaN"; neither the budget nor a figure can be made of that."""
+    with (run / "metrics.jsonl").open("a") as file:
+        for value in ("Infinity", "NaN"):
+            line = {"stage": "policy", "round": 2, "step": 3, "rollout/kl": value, "kl/sft": value, "rollout/score": value}
+            file.write(json.dumps(line) + "\n")
+    view = view_of(run)
+    assert [row["spent"] for row in view.budgets] == [0.5, None] and len(view.training["kl/sft"]) == 4
+    assert "kl_budget" in {figure.name for figure in report([run]).figures}
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
+    """Another tool's summary.json is no run, and its neighbours are not overwritten."""
+    home = tmp_path / "coverage"
+    home.mkdir()
+    (home / "summary.json").write_text('{"coverage": 1}')
+    (home / "summary.md").write_text("mine")
+    (home / "stages" / "build").mkdir(parents=True)
+    with pytest.raises(ReportError, match="no run folder"):
+        command.main(options(home))
+    assert (home / "summary.md").read_text() == "mine" and not (home / "report.html").exists()
 
 
 def test_numbers_that_are_none_and_rows_that_are_not_ours(run, undrawn):
@@ -295,6 +392,8 @@ def test_samples_are_capped_and_the_cap_is_said(run, undrawn):
     html = report([run], cap=2).html
     assert "The first 2 evaluation prompts of every arm and round" in html
     assert len(json.loads(Page(html).scripts[0])["rows"]) == 6
+    none = report([run], cap=0).html
+    assert "None, as --samples 0 asks." in none and "answer 0" not in none
 
 
 def test_files(composed, tmp_path, two_arms):
@@ -367,6 +466,14 @@ def test_served_on_loopback_and_fresh(run, undrawn):
         shutil.rmtree(run)
         assert "does not exist" in get("/")
         server.shutdown()
+
+
+def test_a_served_page_says_an_error_that_nobody_thought_of(run, monkeypatch):
+    def broken(arms):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("jaxrlhf.evaluation.report.draw", broken)
+    assert "the page cannot be made (RuntimeError: no fonts)" in command.Live([str(run)]).page()
 
 
 def test_a_port_that_cannot_be_used(run):
