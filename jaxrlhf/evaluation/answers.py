@@ -17,6 +17,9 @@ class AnswerError(RuntimeError):
 class Answers:
     """The answers in one file by their `key`; a context manager that holds the file for this process alone.
 
+    `found` are the answers. `failed` are the lines, any number of one key, that tell what a question took which got no answer in the end
+    (a field `failed` says why): they are there for the account and to be read, and the question is asked again.
+
     A last line that a kill tore is cut off (it is asked again), or given the line end it lacks where it is whole. Any other damage raises
     AnswerError: a line in the middle that is no JSON, or two answers to one question.
     """
@@ -24,6 +27,7 @@ class Answers:
     def __init__(self, path: Path):
         self.path = path
         self.found: dict[str, dict[str, Any]] = {}
+        self.failed: list[dict[str, Any]] = []
 
     def __enter__(self) -> Answers:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,14 +72,20 @@ class Answers:
             raise AnswerError(
                 f"{self.path}:{number} is no stored answer ({error}); delete that line, and the question is asked again."
             ) from error
+        if "failed" in answer:
+            self.failed.append(answer)
+            return
         if key in self.found:
             raise AnswerError(f"{self.path}:{number} answers a question a second time (key {key}); delete one of the two lines.")
         self.found[key] = answer
 
     def add(self, answer: dict[str, Any]) -> None:
-        """Store one answer; when this returns, it is on the disk."""
+        """Store one answer, or the account of a failure; when this returns, it is on the disk."""
         line = json.dumps(answer, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
-        self.found[answer["key"]] = answer
+        if "failed" in answer:
+            self.failed.append(answer)
+        else:
+            self.found[answer["key"]] = answer
         self._append(line)
 
     def _append(self, data: bytes) -> None:

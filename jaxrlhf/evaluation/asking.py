@@ -8,13 +8,13 @@ import json
 import os
 import random
 import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
 from jaxrlhf.evaluation.answers import Answers
+from jaxrlhf.evaluation.replies import Taken, text_of, tokens_of
 
 TEMPLATE = """\
 Two assistants, A and B, were given the same prompt. Decide whose response serves the person who wrote the prompt better.
@@ -99,8 +99,12 @@ class Judge:
         return re.sub("|".join(map(re.escape, FIELDS)), lambda found: texts[found[0]], self.template)
 
     def key(self, prompt: str, first: str, second: str) -> str:
-        """The question's name in the file of answers: a hash of model, request, template and the three texts."""
-        asked = [self.model, self.fields(), self.template, prompt, first, second]
+        """The question's name in the file of answers: a hash of address, model, request, template and the three texts.
+
+        Two endpoints may serve different models under one name. Where none is given, the address is that of OPENAI_BASE_URL.
+        """
+        address = bare(self.base_url or os.environ.get("OPENAI_BASE_URL") or None)
+        asked = [address and address.rstrip("/"), self.model, self.fields(), self.template, prompt, first, second]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
 
     def described(self) -> dict[str, Any]:
@@ -159,12 +163,20 @@ class Asking:
 
     async def _work(self, openai: Any, client: Any, waiting: Iterator[tuple[str, Question]]) -> None:
         for key, question in waiting:
+            taken = Taken()
             try:
-                self.stored.add(await self._answer(openai, client, key, question))
-                self.in_a_row = 0
+                verdict = await self._answer(openai, client, question, taken)
             except Unanswered as error:
+                self._store(key, question, taken, failed=str(error))
                 self.failed[key] = str(error)
-                self._give_up()
+                self._give_up(str(error))
+            except (JudgeError, asyncio.CancelledError) as error:
+                if taken.texts:  # what was said was paid for
+                    self._store(key, question, taken, failed=str(error)[:300] or "stopped")
+                raise
+            else:
+                self._store(key, question, taken, verdict=verdict, answer=taken.texts[-1])
+                self.in_a_row = 0
             self.done += 1
             self._shown()
 
@@ -172,15 +184,19 @@ class Asking:
         if self.progress:
             self.progress(self.done, self.total)
 
-    def _give_up(self) -> None:
+    def _store(self, key: str, question: Question, taken: Taken, **how: str | None) -> None:
+        """One line: what became of the question, all answers as they came, and what they took."""
+        line = {"key": key, "model": self.judge.model, **how, "answers": taken.texts, **question._asdict(), **taken.facts()}
+        self.stored.add(line)
+
+    def _give_up(self, why: str) -> None:
         """Stop where as many questions as stand in flight, and three at least, failed one after the other: the endpoint is at fault.
 
-        Refusals are no sign of it where anything was ever answered: some texts are refused for what they say.
+        Refusals are no sign of it where anything was ever answered, and are not counted: some texts are refused for what they say.
         """
-        self.in_a_row += 1
-        why = list(self.failed.values())[-1]
         if self.stored.found and (why.startswith(REFUSED) or self.judge.keep_going):
             return
+        self.in_a_row += 1
         if self.in_a_row >= max(3, self.judge.concurrency) or (self.in_a_row == self.total and not self.stored.found):
             raise JudgeError(
                 f"the judge at {bare(self.judge.base_url) or 'the default address'} gave no answer to {self.in_a_row} questions in a row; "
@@ -188,49 +204,35 @@ class Asking:
                 "the same command goes on from there (with --judge_keep_going it goes on past such questions)."
             )
 
-    async def _answer(self, openai: Any, client: Any, key: str, question: Question) -> dict[str, Any]:
-        """The record of one question: the verdict of the first answer that is one, and all answers as they came."""
-        judge, said, tokens, started = self.judge, [], [], time.time()
-        verdict, requests = None, 0
-        while verdict is None and len(said) < judge.asks:
-            reply, sent = await self._reply(openai, client, judge.question(*question))
-            requests += sent
-            message = reply.choices[0].message if reply.choices else None
-            text = self._hidden((message.content if message else None) or "")
-            said.append(text)
-            tokens.append(None if reply.usage is None else (reply.usage.prompt_tokens, reply.usage.completion_tokens))
-            verdict = parse(text)
-        sums = [None, None] if None in tokens else [sum(pair[side] for pair in tokens) for side in (0, 1)]  # type: ignore[index]
-        return {
-            "key": key,
-            "model": judge.model,
-            "verdict": verdict,
-            "answer": said[-1],
-            "answers": said,
-            **question._asdict(),
-            "prompt_tokens": sums[0],
-            "completion_tokens": sums[1],
-            "requests": requests,
-            "seconds": round(time.time() - started, 3),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
+    async def _answer(self, openai: Any, client: Any, question: Question, taken: Taken) -> str | None:
+        """The verdict of the first answer that is one, None after `asks` without; `taken` grows as they come, whatever becomes of them."""
+        verdict = None
+        while verdict is None and len(taken.texts) < self.judge.asks:
+            taken.texts.append(await self._reply(openai, client, self.judge.question(*question), taken))
+            verdict = parse(taken.texts[-1])
+        return verdict
 
-    async def _reply(self, openai: Any, client: Any, content: str) -> tuple[Any, int]:
-        """(the endpoint's reply, requests it took). Raises Unanswered where the request is refused or `attempts` are used up."""
+    async def _reply(self, openai: Any, client: Any, content: str, taken: Taken) -> str:
+        """What the endpoint says, the key blotted out. Raises Unanswered where the request is refused or `attempts` are used up."""
         judge, fields = self.judge, self.judge.fields()
         why, after = "", None
         for attempt in range(judge.attempts):
             if attempt:
                 await asyncio.sleep(pause(judge, attempt - 1, after))
             after = None
+            taken.requests += 1
             try:
                 # The client's time-out is one for every read; a reply that trickles would never end without this one.
                 async with asyncio.timeout(judge.timeout):
                     messages = [{"role": "user", "content": content}]
                     reply = await client.chat.completions.create(model=judge.model, messages=messages, extra_body=fields)
-                if isinstance(reply, openai.types.chat.ChatCompletion):
-                    return reply, attempt + 1
-                why = f"no completion: {self._said(reply)}"  # the client hands on text as it comes, such as a web page
+                text, tokens = text_of(reply), tokens_of(reply)
+                if text is not None or tokens is not None:
+                    taken.tokens.append(tokens)
+                if text is not None:
+                    return self._hidden(text)
+                # The client hands on what comes: a web page as text, a gateway's error with status 200 as a completion without choices.
+                why = f"no completion: {self._said(getattr(reply, 'error', None) or reply)}"
             except openai.APIStatusError as error:
                 why, after = f"status {error.status_code}: {self._said(error)}", error.response.headers.get("retry-after")
                 self._judge_status(error.status_code, why)

@@ -72,8 +72,9 @@ def judge_pairs(
         if missing:
             failed = _run(Asking(judge, stored, progress).all(missing))
         found = {key: stored.found[key] for key in wanted if key in stored.found}
+        in_vain = [line for line in stored.failed if line["key"] in wanted]
     verdicts = [_verdict(judge, *pair, found) for pair in pairs]
-    return Judged(verdicts, account(verdicts, found, failed, judge) | {"asked_now": asked_now})
+    return Judged(verdicts, account(verdicts, found, failed, judge, in_vain) | {"asked_now": asked_now})
 
 
 def _verdict(judge: Judge, one: Question, other: Question, found: dict[str, dict[str, Any]]) -> Verdict:
@@ -84,21 +85,29 @@ def _verdict(judge: Judge, one: Question, other: Question, found: dict[str, dict
     return Verdict(combine(*orders), orders, keys)  # type: ignore[arg-type]
 
 
-def account(verdicts: Sequence[Verdict], found: dict[str, dict[str, Any]], failed: dict[str, str], judge: Judge) -> dict[str, Any]:
+def account(
+    verdicts: Sequence[Verdict],
+    found: dict[str, dict[str, Any]],
+    failed: dict[str, str],
+    judge: Judge,
+    in_vain: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
     """What the verdicts are made of, and what they cost.
 
     pairs = judged + no_verdict. `first_rate`: the share of decided questions whose first response won; ½ is a judge without a preference
     for places. `consistency`: the share of the asked and judged pairs on which both orders agree. Tokens are what the endpoint reported,
-    over all that was asked for the stored answers, in this process or before; `cost` is None without prices or where an answer came
-    without a count. `refused` and `unanswered`: questions without a stored answer, by why.
+    over all that was asked for the stored answers and for questions that failed (`in_vain`, a line for every time one did), in this process
+    or before; `cost` is None without prices or where an answer came without a count. `refused` and `unanswered`: questions without a stored
+    answer, by why.
     """
     asked = [v for v in verdicts if v.keys is not None]
     judged = [v for v in asked if v.outcome is not None]
     decided = [order for v in judged for order in v.orders if order in (FIRST, SECOND)]
     agree = [v for v in judged if v.outcome != 0.5 or v.orders == (TIE, TIE)]
     rows = found.values()
-    counts = {name: sum(row[name] or 0 for row in rows) for name in ("prompt_tokens", "completion_tokens", "requests")}
-    uncounted = sum(row["prompt_tokens"] is None for row in rows)
+    paid = [*rows, *in_vain]
+    counts = {name: sum(row[name] or 0 for row in paid) for name in ("prompt_tokens", "completion_tokens", "requests")}
+    uncounted = sum(row["prompt_tokens"] is None for row in paid)
     priced = judge.price_in is not None and judge.price_out is not None and not uncounted
     cost = (counts["prompt_tokens"] * judge.price_in + counts["completion_tokens"] * judge.price_out) / 1e6 if priced else None  # type: ignore[operator]
     return {

@@ -142,7 +142,7 @@ def settings_of(
         "prompts": prompts_identity(asked.rows),
         "gold": _gold_identity(gold),
         "judge": None if judge is None else judge.described(),
-        **{name: value for name, value in vars(writing).items() if name != "batch_size"},
+        **writing.identity(),
         **rest,
     }
 
@@ -163,7 +163,9 @@ def check_output(folder: Path, settings: dict[str, Any], overwrite: bool) -> Non
     try:
         found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise FileExistsError(f"{folder} exists and holds no comparison; give another --output.") from None
+        found = None
+    if not isinstance(found, dict) or not settings.keys() <= found.keys():  # other programs have a settings.json too
+        raise FileExistsError(f"{folder} exists and holds no comparison; give another --output.")
     changed = sorted(name for name in settings if found.get(name) != settings[name])
     if changed and not overwrite:
         raise FileExistsError(f"{folder} holds a comparison with another {', '.join(changed)}; give another --output, or --overwrite.")

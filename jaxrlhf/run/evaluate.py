@@ -124,7 +124,9 @@ def gold_figures(samples: Samples, gold: Scorer | None) -> dict[str, float | Non
     if not with_reference:
         return {"gold": float(scores.mean()), **nothing}
     prompts, references = ([getattr(samples.rows[i], name) for i in with_reference] for name in ("prompt", "reference"))
-    won = win_rate(scores[with_reference], gold(prompts, references))
+    # A model in batches may round the same text twice to two scores; equal texts tie.
+    same = [samples.texts[0][i] == samples.rows[i].reference for i in with_reference]
+    won = win_rate(scores[with_reference], np.where(same, scores[with_reference], gold(prompts, references)))
     return {"gold": float(scores.mean()), **{name: getattr(won, name) for name in nothing}}
 
 

@@ -42,6 +42,10 @@ class Writing:
     seed: int = 0
     dtype: str | None = None
 
+    def identity(self) -> dict[str, Any]:
+        """What the texts depend on: all but how many are written at a time."""
+        return {name: value for name, value in vars(self).items() if name != "batch_size"}
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -142,7 +146,7 @@ def responses_of(side: Side, name: str, asked: Asked, writing: Writing, folder: 
 
 def written(side: Side, name: str, asked: Asked, writing: Writing, folder: Path, show: Callable[[str], Any]) -> Told:
     """What a policy writes; kept in `folder`, so that a judge who was interrupted goes on about the same responses."""
-    facts = {"policy": identity(side), "prompts": prompts_identity(asked.rows), **vars(writing)}
+    facts = {"policy": identity(side), "prompts": prompts_identity(asked.rows), **writing.identity()}
     path = folder / f"responses-{name}.json"
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))

@@ -8,7 +8,33 @@ from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-FAULTS = {"429": 0.1, "500": 0.05, "503": 0.05, "nonsense": 0.1, "silent": 0.02, "cut": 0.03, "page": 0.03}
+# Bodies under status 200 that are JSON and no completion.
+MALFORMED = {
+    "error": {"error": {"message": "upstream is overloaded", "code": 502}},
+    "no message": {"choices": [{"index": 0}]},
+    "no choice": {"choices": [], "usage": None},
+    "choices in a word": {"choices": "x", "usage": {}},
+    "null choices": {"choices": None},
+    "choice in a word": {"choices": ["x"]},
+    "null message": {"choices": [{"index": 0, "message": None}]},
+    "no content": {"choices": [{"index": 0, "message": {"role": "assistant"}}]},
+    "number": {"choices": [{"index": 0, "message": {"role": "assistant", "content": 7}}]},
+    "no text": {"choices": [{"index": 0, "message": {"role": "assistant", "content": [{"type": "image_url"}]}}]},
+    "failed choice": {"choices": [{"index": 0, "error": {"code": 502}, "message": {"role": "assistant", "content": ""}}]},
+    "list": [],
+    "null": None,
+}
+FAULTS = {
+    "429": 0.1,
+    "500": 0.05,
+    "503": 0.05,
+    "nonsense": 0.1,
+    "silent": 0.02,
+    "cut": 0.03,
+    "page": 0.03,
+    "error": 0.04,
+    "no message": 0.04,
+}
 
 
 class FaultyServer(ThreadingHTTPServer):
@@ -21,6 +47,7 @@ class FaultyServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.verdict, self.faults, self.silence, self.delay = verdict, faults or {}, silence, delay
         self.random, self.lock = random.Random(0), threading.Lock()
+        self.odd: dict[str, object] = {}  # fields of an honest reply that are something else
         self.asked: Counter[str] = Counter()  # question -> honest answers sent
         self.fates: Counter[str] = Counter()
         self.bodies: list[dict] = []
@@ -90,6 +117,9 @@ class Handler(BaseHTTPRequestHandler):
         if fate == "page":
             self.send(200, "<html>out of order</html>", kind="text/html")
             return
+        if fate in MALFORMED:
+            self.send(200, json.dumps(MALFORMED[fate]))
+            return
         text = "I would rather not say." if fate == "nonsense" else self.server.verdict(content)
         reply = {
             "id": "x",
@@ -98,7 +128,7 @@ class Handler(BaseHTTPRequestHandler):
             "model": "m",
             "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
             "usage": {"prompt_tokens": 100, "completion_tokens": 3, "total_tokens": 103},
-        }
+        } | self.server.odd
         text = json.dumps(reply)
         if fate == "honest":
             with self.server.lock:

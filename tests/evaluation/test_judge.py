@@ -23,7 +23,7 @@ from jaxrlhf.evaluation.judge import FIRST, SECOND, TIE, Judge, JudgeError, comb
 from jaxrlhf.evaluation.winrate import score
 
 sys.path.insert(0, str(Path(__file__).parent))
-from faulty_server import FAULTS, FaultyServer
+from faulty_server import FAULTS, MALFORMED, FaultyServer
 
 SECRET = "sk-very-secret-0123456789"
 TEMPLATE = "Which is longer?\nQ: {prompt}\nA: {first}\nB: {second}\n"
@@ -207,11 +207,14 @@ def test_a_dead_endpoint_stops_it_and_one_refused_text_does_not(tmp_path):
     with pytest.raises(JudgeError, match=r"no answer to 3 questions in a row; the last: no connection.*the same command goes on"):
         judge_pairs(prompts, a, b, judge, tmp_path / "answers.jsonl")
     with FaultyServer(longer, {"422": 0.3}) as server:
-        judged = judge_pairs(prompts, a, b, replace(judge, base_url=server.url), tmp_path / "answers.jsonl")
-    assert judged.usage["refused"] == server.fates["422"] > 3  # sent once each, not again
-    with FaultyServer(longer, {"422": 1.0}) as server:  # what is left is refused again, one after the other: no outage
-        again = judge_pairs(prompts, a, b, replace(judge, base_url=server.url), tmp_path / "answers.jsonl")
-    assert again.verdicts == judged.verdicts and again.usage["refused"] == judged.usage["refused"] == server.fates["422"]
+        judge = replace(judge, base_url=server.url)
+        judged = judge_pairs(prompts, a, b, judge, tmp_path / "answers.jsonl")
+        refused = server.fates["422"]
+        assert judged.usage["refused"] == refused > 3  # sent once each, not again
+        server.faults = {"422": 1.0}  # what is left is refused again, one after the other: no outage
+        again = judge_pairs(prompts, a, b, judge, tmp_path / "answers.jsonl")
+        assert again.verdicts == judged.verdicts and again.usage["refused"] == refused == server.fates["422"] - refused
+        assert again.usage["requests"] == sum(server.fates.values())
     assert judged.usage["unanswered"] == 0 and judged.usage["judged"] + judged.usage["no_verdict"] == 30
 
 
@@ -239,6 +242,116 @@ def test_failures_that_are_not_in_a_row_do_not_stop_it(tmp_path):
             judge_pairs(*told, judge, tmp_path / "answers.jsonl")
         judged = judge_pairs(*told, replace(judge, keep_going=True), tmp_path / "answers.jsonl")
         assert judged.usage["unanswered"] == 8 and judged.usage["judged"] == 4
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_reply_that_is_no_completion_is_tried_again_and_never_an_answer(tmp_path, name):
+    told = ["p0", "p1"], ["aaa", "b"], ["b", "aaa"]
+    with FaultyServer(longer, {name: 1.0}) as server:
+        judge = Judge("m", server.url, **FAST, attempts=2, concurrency=1)
+        with pytest.raises(JudgeError, match=r"no answer to 3 questions in a row; the last: no completion: .*, 2 times"):
+            judge_pairs(*told, judge, tmp_path / "answers.jsonl")
+        assert server.fates[name] == 3 * 2
+        server.faults = {}
+        judged = judge_pairs(*told, judge, tmp_path / "answers.jsonl")
+    assert [v.outcome for v in judged.verdicts] == [1.0, 0.0] and judged.usage["asked_now"] == 4 and judged.usage["nonsense"] == 0
+    assert judged.usage["requests"] == 3 * 2 + 4 and judged.usage["prompt_tokens"] == 400
+
+
+@pytest.mark.parametrize(
+    "usage", [{}, None, "x", [1], {"prompt_tokens": None, "completion_tokens": 3}, {"prompt_tokens": "9", "completion_tokens": True}]
+)
+def test_token_counts_that_are_none_leave_the_answers_and_no_cost(tmp_path, usage):
+    with FaultyServer(longer) as server:
+        server.odd = {"usage": usage}
+        judge = Judge("m", server.url, **FAST, price_in=1.0, price_out=1.0)
+        judged = judge_pairs(["p"], ["aaa"], ["b"], judge, tmp_path / "answers.jsonl")
+    assert judged.verdicts[0].outcome == 1.0 and judged.usage["cost"] is None and judged.usage["answers_without_token_count"] == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        ([{"type": "text", "text": "ti"}, {"type": "text", "text": "e"}], "tie"),
+        ([{"type": "thinking", "thinking": [{"type": "text", "text": "A?"}]}, {"type": "text", "text": "tie"}], "tie"),
+        (None, ""),  # a refusal, or thoughts that used up the tokens
+    ],
+)
+def test_content_in_parts_is_joined_and_null_is_an_answer_of_no_words(tmp_path, content, answer):
+    with FaultyServer(longer) as server:
+        server.odd = {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}]}
+        judged = judge_pairs(["p"], ["aaa"], ["b"], Judge("m", server.url, **FAST), tmp_path / "answers.jsonl")
+    assert judged.verdicts[0].outcome == (0.5 if answer else None)
+    assert {json.loads(line)["answer"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()} == {answer}
+
+
+def test_another_endpoint_is_another_judge(tmp_path, monkeypatch):
+    asked = "p", "aaa", "b"
+    here = Judge("m", "http://here/v1")
+    assert here.key(*asked) != Judge("m", "http://there/v1").key(*asked) != Judge("m").key(*asked)
+    # what is no address does not matter, and no secret stands in a key
+    assert here.key(*asked) == Judge("m", "http://user:pass@here/v1/?token=1").key(*asked)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://here/v1")
+    assert Judge("m").key(*asked) == here.key(*asked)
+    with FaultyServer(lambda _: "tie") as one, FaultyServer(longer) as other:
+        for server, outcome in ((one, 0.5), (other, 1.0), (one, 0.5)):
+            judge = Judge("m", server.url, **FAST)
+            assert judge_pairs(["p"], ["aaa"], ["b"], judge, tmp_path / "answers.jsonl").verdicts[0].outcome == outcome
+        assert one.fates["honest"] == other.fates["honest"] == 2
+
+
+@pytest.mark.parametrize("status", ["503", "422", "401"])
+def test_what_a_question_took_before_it_failed_is_kept(tmp_path, status):
+    class Failing(FaultyServer):
+        works = False
+
+    def verdict(content):
+        if "Q: p1" in content and not server.works:
+            server.faults = {status: 1.0}
+            return "hm"
+        return longer(content)
+
+    def ask():
+        return judge_pairs(["p0", "p1"], ["aaa"] * 2, ["b"] * 2, judge, tmp_path / "answers.jsonl")
+
+    with Failing(verdict) as server:
+        judge = Judge("m", server.url, **FAST, attempts=2, concurrency=1, price_in=1.0, price_out=1.0)
+        if status == "401":
+            with pytest.raises(JudgeError, match="status 401"):
+                ask()
+        else:
+            usage = ask().usage
+            sent = sum(server.fates.values())
+            assert usage["answers"] == 2 and usage["requests"] == sent > 4
+            assert (usage["prompt_tokens"], usage["completion_tokens"]) == (300, 9) and usage["cost"] == pytest.approx(309 / 1e6)
+        lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+        kept = next(line for line in lines if line.get("answers") == ["hm"])
+        assert f"status {status}" in kept["failed"] and kept["prompt_tokens"] == 100 and "verdict" not in kept
+        server.works, server.faults = True, {}
+        judged = ask()
+        assert [v.outcome for v in judged.verdicts] == [1.0, 1.0] and judged.usage["asked_now"] == 2
+        assert judged.usage["requests"] == sum(server.fates.values()) and judged.usage["prompt_tokens"] == 500
+
+
+def test_refusals_do_not_add_up_to_an_outage(tmp_path):
+    def verdict(content):
+        if "Q: p5" in content:
+            raise BrokenPipeError  # the connection drops
+        return longer(content)
+
+    told = [f"p{i}" for i in range(8)], ["aaa"] * 8, ["b"] * 8
+    with FaultyServer(verdict) as server:
+        judge = Judge("m", server.url, **FAST, attempts=1, concurrency=1)
+        judge_pairs(["p9"], ["aaa"], ["b"], judge, tmp_path / "answers.jsonl")
+        refusing = server.RequestHandlerClass.answer
+
+        def answer(self, fate, content):
+            refusing(self, "422" if re.search("Q: p[0-4]", content) else fate, content)
+
+        server.RequestHandlerClass = type("Refusing", (server.RequestHandlerClass,), {"answer": answer})
+        judged = judge_pairs(*told, judge, tmp_path / "answers.jsonl")  # ten refusals, then two lost connections: no three in a row
+    assert [v.outcome for v in judged.verdicts] == [None] * 6 + [1.0] * 2
+    assert judged.usage["refused"] == 10 and judged.usage["unanswered"] == 2
 
 
 def test_the_key_comes_from_the_environment(tmp_path, monkeypatch):

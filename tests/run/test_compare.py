@@ -228,6 +228,20 @@ def test_a_folder_of_another_comparison_is_not_replaced(run, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
     with pytest.raises(FileExistsError, match="holds no comparison"):
         evaluate(stage, output=tmp_path / "mine", gold="toy", overwrite=True)
+    for foreign in ("[1]", '{"editor": 1}', '{"a": "b", "seed": 0}', "null", "{"):
+        (tmp_path / "mine" / "settings.json").write_text(foreign)
+        for overwrite in (False, True):
+            with pytest.raises(FileExistsError, match="mine exists and holds no comparison; give another --output"):
+                evaluate(stage, output=tmp_path / "mine", gold="toy", overwrite=overwrite)
+        assert (tmp_path / "mine" / "settings.json").read_text() == foreign
+
+
+def test_another_batch_size_writes_nothing_anew(run, tmp_path, monkeypatch):
+    policy = str(run / "stages" / "04-r1-policy")
+    first = evaluate(policy, output=tmp_path / "out", gold="toy", toy_prompts=4, **QUIET)
+    monkeypatch.setattr("jaxrlhf.run.responses.load", lambda *a, **k: pytest.fail("generated again"))
+    again = evaluate(policy, output=tmp_path / "out", gold="toy", toy_prompts=4, **QUIET | {"batch_size": 3})
+    assert again.rows == first.rows
 
 
 def test_what_is_no_side_says_what_is_missing(run, tmp_path):

@@ -16,7 +16,8 @@ from jaxrlhf.run.stages import Done
 
 def samples(*references, gold):
     rows = [Prompt(str(i), f"p{i}", "", reference) for i, reference in enumerate(references)]
-    return Samples(rows, (), ([], []), None if gold is None else (np.array(gold, np.float32),) * 2)  # type: ignore[arg-type]
+    texts = [f"response {i}" for i in range(len(rows))]
+    return Samples(rows, (), (texts, texts), None if gold is None else (np.array(gold, np.float32),) * 2)  # type: ignore[arg-type]
 
 
 def length(prompts, responses):
@@ -27,6 +28,16 @@ def test_only_prompts_with_a_reference_count_for_the_win_rate():
     figures = gold_figures(samples("ab", None, "abc", gold=[3, 9, 3]), length)
     assert figures["gold"] == 5 and figures["win_rate"] == 0.5 and figures["tie_rate"] == 0.5
     assert 0 < (figures["win_rate_low"] or 0) < 0.5 < (figures["win_rate_high"] or 0) < 1
+
+
+def test_a_response_that_is_its_reference_ties_however_gold_rounds():
+    drawn = samples("response 0", "response 0", gold=[3, 3])
+
+    def noisy(prompts, responses):  # a model in batches: the same text, another rounding
+        return np.array([2.9999998, 2.5], np.float32)
+
+    figures = gold_figures(drawn, noisy)
+    assert figures["tie_rate"] == 0.5 and figures["win_rate"] == 0.5  # the second is another text, and wins
 
 
 @pytest.mark.parametrize("gold", [None, [1, 2]])
