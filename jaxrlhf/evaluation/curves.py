@@ -104,7 +104,7 @@ def band(values: Sequence[float | None]) -> Band | None:
 
 
 def over_seeds(series: Sequence[Sequence[float | None]]) -> list[Band | None]:
-    """Round by round over runs of one arm; a run that is behind is missing from the later rounds (see Band.n)."""
+    """Round by round over runs of one arm that have come equally far (`Arm.compared`); Band.n is less where one lacks a round's figure."""
     return [band([one[i] for one in series if i < len(one)]) for i in range(max(map(len, series), default=0))]
 
 

@@ -64,14 +64,14 @@ def drift(before_2M: np.ndarray, after_2M: np.ndarray) -> dict[str, float | None
     """How far a reward model has moved from the one before it, on the same held-out pairs; scores [2, M] of chosen and rejected.
 
     `agreement`: share of pairs on which both prefer the same side (a tie on either part counts one half); `correlation` of the 2M scores
-    (Pearson); `scale`: standard deviation of the scores, after / before; `shift`: mean after − mean before, in deviations of before.
+    (Pearson); `scale`: standard deviation of the scores, after / before. No shift: the zero of a reward model means nothing.
     None where a figure is undefined (no pairs, scores that do not vary). Raises ValueError where the pairs are not the same number.
     """
     before, after = np.asarray(before_2M, np.float64), np.asarray(after_2M, np.float64)
     if before.shape != after.shape or before.ndim != 2 or len(before) != 2:
         raise ValueError(f"scores of shapes {before.shape} and {after.shape}: drift compares two [2, M] arrays of the same pairs.")
     if before.shape[1] == 0:
-        return dict.fromkeys(("agreement", "correlation", "scale", "shift"))
+        return dict.fromkeys(("agreement", "correlation", "scale"))
     old, new = np.sign(before[0] - before[1]), np.sign(after[0] - after[1])
     agreement = np.where((old == 0) | (new == 0), 0.5, old == new).mean()
     spread, spread_after = before.std(), after.std()
@@ -80,7 +80,6 @@ def drift(before_2M: np.ndarray, after_2M: np.ndarray) -> dict[str, float | None
         "agreement": float(agreement),
         "correlation": float(np.corrcoef(before.ravel(), after.ravel())[0, 1]) if varies else None,
         "scale": float(spread_after / spread) if spread > 0 else None,
-        "shift": float((after.mean() - before.mean()) / spread) if spread > 0 else None,
     }
 
 

@@ -82,6 +82,12 @@ class Arm(NamedTuple):
     def first(self) -> View:
         return self.views[0]
 
+    @property
+    def compared(self) -> list[View]:
+        """The seeds that means are taken of: those with the most finished rounds. One that is behind would mix rounds with one another."""
+        furthest = max(len(view.run.rounds) for view in self.views)
+        return [view for view in self.views if len(view.run.rounds) == furthest]
+
 
 class Collected(NamedTuple):
     """All arms of a report, and the folders nothing could be shown of, in words."""
@@ -188,20 +194,20 @@ COLUMNS = (
     Column("ess", "ESS %", "of the last weighted refit", 1, lambda view: _percent(_last("ess_fraction")(view))),
     Column("win_rate", "win rate %", "strict, against the reference responses", 1, lambda view: _percent(_end("win_rate")(view))),
     Column("length", "length", "tokens of a response", 1, _end("length")),
-    Column("corrections", "time on RM %", "share of wall-clock spent on correcting the reward model", 1,
+    Column("corrections", "time on RM %", "share of wall-clock without evaluation, spent on correcting the reward model", 1,
            lambda view: _percent(share_of_corrections(view.seconds))),
-    Column("corrections_flops", "FLOPs on RM %", "share of FLOPs spent on correcting the reward model", 1,
+    Column("corrections_flops", "FLOPs on RM %", "share of FLOPs without evaluation, spent on correcting the reward model", 1,
            lambda view: _percent(share_of_corrections(view.flops[0]))),
     Column("seconds", "seconds", "of all stages, shared ones included", 0, lambda view: sum(view.seconds.values()) or None),
 )  # fmt: skip
 
 
 def table(arms: Sequence[Arm]) -> tuple[list[Column], list[dict[str, Any]]]:
-    """(columns that have a value somewhere, one row an arm): {"arm", "seeds", "state", key: Band | None, …}."""
+    """(columns that have a value somewhere, one row an arm): {"arm", "seeds" (of the means), "state", key: Band | None, …}."""
     rows = []
     for arm in arms:
-        row: dict[str, Any] = {"arm": arm.name, "seeds": len(arm.views), "state": state_of(arm)}
-        row |= {column.key: band([column.of(view) for view in arm.views]) for column in COLUMNS}
+        row: dict[str, Any] = {"arm": arm.name, "seeds": len(arm.compared), "state": state_of(arm)}
+        row |= {column.key: band([column.of(view) for view in arm.compared]) for column in COLUMNS}
         rows.append(row)
     return [column for column in COLUMNS if any(row[column.key] is not None for row in rows)], rows
 

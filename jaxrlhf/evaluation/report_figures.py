@@ -17,6 +17,7 @@ from jaxrlhf.evaluation.report_costs import PARTS
 INK = "#010203"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
 LINES = ("-", "--", "-.", ":")
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (8, 2)), (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 SIZE = (4.7, 3.3)  # inches: on a narrow screen a figure is as wide as the screen, and its letters stay letters
 PNG_DPI = 200
@@ -53,6 +54,14 @@ def look(number: int) -> dict[str, Any]:
     }
 
 
+def unmarked(number: int) -> dict[str, Any]:
+    """The line of the n-th arm where it bears no marks: no two of 49 have both colour and dashes in common."""
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[(number + number // len(COLOURS)) % len(DASHES)]}
+
+
+DATA = "data"  # the gid of what shows data, and is no axis, aid or legend
+
+
 def label_of(name: str) -> str:
     """A name as a legend can show it: short, and not begun by the underscore that hides an entry."""
     short = name if len(name) <= LABEL_LIMIT else f"…{name[-LABEL_LIMIT + 1 :]}"
@@ -67,7 +76,7 @@ def line_of(axes: Any, x: Sequence[float | None], bands: Sequence[Band | None], 
     at = np.array([one for one, _ in points])
     mean = np.array([one.mean for _, one in points])
     se = np.array([one.se or 0.0 for _, one in points])
-    axes.plot(at, mean, label=label, **style)
+    axes.plot(at, mean, label=label, gid=DATA, **style)
     if se.any():
         axes.fill_between(at, mean - se, mean + se, color=style["color"], alpha=0.16, linewidth=0)
     return True
@@ -84,7 +93,8 @@ def against_kl(
         if len(series) > 1:
             for x, y in series:
                 points = [(a, b) for a, b in zip(x, y, strict=True) if a is not None and b is not None]
-                axes.plot([a for a, _ in points], [b for _, b in points], color=own["color"], linewidth=0.6, alpha=0.35)
+                axes.plot([a for a, _ in points], [b for _, b in points], **unmarked(number), linewidth=0.6, alpha=0.35)
+        series = [(root_kl(view), of(view)) for view in arm.compared]
         means = [None if one is None else one.mean for one in over_seeds([x for x, _ in series])]
         drawn |= line_of(axes, means, over_seeds([y for _, y in series]), own, label_of(arm.name))
     return drawn
@@ -137,7 +147,7 @@ def proxy_by_kl(axes: Any, arms: Sequence[Arm]) -> bool:
                     continue
                 axes.plot([start.root_kl, p.root_kl], [p.proxy_start, p.proxy], color=style["color"], linestyle=style["linestyle"],
                           alpha=1 if len(arm.views) == 1 else 0.55)  # fmt: skip
-                axes.plot(p.root_kl, p.proxy, marker=style["marker"], color=style["color"], linestyle="none")
+                axes.plot(p.root_kl, p.proxy, gid=DATA, marker=style["marker"], color=style["color"], linestyle="none")
                 if p.refit:
                     axes.plot(start.root_kl, p.proxy_start, marker="d", markersize=7, color=style["color"], markerfacecolor="none")
                 drawn = True
@@ -151,7 +161,7 @@ def proxy_by_kl(axes: Any, arms: Sequence[Arm]) -> bool:
 def by_round(axes: Any, arms: Sequence[Arm], of: Callable[[View], Sequence[float | None]], *, style: dict[str, Any] | None = None) -> bool:
     drawn = False
     for number, arm in enumerate(arms):
-        bands = over_seeds([of(view) for view in arm.views])
+        bands = over_seeds([of(view) for view in arm.compared])
         drawn |= line_of(axes, list(range(len(bands))), bands, look(number) | (style or {}), None if style else label_of(arm.name))
     whole_numbers(axes, arms)
     return drawn
@@ -188,10 +198,10 @@ def percents(values: Sequence[float | None]) -> list[float | None]:
 
 def accuracy_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
     drawn = by_round(axes, arms, lambda view: percents(view.by_round("reward_accuracy")))
-    held_out = {"linestyle": (0, (1, 1.2)), "marker": "", "linewidth": 1.2}
+    held_out = {"linestyle": (0, (1, 1.2)), "markerfacecolor": "none", "linewidth": 1.2}
     drawn |= by_round(axes, arms, lambda view: percents(view.by_round("reward_accuracy_valid")), style=held_out)
     axes.axhline(50, color=INK, linewidth=0.7, alpha=0.6)
-    axes.plot([], [], color=INK, **held_out, label="on held-out pairs")
+    axes.plot([], [], color=INK, marker="o", **held_out, label="on held-out pairs")
     axes.set_ylabel("reward model right (% of pairs)")
     return drawn
 
@@ -200,10 +210,10 @@ def reliability_diagram(axes: Any, arms: Sequence[Arm]) -> bool:
     drawn = False
     axes.plot([50, 100], [50, 100], color=INK, linewidth=0.7, alpha=0.6)
     for number, arm in enumerate(arms):
-        rows = pooled([view.reliabilities[max(view.reliabilities)]["bins"] for view in arm.views if view.reliabilities])
+        rows = pooled([view.reliabilities[max(view.reliabilities)]["bins"] for view in arm.compared if view.reliabilities])
         if rows:
             at, right, pairs = zip(*rows, strict=True)
-            axes.plot(at, right, label=label_of(arm.name), **look(number))
+            axes.plot(at, right, label=label_of(arm.name), gid=DATA, **look(number))
             axes.scatter(at, right, s=[160 * n / max(pairs) for n in pairs], color=look(number)["color"], alpha=0.2, linewidth=0)
             drawn = True
     axes.set(xlabel="P(the preferred side is better), said (%)", ylabel="right, by gold (%)", xlim=(49, 101))
@@ -223,7 +233,11 @@ def pooled(diagrams: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[float, fl
 
 
 def drift_agreement(axes: Any, arms: Sequence[Arm]) -> bool:
-    return _drift(axes, arms, "agreement", "agreement with the model before (%)", 100)
+    drawn = _drift(axes, arms, "agreement", "with the model before (%)", 100)
+    hollow = {"linestyle": (0, (1, 1.2)), "markerfacecolor": "none", "linewidth": 1.2}
+    drawn |= _drift(axes, arms, "correlation", "with the model before (%)", 100, hollow)
+    axes.plot([], [], color=INK, marker="o", **hollow, label="correlation")
+    return drawn
 
 
 def drift_scale(axes: Any, arms: Sequence[Arm]) -> bool:
@@ -232,13 +246,13 @@ def drift_scale(axes: Any, arms: Sequence[Arm]) -> bool:
     return drawn
 
 
-def _drift(axes: Any, arms: Sequence[Arm], name: str, ylabel: str, factor: float) -> bool:
+def _drift(axes: Any, arms: Sequence[Arm], name: str, ylabel: str, factor: float, style: dict[str, Any] | None = None) -> bool:
     def of(view: View) -> list[float | None]:
         values = [view.drifts.get(number, {}).get(name) for number in range(max(view.drifts, default=-1) + 1)]
         return [None if value is None else factor * value for value in values]
 
     axes.set_ylabel(ylabel)
-    return by_round(axes, arms, of)
+    return by_round(axes, arms, of, style=style)
 
 
 def kl_budget_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
@@ -268,7 +282,7 @@ def weights_by_length(axes: Any, arms: Sequence[Arm]) -> bool:
         rows = [row for row in last.get("by_length") or [] if row.get("ess_fraction") is not None]
         if rows:
             at = [(row["from"] + row["to"]) / 2 for row in rows]
-            axes.plot(at, [100 * row["ess_fraction"] for row in rows], label=label_of(arm.name), **look(number))
+            axes.plot(at, [100 * row["ess_fraction"] for row in rows], gid=DATA, label=label_of(arm.name), **look(number))
             drawn = True
     axes.set(xlabel="length of a response (tokens)", ylabel="ESS (% of the bin's pairs)")
     axes.set_ylim(0, 104)
@@ -282,7 +296,7 @@ def filter_similarity(axes: Any, arms: Sequence[Arm]) -> bool:
         found = {n: body["similarity"]["chosen"] for n, body in arm.first.filters.items() if "similarity" in body}
         if found:
             style, rounds = look(number), sorted(found)
-            axes.plot(rounds, [found[n]["mean_kept"] for n in rounds], label=label_of(arm.name), **style)
+            axes.plot(rounds, [found[n]["mean_kept"] for n in rounds], gid=DATA, label=label_of(arm.name), **style)
             hollow = style | {"markerfacecolor": "none", "linestyle": (0, (1, 1.2))}
             axes.plot(rounds, [found[n]["mean_at_random"] for n in rounds], **hollow)
             drawn = True
@@ -300,8 +314,7 @@ def filter_histogram(axes: Any, arms: Sequence[Arm]) -> bool:
         if "chosen" in similarity:
             edges, kept = similarity["bin_edges"], similarity["chosen"]["histogram_kept"]
             shares = [100 * n / max(sum(kept), 1) for n in kept]
-            style = look(number)
-            axes.stairs(shares, edges, color=style["color"], linestyle=style["linestyle"], linewidth=1.6, label=label_of(arm.name))
+            axes.stairs(shares, edges, **unmarked(number), linewidth=1.6, label=label_of(arm.name), gid=DATA)
             drawn = True
     axes.set(xlabel="cosine with the policy's text", ylabel="kept pairs (%)")
     return drawn
@@ -323,14 +336,14 @@ def _bars(axes: Any, arms: Sequence[Arm], of: Callable[[View], dict[str, Any]], 
     """Stacked bars, mean over seeds; a part that is not known has no piece."""
     drawn, used = False, set()
     for place, arm in enumerate(arms):
-        parts = [of(view) for view in arm.views]
+        parts = [of(view) for view in arm.compared]
         left = 0.0
         for number, part in enumerate(PARTS):
             known = [x for one in parts if (x := one[part]) is not None]
             width = unit * sum(known) / len(known) if known else 0.0
             if width:
                 axes.barh(place, width, left=left, color=PART_COLOURS[number], hatch=HATCHES[number], edgecolor="white", linewidth=0.4,
-                          label=None if part in used else part)  # fmt: skip
+                          label=None if part in used else part, gid=DATA)  # fmt: skip
                 used.add(part)
                 left, drawn = left + width, True
     axes.set_yticks(range(len(arms)), [label_of(arm.name) for arm in arms])
@@ -355,9 +368,8 @@ def _training(axes: Any, arms: Sequence[Arm], name: str) -> bool:
         for place, view in enumerate(arm.views):
             points = view.training.get(name) or (view.training.get("rollout/kl") if name == "kl/sft" and _from_sft(view) else None)
             if points:
-                style = {k: v for k, v in look(number).items() if k != "marker"}
                 axes.plot([x for x, _ in points], [y for _, y in points], label=label_of(arm.name) if place == 0 else None,
-                          linewidth=1.0, alpha=0.9 if len(arm.views) == 1 else 0.5, **style)  # fmt: skip
+                          linewidth=1.0, alpha=0.9 if len(arm.views) == 1 else 0.5, gid=DATA, **unmarked(number))  # fmt: skip
                 drawn = True
     axes.set_xlabel("updates of the policy")
     return drawn
@@ -374,24 +386,29 @@ DRAWINGS = (
             "responses; proxy's over each reward model's scores of the same held-out pairs, summed over rounds by what "
             "the round's own reward model saw change: a refit starts no jump. The gap between the two is over-optimisation.",
             overoptimisation, "Needs gold and the reward models' scores on held-out pairs, which runs of this version keep."),
-    Drawing("gold_kl", "Gold against √KL", "Mean gold of the policy's responses; a star marks each run's peak.", gold_by_kl, NEEDS_GOLD),
+    Drawing("gold_kl", "Gold against √KL", "Mean gold of the policy's responses; a star marks the peak of each run, in arms "
+            "of up to three seeds.", gold_by_kl, NEEDS_GOLD),
     Drawing("proxy_kl", "Proxy against √KL", "Every round's own reward model, from the policy that entered the round to the one that left "
             "it. A refit (diamond) changes the unit: values before and after it are not comparable.", proxy_by_kl,
             "No round with a reward model is finished."),
     Drawing("gold_round", "Gold by round", "Mean gold of the policy's responses at the end of each round.", gold_by_round, NEEDS_GOLD),
     Drawing("win_rate", "Win rate by round", "Responses of strictly higher gold than the reference's; of one seed with Wilson's 95 % "
             "interval over prompts.", win_rate_by_round, "Needs gold and reference responses."),
-    Drawing("accuracy", "Reward-model accuracy by round", "On fresh pairs of the policy that enters the round, labelled by gold; dotted: "
-            "on held-out pairs of the data. The line at 50 % is chance.", accuracy_by_round, "No round with a reward model is finished."),
+    Drawing("accuracy", "Reward-model accuracy by round", "On fresh pairs of the policy that enters the round, labelled by gold; dotted "
+            "and hollow: on held-out pairs of the data. The line at 50 % is chance.",
+            accuracy_by_round, "No round with a reward model is finished."),
     Drawing("reliability", "Reliability of the reward model", "How often the last round's reward model is right where it says it is so "
             "sure, on fresh pairs of the policy that entered the round. Below the diagonal it is too sure. Discs: pairs in a bin.",
             reliability_diagram, "Needs gold and reliability.json in a round's evaluation, which runs of this version write."),
-    Drawing("drift_agreement", "Drift: agreement", "Share of held-out pairs on which a refitted reward model prefers the same side as the "
-            "one before it.", drift_agreement, "Needs a refit, and valid_scores.npy of both reward models."),
+    Drawing("drift_agreement", "Drift: agreement and correlation", "Share of held-out pairs on which a "
+            "refitted reward model prefers the same side as the "
+            "one before it; hollow: Pearson correlation of the two models' scores.",
+            drift_agreement, "Needs a refit, and valid_scores.npy of both reward models."),
     Drawing("drift_scale", "Drift: scale", "Standard deviation of the scores on the held-out pairs, refitted model over the one before.",
             drift_scale, "Needs a refit, and valid_scores.npy of both reward models."),
-    Drawing("kl_budget", "KL budget", "Solid: KL to SFT at the end of the round. Dashed: KL to the penalty's reference; of a moving "
-            "reference added up over rounds, of SFT the level itself.", kl_budget_by_round, "No round is finished."),
+    Drawing("kl_budget", "KL budget", "Solid: KL to SFT at the end of the round. Dashed: KL of the round's last rollout to the penalty's "
+            "reference (k1, whatever the penalty estimates); of a moving reference "
+            "added up over rounds, of SFT the level itself.", kl_budget_by_round, "No round is finished."),
     Drawing("weights", "Weight health", "Effective sample size of each refit's importance weights.", weights_by_round,
             "No refit of these runs weighs its pairs."),
     Drawing("weights_length", "Weight health by length", "Effective sample size of the last refit among pairs of similar length "
@@ -442,6 +459,8 @@ def _drawn(drawing: Drawing, arms: Sequence[Arm]) -> Figure | None:
         axes = canvas.subplots()
         if not drawing.draw(axes, arms):
             return None
+        for n, artist in enumerate(one for one in axes.get_children() if one.get_gid() == DATA):
+            artist.set_gid(f"{DATA}-{n}")
         handles, labels = axes.get_legend_handles_labels()
         if labels:
             canvas.legend(handles, labels, loc="outside lower center", ncols=2 if max(map(len, labels)) > 16 else 3, frameon=False,

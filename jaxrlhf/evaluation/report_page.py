@@ -6,7 +6,9 @@ Every text that comes from data or configs is escaped; the samples stand in the 
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
+from hashlib import sha256
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -17,7 +19,7 @@ from jaxrlhf.evaluation.report_arms import Arm, Column, as_text, table
 from jaxrlhf.evaluation.report_costs import PARTS
 from jaxrlhf.evaluation.report_figures import Figure
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src '{}'; img-src data:; form-action 'none'; base-uri 'none'"
 WIDE = "overoptimisation"
 SECTIONS = (("results", "Results"), ("figures", "Figures"), ("samples-section", "Samples"), ("origin", "Config and lineage"))
 
@@ -34,7 +36,9 @@ def page(
     version: str | None = None,
 ) -> str:
     """The whole file. `made`: when; `version`: of a served page, which then asks its own server whether there is a newer one."""
-    policy = POLICY + ("; connect-src 'self'" if version else "")
+    style, script = (files("jaxrlhf.evaluation").joinpath("page", name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    script = f"\n{script}"  # as it stands between its tags: its hash is what the policy lets run
+    policy = POLICY.format("sha256-" + b64encode(sha256(script.encode()).digest()).decode()) + ("; connect-src 'self'" if version else "")
     served = f' data-version="{escape(version, quote=True)}"' if version else ""
     runs = sum(len(arm.views) for arm in arms)
     body = "\n".join(
@@ -54,13 +58,12 @@ def page(
             "<footer>Made by <code>jaxrlhf report</code> from the run folders alone. Colours: Okabe and Ito (2008).</footer>",
         )
     )
-    style, script = (files("jaxrlhf.evaluation").joinpath("page", name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     return (
         f'<!doctype html>\n<html lang="en"{served}>\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="referrer" content="no-referrer">\n'
         f'<link rel="icon" href="data:,">\n<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n'
-        f"<body>\n{body}\n<script>\n{script}</script>\n</body>\n</html>\n"
+        f"<body>\n{body}\n<script>{script}</script>\n</body>\n</html>\n"
     )
 
 
@@ -89,8 +92,8 @@ def missing_by_text(arms: Sequence[Arm]) -> list[tuple[str, str]]:
 
 def _results(arms: Sequence[Arm]) -> str:
     columns, rows = table(arms)
-    several = any(row["seeds"] > 1 for row in rows)
-    head = [_th("arm", "text", "name", "ascending")] + ([_th("seeds", "", "how many")] if several else [])
+    several = any(len(arm.views) > 1 for arm in arms)
+    head = [_th("arm", "text", "name", "ascending")] + ([_th("seeds", "", "of which the means are")] if several else [])
     head += [_th(column.title, "", column.meaning) for column in columns] + [_th("state", "text", "", "ascending")]
     lines = []
     for row in rows:
@@ -131,6 +134,10 @@ def findings(arms: Sequence[Arm]) -> list[str]:
     for arm in arms:
         said = [text for text in (_peak_said(arm), _gap_said(arm)) if text]
         lines += [f"{arm.name}: {'; '.join(said)}."] if said else []
+    behind = [arm for arm in arms if len(arm.compared) < len(arm.views)]
+    lines += [
+        f"{arm.name}: means are of the {len(arm.compared)} of {len(arm.views)} seeds with the most finished rounds." for arm in behind
+    ]
     lines += sorted({note for arm in arms for view in arm.views for note in view.run.notes})
     seeds = {view.run.seed for arm in arms for view in arm.views}
     if len(arms) > 1 and len(seeds) == 1:
@@ -139,7 +146,7 @@ def findings(arms: Sequence[Arm]) -> list[str]:
 
 
 def _peak_said(arm: Arm) -> str:
-    known = [view.curve for view in arm.views if len(view.curve.points) > 1 and view.curve.points[-1].gold is not None]
+    known = [view.curve for view in arm.compared if len(view.curve.points) > 1 and view.curve.points[-1].gold is not None]
     lost = [curve for curve in known if curve.lost]
     if not known:
         return ""
@@ -152,7 +159,7 @@ def _peak_said(arm: Arm) -> str:
 
 
 def _gap_said(arm: Arm) -> str:
-    gap = band([view.curve.gap for view in arm.views])
+    gap = band([view.curve.gap for view in arm.compared])
     if gap is None:
         return ""
     amount = as_text(gap._replace(mean=abs(gap.mean)), 2)
@@ -232,7 +239,7 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def markdown(title: str, arms: Sequence[Arm], problems: Sequence[str]) -> str:
     """The summary table for a paper, what its columns mean, and what is missing."""
     columns, rows = table(arms)
-    several = any(row["seeds"] > 1 for row in rows)
+    several = any(len(arm.views) > 1 for arm in arms)
     head = ["arm", *(["seeds"] if several else []), *(column.title for column in columns)]
     body = [
         [escape_markdown(row["arm"]), *([str(row["seeds"])] if several else []), *(as_text(row[c.key], c.digits) for c in columns)]
