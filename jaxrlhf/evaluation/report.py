@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxrlhf.evaluation.report_arms import Collected, collect
-from jaxrlhf.evaluation.report_figures import DRAWINGS, Figure, draw
+from jaxrlhf.evaluation.report_drawing import Figure
+from jaxrlhf.evaluation.report_figures import DRAWINGS, draw
 from jaxrlhf.evaluation.report_page import markdown, missing_by_text, page
 from jaxrlhf.evaluation.report_runs import ReportError
 from jaxrlhf.evaluation.report_samples import CAP, samples_of

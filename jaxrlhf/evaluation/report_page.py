@@ -17,7 +17,7 @@ from jaxrlhf.evaluation.curves import band
 from jaxrlhf.evaluation.filter_page import escape as escape_markdown
 from jaxrlhf.evaluation.report_arms import Arm, Column, as_text, table
 from jaxrlhf.evaluation.report_costs import PARTS
-from jaxrlhf.evaluation.report_figures import Figure
+from jaxrlhf.evaluation.report_drawing import Figure
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src '{}'; img-src data:; form-action 'none'; base-uri 'none'"
 WIDE = "overoptimisation"

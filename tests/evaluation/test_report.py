@@ -19,7 +19,8 @@ import pytest
 from jaxrlhf.evaluation import report_costs, report_runs
 from jaxrlhf.evaluation.report import ReportError, report, watched, write
 from jaxrlhf.evaluation.report_arms import as_text, collect, table
-from jaxrlhf.evaluation.report_figures import DRAWINGS, draw, look, unmarked
+from jaxrlhf.evaluation.report_drawing import look, unmarked
+from jaxrlhf.evaluation.report_figures import DRAWINGS, draw
 from jaxrlhf.run import report as command
 
 PACKAGE = Path(report_runs.__file__).parent
