@@ -13,6 +13,13 @@ jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_C
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_for_this_file_only():
+    """What a file compiled goes with it: over all files it would be gigabytes a process."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder that JAXRLHF_DATA names; without it the test is skipped."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,16 @@ from jaxrlhf.run.run import check
 from jaxrlhf.run.stages import Done
 
 PAIR = {"prompt": "p", "chosen": " c", "rejected": " r"}
-SAMPLED = {"pairs": {"source": "sample"}, "gold": {"kind": "function", "source": "builtins:len"}}
+SAMPLED = {"pairs": {"source": "sample"}, "gold": {"kind": "function", "source": "gold_for_inputs:score"}}
+
+
+@pytest.fixture(autouse=True)
+def a_gold_function(tmp_path_factory, monkeypatch):
+    """A module of the user's."""
+    folder = tmp_path_factory.mktemp("beside")
+    (folder / "gold_for_inputs.py").write_text("def score(prompts, responses):\n    return [float(len(text)) for text in responses]\n")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "gold_for_inputs", raising=False)
 
 
 def lines(path, *rows):
