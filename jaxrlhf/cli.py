@@ -198,11 +198,9 @@ def _overruled(config: Any, overrides: list[str]) -> Iterator[str]:
 
 
 def _cache_compilations() -> None:
-    """Compiled programs are kept between processes, unless the user has set a folder or switched it off."""
-    import jax
+    from jaxrlhf.compilation import cache_compilations
 
-    if jax.config.values["jax_compilation_cache_dir"] is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxrlhf" / "xla"))
+    cache_compilations()
 
 
 def _tool(command: str, argv: list[str]) -> int:

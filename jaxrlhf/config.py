@@ -391,6 +391,7 @@ class Config:
 
     __pydantic_config__ = _STRICT
 
+    recompiles: Literal["warn", "error", "off"] = "warn"  # what a program does that is compiled after the first step of a loop
     name: str = "run"
     seed: int = 0
     sft_seed: int | None = None  # seed of the text and of π_SFT; None: `seed`. Where it is given, the seeds of a sweep share both

@@ -20,6 +20,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jaxrlhf.compilation import Watch
+
 FILE = "metrics.jsonl"
 RESERVED = ("stage", "round", "step")
 
@@ -61,16 +63,23 @@ class RunLog:
                 self._wandb = _open_wandb(self.folder, dict(wandb))
 
     def stage(
-        self, name: str, *, round: int | None = None, total_steps: int | None = None, start: int = 0, folder: str | Path | None = None
+        self,
+        name: str,
+        *,
+        round: int | None = None,
+        total_steps: int | None = None,
+        start: int = 0,
+        folder: str | Path | None = None,
+        watch: Watch | None = None,
     ) -> "StageLog":
         """Begin a stage; the one before it is closed. `start` is the step it resumes from: later lines of this stage are forgotten.
 
         With `folder` the stage's lines are also written to its own metrics.jsonl, from where `replay` copies them into the log of a run
-        that finds the stage finished.
+        that finds the stage finished. `watch` is told of every step and says here what it has to say, until the stage is closed.
         """
         if self._stage:
             self._stage.close()
-        self._stage = StageLog(self, name, round, total_steps, start, None if folder is None else Path(folder))
+        self._stage = StageLog(self, name, round, total_steps, start, None if folder is None else Path(folder), watch)
         return self._stage
 
     def replay(self, path: str | Path, stage: str, *, round: int | None = None) -> int:
@@ -111,7 +120,9 @@ class RunLog:
 class StageLog:
     """The log of one stage of a run; made by `RunLog.stage`."""
 
-    def __init__(self, log: RunLog, name: str, round: int | None, total: int | None, start: int, folder: Path | None):
+    def __init__(
+        self, log: RunLog, name: str, round: int | None, total: int | None, start: int, folder: Path | None, watch: Watch | None = None
+    ):
         self._log, self._name, self._round, self._total, self._start = log, name, round, total, start
         self._title = name if round is None else f"round {round} {name}"
         self._pending: tuple[int, Mapping[str, Any]] | None = None
@@ -129,12 +140,21 @@ class StageLog:
         self._board: Any = None
         self._plots = False  # whether the plots know of this stage: with its first metrics
         self.bar, self._task = (None, None) if log._plain or log.folder is None else _bar(log._console, self._title, total, start)
+        self._watch = watch
+        if watch is not None:
+            watch.say = self.note
+            watch.start()
 
     def phase(self, name: str) -> None:
         """What is going on until the next step, like "compiling"; plain output prints it the first time, and then at its usual pace."""
         self._phase = name
         self._show(force=name not in self._phases)
         self._phases.add(name)
+
+    def dispatched(self, n: int) -> None:
+        """Step `n` has been dispatched, whether or not it is logged: what it compiled is looked at. Raises RecompileError."""
+        if self._watch is not None:
+            self._watch.step(n)
 
     def step(self, n: int, metrics: Mapping[str, Any], *, tokens: int | None = None) -> None:
         """Step `n` (1 is the first) has been dispatched and gave `metrics`, name → scalar.
@@ -144,6 +164,7 @@ class StageLog:
         """
         if any(name in RESERVED for name in metrics):
             raise ValueError(f"metrics of stage {self._name} may not be called {', '.join(RESERVED)}; rename them.")
+        self.dispatched(n)
         self.flush()
         self._pending = (n, metrics)
         first = not self._times
@@ -163,6 +184,8 @@ class StageLog:
         try:
             self.flush()
         finally:
+            if self._watch is not None:
+                self._watch.stop()
             for file in self._files:
                 file.close()
             if self._board:

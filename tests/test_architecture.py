@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "jaxrlhf"
 ORDER = (
-    ("types", "rng", "plugins", "config", "recipe", "runlog", "checkpoint", "sharding"),
+    ("types", "rng", "plugins", "config", "recipe", "compilation", "runlog", "checkpoint", "sharding"),
     ("data",),
     ("losses",),
     ("steps",),

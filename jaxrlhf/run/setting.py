@@ -12,6 +12,7 @@ import jax
 
 from jaxrlhf import rng, sharding
 from jaxrlhf.checkpoint import Checkpoints
+from jaxrlhf.compilation import Watch
 from jaxrlhf.config import Config
 from jaxrlhf.data.report import ReadReport
 from jaxrlhf.models.hub import Loaded, load
@@ -71,13 +72,17 @@ class Setting:
         return done
 
     def progress(self, what: str, *, round: int | None = None, tokens: int = 0) -> Progress:
+    def watch(self) -> Watch | None:
+        """What notices compilations in the middle of a loop (log.recompiles)."""
+        return None if self.config.log.recompiles == "off" else Watch(self.config.log.recompiles, widths=self.config.data.bucket)
+
         """What a pass over a table reports its batches (of so many `tokens`) to, from (0, total) on: shown, and not kept."""
         stage: StageLog | None = None
 
         def report(done: int, total: int) -> None:
             nonlocal stage
             if stage is None:
-                stage = self.log.stage(what, round=round, total_steps=total)
+                stage = self.log.stage(what, round=round, total_steps=total, watch=self.watch())
                 stage.phase("compiling")
             if done:
                 stage.step(done, {}, tokens=tokens)
@@ -133,7 +138,7 @@ class Setting:
             start = int(state.step)
             if start:
                 self.log.note(f"{name}: goes on from step {start} of {steps}")
-            with self.log.stage(name, round=round, total_steps=steps, start=start, folder=folder) as stage:
+            with self.log.stage(name, round=round, total_steps=steps, start=start, folder=folder, watch=self.watch()) as stage:
                 if start < steps:
                     stage.phase("compiling")
                 for n, (new, metrics) in enumerate(loop(state, start), start=start + 1):
@@ -143,4 +148,5 @@ class Setting:
                     if n % checkpoint.every == 0 or n == steps:
                         stage.flush()  # a run that goes on from here will not take this step again
                         checkpoints.save(n, state)
+                    stage.dispatched(n)
         return state

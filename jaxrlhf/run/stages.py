@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxrlhf import compilation
+
 STAGE_FORMAT = 1  # raise it when what a stage folder holds changes its meaning: every stage is then built anew
 KINDS = ("model", "data", "report")
 RECORD = "stage.json"
@@ -132,8 +134,9 @@ class Store:
             partial.mkdir(exist_ok=True)
             started = time.monotonic()
             try:
-                result = fn(partial)
-                record = _record(stage, result, time.monotonic() - started, resumed)
+                with compilation.counted() as compiled:
+                    result = fn(partial)
+                record = _record(stage, result, time.monotonic() - started, resumed) | {"compile_seconds": round(compiled.seconds, 3)}
                 _finish(partial, self.root / hash, record)
             except BaseException as error:
                 error.add_note(_way_out(stage, partial, error))
