@@ -383,6 +383,7 @@ class LogConfig:
     tensorboard: bool = True
     wandb: str | None = None  # project name; nothing is sent anywhere unless it is given
     every: int = 1  # steps between lines of metrics.jsonl
+    recompiles: Literal["warn", "error", "off"] = "warn"  # what a program does that is compiled after the first step of a loop
 
 
 @dataclass(frozen=True)
@@ -391,7 +392,6 @@ class Config:
 
     __pydantic_config__ = _STRICT
 
-    recompiles: Literal["warn", "error", "off"] = "warn"  # what a program does that is compiled after the first step of a loop
     name: str = "run"
     seed: int = 0
     sft_seed: int | None = None  # seed of the text and of π_SFT; None: `seed`. Where it is given, the seeds of a sweep share both

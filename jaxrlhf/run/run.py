@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
-from jaxrlhf.compilation import cache_compilations
 from jaxrlhf import sharding
 from jaxrlhf.algorithms.rounds import PREFERENCE, Method, Round, method_of, num_rounds, reward_update_named, round_of
+from jaxrlhf.compilation import cache_compilations
 from jaxrlhf.config import Config
 from jaxrlhf.plugins import plugin
 from jaxrlhf.recipe import ConfigError, arms, load_config, to_yaml
@@ -41,6 +41,11 @@ def run(config: Config | str | Path, *, until: str | None = None, log: RunLog | 
     if not isinstance(config, Config):
         config = load_config(config)
     cache_compilations()
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"this is process {jax.process_index()} of {jax.process_count()}, and a run is one process, which uses all devices of its "
+            "machine: start it once, without jax.distributed. (Runs of several processes come in a later version.)"
+        )
     if until is not None and until not in UNTIL:
         raise ValueError(f"until {until!r} is none of {', '.join(UNTIL)}.")
     for one in arms(config).values():

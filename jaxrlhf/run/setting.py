@@ -71,11 +71,11 @@ class Setting:
         self.stages.append(done)
         return done
 
-    def progress(self, what: str, *, round: int | None = None, tokens: int = 0) -> Progress:
     def watch(self) -> Watch | None:
         """What notices compilations in the middle of a loop (log.recompiles)."""
         return None if self.config.log.recompiles == "off" else Watch(self.config.log.recompiles, widths=self.config.data.bucket)
 
+    def progress(self, what: str, *, round: int | None = None, tokens: int = 0) -> Progress:
         """What a pass over a table reports its batches (of so many `tokens`) to, from (0, total) on: shown, and not kept."""
         stage: StageLog | None = None
 
@@ -143,10 +143,10 @@ class Setting:
                     stage.phase("compiling")
                 for n, (new, metrics) in enumerate(loop(state, start), start=start + 1):
                     state = new
+                    stage.dispatched(n)
                     if n % self.config.log.every == 0 or n == steps:
                         stage.step(n, metrics, tokens=tokens * self.config.log.every)
                     if n % checkpoint.every == 0 or n == steps:
                         stage.flush()  # a run that goes on from here will not take this step again
                         checkpoints.save(n, state)
-                    stage.dispatched(n)
         return state
