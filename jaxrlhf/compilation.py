@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-
 Mode = Literal["warn", "error", "off"]
 SHOWN = 5  # recompilations a loop describes; the others it counts
 ARGUMENTS = 3  # of a recompilation, that are named
@@ -219,6 +217,8 @@ class _Watching(logging.Filter):
         self._lock = threading.Lock()
 
     def add(self, watch: Watch) -> None:
+        import jax
+
         with self._lock:
             if not self._watches:
                 self._levels = _LOGGER.level, _LOGGER.getEffectiveLevel()
@@ -228,6 +228,8 @@ class _Watching(logging.Filter):
             self._watches.append(watch)
 
     def discard(self, watch: Watch) -> None:
+        import jax
+
         with self._lock:
             if not any(one is watch for one in self._watches):
                 return
@@ -294,6 +296,8 @@ def cache_compilations() -> None:
     Nothing about the cache can end a run: JAX compiles what it cannot read, and a folder that cannot be written is said once.
     Programs for a CPU are made for its instructions, so machines that differ have folders of their own under one home.
     """
+    import jax
+
     if jax.config.values["jax_compilation_cache_dir"] is not None or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxrlhf" / "xla" / _machine()
