@@ -125,6 +125,13 @@ class ModelConfig:
     source: str | None = None
     shape: ModelShape = field(default_factory=ModelShape)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
+    # Knobs of memory: they change no result beyond rounding, and no stage's hash.
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again: all but products with kernels; whole layers
+    logits_chunk: int | None = None  # positions whose logits exist at a time in training and scoring; None: 2²⁶ logits decide
+
+    def __post_init__(self) -> None:
+        if self.logits_chunk is not None and self.logits_chunk < 1:
+            raise ValueError(f"model.logits_chunk {self.logits_chunk} must be at least 1 position; leave it out for a size that fits.")
 
 
 @dataclass(frozen=True)
@@ -363,6 +370,7 @@ class MeshConfig:
 
     __pydantic_config__ = _STRICT
 
+    engine: Literal["jit", "pmap"] = "jit"  # pmap: one replica a device, so fsdp and tensor are 1; in one process
     data: int = -1
     fsdp: int = 1
     tensor: int = 1

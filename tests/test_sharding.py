@@ -77,17 +77,17 @@ def trained(step, state, put=lambda batch: batch):
 
 @pytest.mark.parametrize("axes", [(-1, 1, 1), (1, -1, 1), (1, 2, 2), (2, 1, 2)])
 def test_a_mesh_gives_what_one_device_gives(params, axes):
-    expected, end = trained(sharding.jit(make_step(), None), make_state(params))
+    expected, end = trained(sharding.step(make_step, None), make_state(params))
     mesh = sharding.make_mesh(*axes)
-    step = sharding.jit(make_step(), mesh)
+    step = sharding.step(make_step, mesh)
     losses, state = trained(step, sharding.place(make_state(params), mesh), lambda batch: sharding.place_batch(batch, mesh))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), state, end)
 
 
 def test_pmap_gives_what_one_device_gives_and_keeps_an_ordinary_state(params):
-    expected, end = trained(sharding.jit(make_step(), None), make_state(params))
-    step = sharding.pmap(make_step)
+    expected, end = trained(sharding.step(make_step, None), make_state(params))
+    step = sharding.step(make_step, sharding.Replicas(sharding.make_mesh()))
     losses, state = trained(step, make_state(params))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), state, end)
@@ -104,9 +104,9 @@ def test_further_arguments_of_a_step_are_the_same_on_every_device():
 
     key, state = jax.random.key(3), jnp.uint32(0)
     expected = int(jax.random.bits(key, (), jnp.uint32))
-    assert int(sharding.pmap(make, donate=False)(state, BATCH, key)[1]["bits"]) == expected
-    mesh = sharding.make_mesh()
-    assert int(sharding.jit(make(), mesh)(sharding.place(state, mesh), sharding.place_batch(BATCH, mesh), key)[1]["bits"]) == expected
+    for mesh in (sharding.make_mesh(), sharding.make_mesh(2, 2, 1), sharding.Replicas(sharding.make_mesh())):
+        step = sharding.step(make, mesh, donate=False)
+        assert int(step(sharding.place(state, mesh), sharding.place_batch(BATCH, mesh), key)[1]["bits"]) == expected
 
 
 def test_the_table_covers_parameters_and_their_moments(params):
@@ -127,7 +127,7 @@ def test_the_table_covers_parameters_and_their_moments(params):
 def test_fsdp_keeps_its_layout_and_splits_the_memory(params):
     mesh = sharding.make_mesh(1, -1, 1)
     state = sharding.place(make_state(params), mesh)
-    after, _ = sharding.jit(make_step(), mesh)(state, sharding.place_batch(BATCH, mesh))
+    after, _ = sharding.step(make_step, mesh)(state, sharding.place_batch(BATCH, mesh))
     kernel = after.params["backbone"]["layers_0"]["mlp"]["up"]["kernel"]
     assert kernel.sharding.spec == P("fsdp", "tensor")
     assert kernel.addressable_shards[0].data.shape == (WIDTH // 4, 16)
@@ -202,7 +202,7 @@ from jaxrlhf.models import build_model, config_from_shape
 mesh = sharding.make_mesh(2, 2, 1)
 tree = sharding.place({"q": {"kernel": np.arange(32.0).reshape(8, 4)}}, mesh)
 batch = sharding.place_batch({"x": np.arange(8.0)}, mesh)
-step = sharding.jit(lambda s, b: (jax.tree.map(lambda k: k + b["x"].sum(), s), {"sum": b["x"].sum()}), mesh)
+step = sharding.step(lambda axis_name: lambda s, b: (jax.tree.map(lambda k: k + b["x"].sum(), s), {"sum": b["x"].sum()}), mesh)
 tree, metrics = step(tree, batch)
 assert float(metrics["sum"]) == 28.0
 assert (sharding.gather(tree)["q"]["kernel"] == np.arange(32.0).reshape(8, 4) + 28).all()
@@ -246,9 +246,9 @@ def test_a_model_computes_on_a_mesh_what_it_computes_on_one_device():
         return grads, {"loss": loss, "logits": logits}
 
     batch = {"tokens": tokens, "mask": mask}
-    expected = sharding.gather(sharding.jit(step, None, donate=False)(params, batch))
+    expected = sharding.gather(sharding.step(lambda axis_name: step, None, donate=False)(params, batch))
     mesh = sharding.make_mesh(1, 2, 2)
-    made = sharding.jit(step, mesh, donate=False)(sharding.place(params, mesh), sharding.place_batch(batch, mesh))
+    made = sharding.step(lambda axis_name: step, mesh, donate=False)(sharding.place(params, mesh), sharding.place_batch(batch, mesh))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), sharding.gather(made), expected)
 
 
@@ -262,6 +262,7 @@ def test_rows_picked_at_run_time_are_dealt_out_again(caplog):
     with caplog.at_level(logging.WARNING):
         three = jax.jit(lambda x, i: keep(x[i]))(rows, index[:3])
     np.testing.assert_array_equal(three, np.asarray(rows)[[7, 0, 3]])
-    assert "3 rows does not divide over 4 data shards" in caplog.text
-    tree = {"x": 1}
-    assert sharding.keep_rows(None)(tree) is tree and sharding.keep_rows(sharding.make_mesh(1, devices=jax.devices()[:1]))(tree) is tree
+    assert "3 rows at once do not divide over 4 data shards" in caplog.text
+    assert sharding.keep_rows(None) is None and sharding.keep_rows(sharding.make_mesh(1, devices=jax.devices()[:1])) is None
+    assert sharding.keep_rows(sharding.make_mesh(4)) is None  # there every device has its own rows, and nothing is left to the compiler
+    assert sharding.keep_rows(sharding.make_mesh(2, 2, 1)) is keep

@@ -33,7 +33,7 @@ class PPOTrainer(NamedTuple):
 
     optimizer: optax.GradientTransformation
     sample: Callable[..., Completion]  # (params, prompts, key)
-    score: Callable[..., tuple[Rollout, Metrics]]  # (params, prompts, completion, controller, reward_bias)
+    score: Callable[..., tuple[Rollout, Metrics]]  # (params, (prompts, completion), controller, reward_bias)
     update: Callable[..., tuple[TrainState, Metrics]]  # (state, rollout, key)
 
 
@@ -168,9 +168,11 @@ def _trainer(
             vocab_size=vocab_size,
             pad_id=pad_id,
             check_padding=False,  # train_ppo has looked at the host's copy
+            mesh=mesh,
         )
 
-    def score(params: dict[str, Params], prompts: PromptBatch, completion: Completion, controller: dict, reward_bias) -> tuple:
+    def score(params: dict[str, Params], texts: tuple, controller: dict, reward_bias, *, axis_name: str | None) -> tuple:
+        prompts, completion = texts
         rollout, metrics = score_rollout(
             models._replace(sft=models.policy if "sft" in params else None),
             params,
@@ -187,12 +189,14 @@ def _trainer(
             missing_eos_penalty=config.missing_eos_penalty,
             missing_eos_score=config.missing_eos_score,
             microbatch=config.forward_batch_size,
+            axis_name=axis_name,
         )
         # Where the reference is π_SFT the two are one number; the k1 form is what both mean.
         metrics.setdefault("kl/sft", metrics["rollout/kl"])
         return rollout, {**metrics, "kl/coef": controller["kl_coef"]}
 
-    step = make_ppo_step(
+    make_step = partial(
+        make_ppo_step,
         parts,
         optimizer,
         num_ppo_epochs=config.num_ppo_epochs,
@@ -201,7 +205,8 @@ def _trainer(
         accumulate=config.gradient_accumulation_steps,
         keep_rows=sharding.keep_rows(mesh),
     )
-    return PPOTrainer(optimizer, sample, jax.jit(score), sharding.jit(step, mesh))
+    scored = sharding.rows_and_metrics(lambda axis_name: partial(score, axis_name=axis_name), mesh)
+    return PPOTrainer(optimizer, sample, scored, sharding.step(make_step, mesh))
 
 
 class PolicyUpdate(NamedTuple):
@@ -264,7 +269,7 @@ def train_ppo(
         batch = sharding.place_batch(batch, mesh)
         completion = clock.timed("generate", trainer.sample(state.params["policy"], batch, rng.stream(key, "rollout", update)))
         rollout, measured = clock.timed(
-            "score", trainer.score({**state.params, **frozen}, batch, completion, state.controller, fixed.reward_bias)
+            "score", trainer.score({**state.params, **frozen}, (batch, completion), state.controller, fixed.reward_bias)
         )
         state, learned = clock.timed("update", trainer.update(state, rollout, rng.stream(key, "minibatches", update)))
         yield state, {**measured, **learned, **clock.seconds}

@@ -70,4 +70,5 @@ def needs_reference(loss: PairLoss) -> bool:
 def preference_trainer(model: Model, loss: PairLoss, config: DPOConfig, steps: int, mesh: Any):
     """(optimizer, compiled step); cached, so that equal trainings compile once a process."""
     optimizer = optimizer_of(config, steps=steps)
-    return optimizer, sharding.jit(make_pair_step(model, loss, optimizer, accumulate=config.gradient_accumulation_steps), mesh)
+    how = {"accumulate": config.gradient_accumulation_steps, "keep_rows": sharding.keep_rows(mesh)}
+    return optimizer, sharding.step(lambda axis_name: make_pair_step(model, loss, optimizer, axis_name=axis_name, **how), mesh)

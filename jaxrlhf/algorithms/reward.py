@@ -101,7 +101,8 @@ def with_columns(tokens: PairBatch, loss: PairLoss, *, name: str, updated: bool)
 def reward_trainer(model: Model, loss: PairLoss, config: RewardConfig, steps: int, mesh: Any):
     """(optimizer, compiled step); cached, so that every refit of a run compiles once."""
     optimizer = optimizer_of(config, steps=steps)
-    return optimizer, sharding.jit(make_pair_step(model, loss, optimizer, accumulate=config.gradient_accumulation_steps), mesh)
+    how = {"accumulate": config.gradient_accumulation_steps, "keep_rows": sharding.keep_rows(mesh)}
+    return optimizer, sharding.step(lambda axis_name: make_pair_step(model, loss, optimizer, axis_name=axis_name, **how), mesh)
 
 
 def with_weights(tokens: PairBatch, weights_N: np.ndarray) -> PairBatch:

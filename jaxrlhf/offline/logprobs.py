@@ -8,11 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import sharding
+from jaxrlhf import processes, sharding
 from jaxrlhf.data.batches import batches_per_epoch, evaluation_batches
 from jaxrlhf.data.columns import ColumnError, join_columns, write_columns
 from jaxrlhf.losses import sequence_logp
@@ -22,14 +21,16 @@ NAMES = ("chosen_logp", "rejected_logp")
 
 
 @lru_cache(maxsize=16)
-def _scorer(model: Model, temperature: float):
+def logp_pass(model: Model, temperature: float, mesh: Any) -> sharding.Compiled:
+    """Log-probs of responses compiled for the devices of `mesh`: (params, TextBatch) → nats [B]."""
+
     def score(params: Params, batch: TextBatch) -> Array:
         tokens = jnp.concatenate([batch.prompt_BL, batch.response_BT], axis=1)
         mask = jnp.concatenate([batch.prompt_mask_BL, batch.response_mask_BT], axis=1)
         stats = model.score_tokens(params, tokens, mask, start=batch.prompt_BL.shape[1], temperature=temperature)
         return sequence_logp(stats.logp_BT, batch.response_mask_BT)
 
-    return jax.jit(score)
+    return sharding.rows(score, mesh)
 
 
 def response_logps(
@@ -46,7 +47,7 @@ def response_logps(
 
     `progress(done, total)` is called with 0 batches and after every one.
     """
-    score = _scorer(model, temperature)
+    score = logp_pass(model, temperature, mesh)
     n = len(texts.index_B)
     batch_size = sharding.rows_at_once(n, batch_size, mesh)
     total, parts = batches_per_epoch(texts, batch_size), []
@@ -91,14 +92,20 @@ def cached_pair_logps(
 
     Raises ColumnError where the folder holds columns of another data set, model, tokenizer or temperature.
     """
-    if not folder.exists():
+    if not processes.agree(folder.exists(), f"columns {folder.name}"):
         columns = compute()
-        try:
-            write_columns(folder, ids, columns, header)
-        except OSError:
-            if not folder.exists():  # else another process was first; what it wrote is checked like any other
-                raise
+        if processes.is_leader():
+            _write(folder, ids, columns, header)
+        processes.barrier("columns written")
     return join_columns(ids, folder, NAMES, expect=header)
+
+
+def _write(folder: Path, ids: list[str], columns: dict[str, np.ndarray], header: dict[str, Any]) -> None:
+    try:
+        write_columns(folder, ids, columns, header)
+    except OSError:
+        if not folder.exists():  # else another run was first; what it wrote is checked like any other
+            raise
 
 
 __all__ = ["NAMES", "ColumnError", "cached_pair_logps", "pair_logps", "response_logps"]

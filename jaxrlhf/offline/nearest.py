@@ -126,7 +126,7 @@ def _mean_of_nearest(k: int, mesh: Any) -> Search:
             best, _ = lax.scan(tile, jnp.full((responses_BD.shape[0], k), -jnp.inf), (tiles_STD, live_ST))
         return best.mean(axis=1), jnp.square(responses_BD).sum(axis=1)
 
-    return sharding.jit_rows(search, mesh)
+    return sharding.rows(lambda tiles, responses_BD: search(responses_BD, *tiles), mesh, apart=True)
 
 
 @lru_cache(maxsize=16)
@@ -146,7 +146,7 @@ def _first_nearest(mesh: Any) -> Search:
         (_, index), _ = lax.scan(tile, start, (firsts, (tiles_STD, live_ST)))
         return index, jnp.square(responses_BD).sum(axis=1)
 
-    return sharding.jit_rows(search, mesh)
+    return sharding.rows(lambda tiles, responses_BD: search(responses_BD, *tiles), mesh, apart=True)
 
 
 def _by_blocks(
@@ -169,7 +169,7 @@ def _by_blocks(
     if progress:
         progress(0, total)
     for number, (start, filled) in enumerate(_blocks(responses_ND, rows), start=1):
-        running = start, search(sharding.place_batch(filled, mesh), *tiles)
+        running = start, search(tiles, sharding.place_batch(filled, mesh))
         if waiting is not None:
             _collect(result, *waiting)
         waiting = running

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.losses import gae, masked_count, masked_mean, masked_whiten, rloo_advantages, shaped_rewards, value_mask
 from jaxrlhf.losses.masked import masked_fill
-from jaxrlhf.steps.accumulate import global_sum
+from jaxrlhf.steps.accumulate import global_rows, global_sum, own_rows
 from jaxrlhf.types import Array, Metrics
 
 
@@ -78,14 +78,15 @@ def rloo_credit(
 
     Every token of a response gets its advantage, as it is: neither the paper nor TRL (`normalize_advantages`, off) whitens, which
     would blow the noise of a batch of near-ties up to the size of a difference. `whiten_rewards` divides R by its deviation over the
-    global batch first (a mean would cancel). The `samples` rows of a prompt are neighbours, and under pmap on one device; no values are
-    read. Ahmadian et al. (2024), "Back to basics: revisiting REINFORCE-style optimization for learning from human feedback in LLMs".
+    global batch first (a mean would cancel). The `samples` rows of a prompt are neighbours; no values are read. Ahmadian et al. (2024),
+    "Back to basics: revisiting REINFORCE-style optimization for learning from human feedback in LLMs".
     """
     rewards_B = scores_B - kl_coef * jnp.sum(masked_fill(kl_BT, mask_BT), axis=1)
     returns_B = rewards_B
     if whiten_rewards:
         returns_B = masked_whiten(rewards_B, rows_B, shift_mean=False, axis_name=axis_name)
-    advantages_B = rloo_advantages(returns_B, samples=samples)
+    # A prompt's responses may lie on two devices, where a device's rows are not whole groups.
+    advantages_B = own_rows(rloo_advantages(global_rows(returns_B, axis_name), samples=samples), axis_name)
 
     def of_tokens(values_B: Array) -> Array:
         return jnp.where(mask_BT, values_B[:, None], 0.0)

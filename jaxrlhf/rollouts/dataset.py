@@ -67,6 +67,7 @@ def sample_dataset(
             vocab_size=sampling.vocab_size,
             pad_id=sampling.pad_id,
             check_padding=False,
+            mesh=mesh,
         )
         host = sharding.gather(completion)
         parts.append((host.tokens_BT, host.mask_BT))

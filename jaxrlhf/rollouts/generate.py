@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxrlhf import rng
+from jaxrlhf import rng, sharding
 from jaxrlhf.rollouts.draw import draw_token
 from jaxrlhf.types import Array, Completion, Model, Params
 
@@ -30,6 +33,7 @@ def generate(
     vocab_size: int | None = None,
     pad_id: int | None = None,
     check_padding: bool = True,
+    mesh: Any = None,
 ) -> Completion:
     """Up to `max_new_tokens` tokens after every left-padded prompt: `Completion(tokens_BT, mask_BT, logp_BT)`.
 
@@ -42,6 +46,8 @@ def generate(
       repeated rows with different indices.
     - A row whose mask is all False is one that fills a batch: it gets no tokens.
     - `vocab_size` (the tokenizer's length) bars ids that only pad the embedding.
+    - `mesh` (`sharding.mesh_of`): the devices that params (`sharding.place`) and prompts (`sharding.place_batch`) live on. Where every
+      device has the whole model it samples its own rows and waits for no other.
     - The check for left-padding reads the mask on the host, so it waits for a mask that is on a device. Loops call
       `check_left_padded` before they place a batch, and give `check_padding=False` here.
 
@@ -59,11 +65,25 @@ def generate(
     if index_B is None:
         index_B = np.arange(prompts_BL.shape[0], dtype=np.int32)
     greedy = temperature == 0
-    return _sample_jit(
-        model, params, _int32(prompts_BL), mask_BL, key, _int32(index_B), np.float32(1.0 if greedy else temperature),
-        max_new_tokens=int(max_new_tokens), eos_ids=eos_ids, pad_id=int(pad_id), greedy=greedy,
+    compiled = sampler(
+        model, mesh, max_new_tokens=int(max_new_tokens), eos_ids=eos_ids, pad_id=int(pad_id), greedy=greedy,
         top_k=0 if greedy else int(top_k), top_p=1.0 if greedy else float(top_p), vocab_size=vocab_size,
     )  # fmt: skip
+    return compiled(params, (_int32(prompts_BL), mask_BL, _int32(index_B)), key, np.float32(1.0 if greedy else temperature))
+
+
+@lru_cache(maxsize=64)
+def sampler(model: Model, mesh: Any, **how: Any) -> Callable[..., Completion]:
+    """`sample` compiled for the devices of `mesh`: (params, (prompts_BL, mask_BL, index_B), key, temperature) → Completion; `.lower` too.
+
+    `how`: the keyword arguments of `sample`. Equal arguments share compilations.
+    """
+
+    def of_rows(params: Params, batch: tuple[Array, Array, Array], key: Array, temperature: Array) -> Completion:
+        prompts_BL, mask_BL, index_B = batch
+        return sample(model, params, prompts_BL, mask_BL, key, index_B, temperature, **how)
+
+    return sharding.rows(of_rows, mesh)
 
 
 def sample(
@@ -124,11 +144,6 @@ def sample(
     carry = (jnp.int32(1), token_B, ended_B, cache, out)
     tokens_TB, mask_TB, logp_TB = jax.lax.while_loop(unfinished, step, carry)[-1]
     return Completion(tokens_TB.T, mask_TB.T, logp_TB.T)
-
-
-_sample_jit = jax.jit(
-    sample, static_argnames=("model", "max_new_tokens", "eos_ids", "pad_id", "greedy", "top_k", "top_p", "vocab_size")
-)  # fmt: skip
 
 
 def token_uniforms(key: Array, index_B: Array, count: int) -> Array:

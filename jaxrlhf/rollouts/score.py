@@ -13,6 +13,7 @@ from jaxrlhf.losses import kl_estimate
 from jaxrlhf.losses.ensemble import ensemble_score
 from jaxrlhf.losses.masked import masked_fill
 from jaxrlhf.rollouts.credit import CreditRule, global_mean
+from jaxrlhf.steps.accumulate import shards
 from jaxrlhf.steps.pair import response_scores
 from jaxrlhf.steps.ppo import critic_values
 from jaxrlhf.types import Array, Completion, Metrics, Model, Params, PromptBatch, Rollout
@@ -78,7 +79,7 @@ def score_rollout(
     readings = read_rollout(
         models, params, prompts, completion,
         temperature=temperature, scores_B=scores_B, reward_bias=reward_bias, spread_coef=spread_coef, value_bias=value_bias,
-        old_logp=old_logp, microbatch=microbatch,
+        old_logp=old_logp, microbatch=microbatch, axis_name=axis_name,
     )  # fmt: skip
     return assemble_rollout(
         prompts, completion, readings,
@@ -100,6 +101,7 @@ def read_rollout(
     value_bias: float | Array = 0.0,
     old_logp: Literal["score", "sampler"] = "score",
     microbatch: int | None = None,
+    axis_name: str | None = None,
 ) -> Readings:
     """The forward passes. Masks are the caller's: rows that fill the batch are read like any other."""
     if old_logp not in ("score", "sampler"):
@@ -128,7 +130,7 @@ def read_rollout(
             sft_BT = models.sft.score_tokens(params["sft"], tokens, mask, **options).logp_BT
         return Readings(logp_BT, entropy_BT, reference.logp_BT, values_BT, scores, sft_BT, spread)
 
-    readings = _by_microbatch(read, (prompts, completion), microbatch)
+    readings = _by_microbatch(read, (prompts, completion), microbatch, shards(axis_name))
     return readings if scores_B is None else readings._replace(scores_B=scores_B)
 
 
@@ -216,13 +218,19 @@ def _penalise(scores_B: Array, ended_B: Array, eos_ids: tuple[int, ...], penalty
     return scores_B if score is None else jnp.where(ended_B, scores_B, score)
 
 
-def _by_microbatch(read, rows, size: int | None):
-    """`read(rows)`, `size` rows at a time. Chunk i takes rows i, i + n, …: a batch sharded over devices stays sharded."""
+def _by_microbatch(read, rows, size: int | None, devices: int):
+    """`read(rows)`, `size` rows at a time over all `devices`. Chunk i takes rows i, i + n, …: a batch sharded over devices stays sharded.
+
+    Where each of several devices reads its own rows it takes its share of `size`, or the next smaller number that divides its rows.
+    """
     count = jax.tree.leaves(rows)[0].shape[0]
-    if size is None or size >= count:
+    if size is None or size >= count * devices:
         return read(rows)
-    if size < 1 or count % size:
-        fits = max(d for d in range(1, max(size, 1) + 1) if count % d == 0)
-        raise ValueError(f"microbatch {size} does not divide {count} rows; try {fits}.")
+    if size < 1 or count * devices % size:
+        fits = max(d for d in range(1, max(size, 1) + 1) if count * devices % d == 0)
+        raise ValueError(f"microbatch {size} does not divide {count * devices} rows; try {fits}.")
+    size = max(d for d in range(1, max(size // devices, 1) + 1) if count % d == 0)
+    if size == count:
+        return read(rows)
     chunks = jax.tree.map(lambda x: x.reshape(size, count // size, *x.shape[1:]).swapaxes(0, 1), rows)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(count, *x.shape[2:]), jax.lax.map(read, chunks))

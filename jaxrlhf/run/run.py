@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from jaxrlhf import sharding
+from jaxrlhf import processes, sharding
 from jaxrlhf.algorithms.rounds import PREFERENCE, Method, Round, method_of, num_rounds, reward_update_named, round_of
 from jaxrlhf.compilation import cache_compilations
 from jaxrlhf.config import Config
@@ -37,25 +35,29 @@ def run(config: Config | str | Path, *, until: str | None = None, log: RunLog | 
     Finished stages are found again by what they depend on: a run that was stopped goes on from its last finished stage, inside that
     stage from its last checkpoint, and arms share what they have in common. `until`: stop after "sft", or after "reward" or "ppo" of
     round 1. Raises ConfigError, DataError and the like before anything is compiled where the config or the data cannot work.
+
+    Of several processes that work as one (`jaxrlhf.processes.start`) all call it with the same arguments; one writes and logs.
     """
     if not isinstance(config, Config):
         config = load_config(config)
     cache_compilations()
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"this is process {jax.process_index()} of {jax.process_count()}, and a run is one process, which uses all devices of its "
-            "machine: start it once, without jax.distributed. (Runs of several processes come in a later version.)"
-        )
     if until is not None and until not in UNTIL:
         raise ValueError(f"until {until!r} is none of {', '.join(UNTIL)}.")
     for one in arms(config).values():
         check(one)
+    check_same(config)
     folder = Path(config.output) / config.name
     if config.arms:
         write_whole(folder / "config.yaml", to_yaml(config))
     for one in arms(config).values():
         _run_one(one, until, log)
     return folder
+
+
+def check_same(config: Config) -> None:
+    """Raise ConfigError in a process whose config is not the leader's."""
+    if processes.agree(to_yaml(config), "the config") != to_yaml(config):
+        raise ConfigError(f"process {processes.index()} has another config than process 0; start all with the same command and recipe.")
 
 
 def check(config: Config) -> None:
@@ -83,7 +85,7 @@ def check(config: Config) -> None:
     if method.policy_update == "rloo":
         check_rloo(config.ppo)
     inputs.check(config, given_tokenizer(config), columns=columns)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = sharding.mesh_of(config.mesh)
     shards = sharding.data_shards(mesh)
     used = ["sft"] + ["reward"] * method.needs_reward + ["dpo" if method.policy_update in PREFERENCE else "ppo"]
     for name in used:
@@ -92,14 +94,14 @@ def check(config: Config) -> None:
 
 def _run_one(config: Config, until: str | None, log: RunLog | None) -> None:
     folder = Path(config.output) / config.name
+    leads = processes.is_leader()
     folder.mkdir(parents=True, exist_ok=True)
-    replaces = (folder / "summary.json").exists() and (folder / "config.yaml").read_text(encoding="utf-8") != to_yaml(config)
+    replaces = leads and (folder / "summary.json").exists() and (folder / "config.yaml").read_text(encoding="utf-8") != to_yaml(config)
     write_whole(folder / "config.yaml", to_yaml(config))
     store = Store(config.store or Path(config.output) / ".stages")
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    own = log or RunLog(
-        folder, tensorboard=config.log.tensorboard, wandb={"project": config.log.wandb, "name": config.name} if config.log.wandb else None
-    )
+    mesh = sharding.mesh_of(config.mesh)
+    wandb = {"project": config.log.wandb, "name": config.name} if config.log.wandb else None
+    own = log or RunLog(folder if leads else None, tensorboard=config.log.tensorboard, wandb=wandb)
     if replaces:
         own.note(f"note: {folder} held another config's run, whose summary and links this one replaces; its stages stay in {store.root}")
     try:
@@ -268,7 +270,9 @@ def update_report(update: Done | None) -> dict[str, Any]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file that readers see whole or not at all."""
+    """Write a text file that readers see whole or not at all. Of several processes the leader writes."""
+    if not processes.is_leader():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")

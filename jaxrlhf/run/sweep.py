@@ -153,7 +153,7 @@ def finished_run(job: Job) -> Run | None:
     written = folder / "config.yaml"
     if not written.exists() or written.read_text(encoding="utf-8") != to_yaml(config):
         return None
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = sharding.mesh_of(config.mesh)
     setting = Setting(config, Finished(config.store or Path(config.output) / ".stages"), folder, RunLog(None), mesh)
     try:
         walk_through(setting, None)

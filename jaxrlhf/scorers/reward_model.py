@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jaxrlhf import sharding
@@ -22,8 +21,13 @@ PROBE = "zqprobe"
 
 
 @lru_cache(maxsize=16)
-def _compiled(model: Model):
-    return jax.jit(lambda params, *sides_and_bias: response_scores(model, params, *sides_and_bias))
+def score_pass(model: Model, mesh: Any) -> sharding.Compiled:
+    """`response_scores` compiled for the devices of `mesh`: (params, (prompt_BL, mask_BL, response_BT, mask_BT), bias) → scores [B]."""
+
+    def score(params: Params, sides: tuple[Array, Array, Array, Array], bias: Array) -> Array:
+        return response_scores(model, params, *sides, bias)
+
+    return sharding.rows(score, mesh)
 
 
 def score_responses(
@@ -33,11 +37,11 @@ def score_responses(
     n = len(texts.index_B)
     if n == 0:
         return np.zeros(0, np.float32)
-    score = _compiled(model)
+    score = score_pass(model, mesh)
     parts: list[Array] = []
     for batch in evaluation_batches(texts, sharding.rows_at_once(n, batch_size, mesh), bucket=bucket):
-        batch = sharding.place_batch(batch, mesh)
-        parts.append(score(params, batch.prompt_BL, batch.prompt_mask_BL, batch.response_BT, batch.response_mask_BT, np.float32(bias)))
+        sides = (batch.prompt_BL, batch.prompt_mask_BL, batch.response_BT, batch.response_mask_BT)
+        parts.append(score(params, sharding.place_batch(sides, mesh), np.float32(bias)))
     return np.concatenate([np.asarray(sharding.gather(part)) for part in parts])[:n]
 
 

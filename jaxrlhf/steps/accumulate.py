@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from jaxrlhf.types import Array, Metrics, Params
 
+KeepRows = Callable[[Any], Any]  # a tree of arrays → the same tree, its leading axis held to the devices it is dealt out to
+
 
 def global_sum(tree, axis_name: str | None):
     """The sum over all devices of `axis_name`, or the tree itself under plain jit (where arrays are global)."""
@@ -43,21 +45,27 @@ def accumulate_gradients(
     *,
     steps: int = 1,
     axis_name: str | None = None,
+    keep_rows: KeepRows | None = None,
 ) -> tuple[Params, Array, Metrics]:
     """Gradient, loss and metrics of a batch, `steps` microbatches at a time.
 
     `loss_fn(params, microbatch)` returns a loss and metrics that are already divided by the total of the *whole*
     batch, so that sums over microbatches and devices are exact whatever the rows' lengths. Microbatch i takes rows
-    i, i + steps, … : a batch that is sharded over devices stays sharded.
+    i, i + steps, … : a batch that is sharded over devices stays sharded. `keep_rows` (`sharding.keep_rows(mesh)`) holds every microbatch
+    to that where the compiler decides. Raises ValueError where the rows (of a device, given `axis_name`) do not divide by `steps`.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if steps == 1:
         (loss, metrics), grads = grad_fn(params, batch)
     else:
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        if rows % steps:
+            each = "" if axis_name is None else f" of each of {shards(axis_name)} devices"
+            raise ValueError(f"{rows} rows{each} do not divide into {steps} microbatches; change the batch size or accumulate less.")
         micro = jax.tree.map(lambda x: x.reshape(x.shape[0] // steps, steps, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def add(total, one):
-            (loss, metrics), grads = grad_fn(params, one)
+            (loss, metrics), grads = grad_fn(params, one if keep_rows is None else keep_rows(one))
             return jax.tree.map(jnp.add, total, (loss, metrics, grads)), None
 
         shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], micro))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf.losses import sequence_logp
-from jaxrlhf.steps.accumulate import accumulate_gradients, global_sum
+from jaxrlhf.steps.accumulate import KeepRows, accumulate_gradients, global_sum
 from jaxrlhf.steps.state import apply_gradients, named
 from jaxrlhf.types import Array, Metrics, Model, PairBatch, PairLoss, PairOutputs, Params, TokenStats, TrainState
 
@@ -70,6 +70,7 @@ def make_pair_step(
     *,
     accumulate: int = 1,
     axis_name: str | None = None,
+    keep_rows: KeepRows | None = None,
 ) -> PairStep:
     """A step (state, PairBatch) → (state, metrics) for any `PairLoss`.
 
@@ -86,7 +87,8 @@ def make_pair_step(
         def loss_fn(params: Params, rows: PairBatch) -> tuple[Array, Metrics]:
             return pair_loss.loss(pair_outputs(model, params, rows, head=pair_loss.head), rows, total=total)
 
-        grads, loss, metrics = accumulate_gradients(loss_fn, state.params, batch, steps=accumulate, axis_name=axis_name)
+        how = {"steps": accumulate, "axis_name": axis_name, "keep_rows": keep_rows}
+        grads, loss, metrics = accumulate_gradients(loss_fn, state.params, batch, **how)
         state, norms = apply_gradients(state, grads, optimizer)
         return replace(state, step=state.step + 1), {"loss/pair": loss, **_metric_names(pair_loss.head, metrics), **norms}
 

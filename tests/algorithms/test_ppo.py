@@ -47,11 +47,11 @@ def test_every_forward_pass_of_scoring_keeps_to_its_size():
     controller = {"kl_coef": jnp.float32(0.1), "value_bias": jnp.float32(0.0)}
     rows: list[int] = []
     trainer = trainer_of(CONFIG, rows)
-    _, metrics = trainer.score(params, prompts(), completion, controller, 0.0)
+    _, metrics = trainer.score(params, (prompts(), completion), controller, 0.0)
     assert set(rows) == {2} and len(rows) == 5
     assert float(metrics["rollout/kl"]) == 3 and float(metrics["kl/sft"]) == 9
     del params["sft"]  # the reference is π_SFT
-    _, metrics = trainer.score(params, prompts(), completion, controller, 0.0)
+    _, metrics = trainer.score(params, (prompts(), completion), controller, 0.0)
     assert float(metrics["kl/sft"]) == float(metrics["rollout/kl"]) == 3
 
 

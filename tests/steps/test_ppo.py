@@ -130,10 +130,10 @@ def ways(tiny, noisy):
         return step_of(tiny, optimizer=optax.sgd(0.1), num_ppo_epochs=2, num_mini_batches=2, **how)
 
     mesh = sharding.make_mesh(4)
-    on_mesh = sharding.jit(make(keep_rows=sharding.keep_rows(mesh)), mesh, donate=False)(
-        sharding.place(state, mesh), sharding.place_batch(noisy, mesh), key
+    on_mesh, mapped = (
+        sharding.step(make, devices, donate=False)(sharding.place(state, devices), sharding.place_batch(noisy, devices), key)
+        for devices in (mesh, sharding.Replicas(mesh))
     )
-    mapped = sharding.pmap(lambda axis_name: make(axis_name=axis_name), donate=False)(state, noisy, key)
     return {
         "whole": jax.jit(make())(state, noisy, key), "accumulated": jax.jit(make(accumulate=4))(state, noisy, key),
         "mesh": on_mesh, "pmap": mapped,
@@ -159,9 +159,9 @@ def rows_of_products(compiled):
 def test_every_device_computes_its_share_of_the_update(tiny, scored, axes, accumulate):
     """The shuffle picks rows at run time, which alone would leave every minibatch whole on every device. Numbers: see `ways`."""
     mesh, optimizer = sharding.make_mesh(*axes), optax.sgd(0.1)
-    step = step_of(tiny, optimizer=optimizer, num_mini_batches=2, accumulate=accumulate, keep_rows=sharding.keep_rows(mesh))
-    rollout, state = sharding.place_batch(scored(0.7, rows=32)[0], mesh), sharding.place(state_of(tiny, optimizer), mesh)
-    compiled = jax.jit(step).lower(state, rollout, jax.random.key(5)).compile()
+    how = {"optimizer": optimizer, "num_mini_batches": 2, "accumulate": accumulate, "keep_rows": sharding.keep_rows(mesh)}
+    step = sharding.step(lambda axis_name: step_of(tiny, axis_name=axis_name, **how), mesh)
+    compiled = step.lower(state_of(tiny, optimizer), scored(0.7, rows=32)[0], jax.random.key(5)).compile()
     assert rows_of_products(compiled) == 32 // 2 // accumulate // 4 * 9  # times L + T
 
 
@@ -170,7 +170,7 @@ def test_rows_that_would_be_lost_are_refused(tiny, noisy):
         step_of(tiny, num_mini_batches=3)(state_of(tiny), noisy, jax.random.key(0))
     make = partial(step_of, tiny, num_mini_batches=2, accumulate=2)
     with pytest.raises(ValueError, match="8 rows do not divide into 2 minibatches × 2 microbatches × 4 devices"):
-        sharding.pmap(lambda axis_name: make(axis_name=axis_name))(state_of(tiny), noisy, jax.random.key(0))
+        sharding.step(make, sharding.make_mesh(4))(state_of(tiny), noisy, jax.random.key(0))
 
 
 def test_every_epoch_is_a_partition_and_no_two_are_alike():

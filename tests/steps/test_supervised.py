@@ -38,8 +38,10 @@ def sft_runs(tiny, texts):
         return make_sft_step(tiny.lm, sgd(), **how)
 
     mesh = sharding.make_mesh(4)
-    on_mesh = sharding.jit(make(), mesh, donate=False)(sharding.place(state, mesh), sharding.place_batch(batch, mesh))
-    mapped = sharding.pmap(lambda axis_name: make(axis_name=axis_name), donate=False)(state, batch)
+    on_mesh, mapped = (
+        sharding.step(make, devices, donate=False)(sharding.place(state, devices), sharding.place_batch(batch, devices))
+        for devices in (mesh, sharding.Replicas(mesh))
+    )
     return {"whole": take(make), "accumulated": take(make, accumulate=4), "mesh": on_mesh, "pmap": mapped}
 
 
@@ -52,8 +54,10 @@ def pair_runs(tiny, pairs):
         return make_pair_step(tiny.scalar, loss, sgd(), **how)
 
     mesh = sharding.make_mesh(4)
-    on_mesh = sharding.jit(make(), mesh, donate=False)(sharding.place(state, mesh), sharding.place_batch(batch, mesh))
-    mapped = sharding.pmap(lambda axis_name: make(axis_name=axis_name), donate=False)(state, batch)
+    on_mesh, mapped = (
+        sharding.step(make, devices, donate=False)(sharding.place(state, devices), sharding.place_batch(batch, devices))
+        for devices in (mesh, sharding.Replicas(mesh))
+    )
     return {
         "whole": jax.jit(make())(state, batch),
         "accumulated": jax.jit(make(accumulate=2))(state, batch),
