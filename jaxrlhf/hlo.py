@@ -227,10 +227,18 @@ def _collective(program: Program, where: Computation, line: Instruction, times: 
 
 
 def _group_size(line: Instruction, devices: int) -> int | None:
-    """Devices of one group: {{0,1},{2,3}}, [groups,size]<=[…], or {} for all; pairs of a permutation. None for a form not known."""
+    """Devices of one group; pairs of a permutation; None for a form not known.
+
+    Groups are {{0,1},{2,3}}, or [groups,size]<=[…], or {} for all, or axes mesh['a'=2,'b'=4], device_ids=(…) {'b'}, of which a part is
+    'b':(before)size.
+    """
     pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", line.attributes)
     if pairs:
         return pairs[1].count("{")
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{('[^}]*)\}", line.attributes)
+    if axes:
+        sizes = dict(re.findall(r"('[^']*')=(\d+)", axes[1]))
+        return math.prod(int(part or sizes[name]) for name, part in re.findall(r"('[^']*')(?::\(\d+\)(\d+))?", axes[2]))
     listed = re.search(r"replica_groups=(?:\{(\{[\d,]*\})?|\[\d+,(\d+)\]<=)", line.attributes)
     if listed is None:
         return None

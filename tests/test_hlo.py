@@ -104,6 +104,27 @@ def test_every_kind_has_its_bytes_and_its_group():
     assert shapes(found)[0] == (["bf16[8,16]"], ["bf16[8,64]"])
 
 
+@pytest.mark.parametrize(
+    "groups, size",
+    [
+        ("{}", 8),
+        ("{{0,1,2},{3,4,5}}", 3),
+        ("[4,2]<=[2,4]T(1,0)", 2),
+        ("mesh['axis_0'=2,'axis_1'=4,'axis_2'=1] {'axis_1'}", 4),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a','b'}", 8),
+        ("mesh['a'=4,'b'=2] {'a':(2)2,'b'}", 4),
+        ("something_new", None),
+    ],
+)
+def test_groups_are_read_in_every_spelling(groups, size):
+    entry = (
+        f"  %p = f32[4]{{0}} parameter(0)\n  ROOT %r = f32[4]{{0}} all-reduce(%p), replica_groups={groups}, dimensions={{0}}, to_apply=%add"
+    )
+    (sent,) = hlo.collectives(program(entry))
+    assert sent.group_size == size
+    assert sent.sent == pytest.approx(2 * 16 * (1 if size is None else (size - 1) / size))
+
+
 def test_asynchronous_pairs_count_once_in_every_spelling():
     others = """
 %wrapped (w: f32[8]) -> f32[2] {
