@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxrlhf import processes
 from jaxrlhf.types import Params, TrainState
 
 _args: Any = ocp.args
@@ -112,7 +113,7 @@ class Checkpoints:
 
     def _existing(self, step: int | None) -> int | None:
         self.wait()
-        there = sorted(self._manager.all_steps())
+        there = processes.agree(sorted(self._manager.all_steps()), f"the checkpoints in {self.folder}")
         if step is None:
             return there[-1] if there else None
         if step not in there:

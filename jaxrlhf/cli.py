@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxrlhf import processes
+
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell every user that torch is missing
 
 USAGE = """\
@@ -22,6 +24,7 @@ jaxrlhf embed | nearest DATA --output FOLDER        vectors of preference pairs;
 jaxrlhf generate FOLDER [PROMPT …] [--file F]       sample from a policy
 jaxrlhf evaluate A [B] --gold … | --judge MODEL     policies, stored responses or references against each other
 jaxrlhf report RUN [RUN …] [--serve]                one page: table, figures, samples; --serve keeps it fresh
+jaxrlhf launch --processes 2 run CONFIG.yaml [--…]  several processes on this machine, one run
 jaxrlhf run CONFIG.yaml --help                      every key of the config
 """
 
@@ -38,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if argv else 2
     commands = dict.fromkeys(("run", "sft", "reward", "ppo"), _run)
-    commands |= {"sweep": _sweep, "generate": _generate} | dict.fromkeys(TOOLS, _tool)
+    commands |= {"sweep": _sweep, "launch": _launch, "generate": _generate} | dict.fromkeys(TOOLS, _tool)
     if argv[0] not in commands:
         print(f"jaxrlhf: no command {argv[0]!r}.\n{USAGE}", end="", file=sys.stderr)
         return 2
@@ -49,16 +52,31 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return commands[argv[0]](argv[0], argv[1:])
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last finished stage, or from a checkpoint inside one.", file=sys.stderr)
+        message = "stopped; the same command goes on from the last finished stage, or from a checkpoint inside one."
+        print(f"\n{message}", file=sys.stderr)
+        processes.leave(130, message)
         return 130
     except Exception as error:
-        if os.environ.get("JAXRLHF_TRACEBACK") or not _is_plain(error):
-            raise
-        print(f"jaxrlhf: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)  # str() would quote a KeyError's
-        for note in getattr(error, "__notes__", []):
-            if "JAX_TRACEBACK_FILTERING" not in note:  # jax's, about a traceback that is not shown
-                print(f"  {note}", file=sys.stderr)
-        return 1
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    """The exit status after an error, said plainly; one that is not written for users is raised again, with its traceback."""
+    if (cause := processes.because_of_another(error)) is not None:
+        print(f"jaxrlhf: {cause}", file=sys.stderr)
+        processes.leave(processes.STATUS_OF_OTHERS)
+    if os.environ.get("JAXRLHF_TRACEBACK") or not _is_plain(error):
+        if processes.together():
+            traceback.print_exception(error)
+            processes.leave(1, f"{type(error).__name__}: {error}")
+        raise error
+    message = str(error.args[0] if isinstance(error, KeyError) else error)  # str() would quote a KeyError's
+    print(f"jaxrlhf: {message}", file=sys.stderr)
+    for note in getattr(error, "__notes__", []):
+        if "JAX_TRACEBACK_FILTERING" not in note:  # jax's, about a traceback that is not shown
+            print(f"  {note}", file=sys.stderr)
+    processes.leave(1, message)
+    return 1
 
 
 def _is_plain(error: Exception) -> bool:
@@ -89,14 +107,25 @@ def _raised_here(error: Exception) -> bool:
 def _run(command: str, argv: list[str]) -> int:
     if (status := _without_config(command, argv)) is not None:
         return status
-    config = _config_of(command, argv[0], argv[1:])
+    group, overrides = _group_of(argv[1:])
+    if processes.wanted(**group):
+        from jaxrlhf.run.launch import watched
+
+        if (status := watched()) is not None:
+            return status
+        processes.start(**group)
+    config = _config_of(command, argv[0], overrides)
     _cache_compilations()
     from jaxrlhf.run.report import write_report
     from jaxrlhf.run.run import run
     from jaxrlhf.run.table import read_summaries, show
 
+    if not processes.is_leader():
+        logging.getLogger().setLevel(logging.ERROR)  # the leader says it
     folder = run(config, until=None if command == "run" else command)
-    if command == "run":
+    if not processes.is_leader():
+        pass
+    elif command == "run":
         show(read_summaries(folder))
         print(f"run folder: {folder}")
         if page := write_report(folder):
@@ -104,7 +133,26 @@ def _run(command: str, argv: list[str]) -> int:
     else:
         for stage in sorted((folder / "stages").glob("*")) if not config.arms else sorted(folder.glob("*/stages/*")):
             print(stage)
+    processes.finish()
     return 0
+
+
+def _group_of(words: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """(how the processes of a run find each other, the other words)."""
+    parser = argparse.ArgumentParser(prog="jaxrlhf run CONFIG.yaml", add_help=False, allow_abbrev=False)
+    parser.add_argument("--coordinator")
+    parser.add_argument("--num_processes", type=int)
+    parser.add_argument("--process_id", type=int)
+    group, rest = parser.parse_known_args(words)
+    return vars(group), rest
+
+
+def _launch(command: str, argv: list[str]) -> int:
+    from jaxrlhf.run import launch
+
+    parser = argparse.ArgumentParser(prog="jaxrlhf launch", allow_abbrev=False)
+    launch.add_arguments(parser)
+    return launch.main(parser.parse_args(argv))
 
 
 def _sweep(command: str, argv: list[str]) -> int:

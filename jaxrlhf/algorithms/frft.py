@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxrlhf import rng
+from jaxrlhf import processes, rng
 from jaxrlhf.algorithms.ocrm import importance_weighted
 from jaxrlhf.algorithms.update import Pairs, RoundContext, encoder_options
 from jaxrlhf.config import FilterConfig
@@ -84,8 +84,11 @@ def similarities(context: RoundContext, pairs: Pairs) -> Compared:
         **{name: getattr(section, name) for name in ("rule", "n", "threshold", "compare", "k", "embed", "dedupe")},
     )
     folder = context.columns / f"similarities-{context.fingerprint(header)}"
-    if not folder.exists():
-        write_similarities(folder, pairs.ids, _compare(context, pairs, asked, answers), header, overwrite=True)
+    if not processes.agree(folder.exists(), f"similarities {folder.name}"):
+        found = _compare(context, pairs, asked, answers)
+        if processes.is_leader():
+            write_similarities(folder, pairs.ids, found, header, overwrite=True)
+        processes.barrier("similarities written")
     return Compared(asked, answers, read_similarities(pairs.ids, folder, expect=header))
 
 
@@ -154,10 +157,13 @@ def _vectors(context: RoundContext, what: str, prompts: list[str], responses: li
 
 def _kept_on_disk(path: Path, make: Callable[[], list[str]]) -> list[str]:
     """A list of texts, made once."""
-    if not path.exists():
+    if not processes.agree(path.exists(), f"texts {path.name}"):
+        texts = make()
+        if not processes.is_leader():
+            return texts
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(make(), ensure_ascii=False), encoding="utf-8")
+        partial.write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
         os.replace(partial, path)
     return json.loads(path.read_text(encoding="utf-8"))
 

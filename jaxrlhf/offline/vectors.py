@@ -22,15 +22,15 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from jaxrlhf import processes
 from jaxrlhf.offline.embed import Backend, EncoderIdentity, Progress, check_texts, encoder_identity, open_encoder
 
 FORMAT = 1
@@ -103,20 +103,24 @@ def embed_cached(
     """
     if shard_rows < 1:
         raise ValueError(f"shard_rows is {shard_rows}; a shard needs at least 1 text.")
-    if mesh is not None and jax.process_count() > 1:
-        raise ValueError("embed_cached writes from one process: with several, pass mesh=None, and the others wait for the first.")
     check_texts(texts)
     keys = [text_key(text) for text in texts]
     identity = encoder_identity(encoder, backend=backend, pooling=pooling, max_length=max_length, dtype=dtype)
-    store = _Store(Path(folder) / identity.key, identity)
+    store, by_key = _Store(Path(folder) / identity.key, identity), dict(zip(keys, texts, strict=True))
     embedded = 0
-    if not store.read().keys() >= set(keys):
-        with _lock(store.folder):
-            known = store.read()  # the process we waited for may have computed them
-            missing = sorted({key: text for key, text in zip(keys, texts, strict=True) if key not in known}.items(), key=_order)
+    if not processes.agree(processes.is_leader() and store.read().keys() >= by_key.keys(), "vectors: all there"):
+        with _lock(store.folder) if processes.is_leader() else nullcontext():
+            # All know of the same shards now, and so miss the same texts: the process we waited for may have computed some.
+            index = processes.agree(store.index() if processes.is_leader() else None, "vectors: the shards there are")
+            known = store.read(index)
+            missing = sorted(((key, text) for key, text in by_key.items() if key not in known), key=_order)
             embedded = len(missing)
-            if missing:
-                store.add(missing, open_encoder(identity, pooling=pooling, batch_size=batch_size, mesh=mesh).embed, shard_rows, progress)
+            # A mesh goes over all processes; what does not use it the leader computes alone.
+            together = mesh is not None and identity.backend == "flax"
+            if missing and (processes.is_leader() or together):
+                encoder = open_encoder(identity, pooling=pooling, batch_size=batch_size, mesh=mesh)
+                store.add(index, missing, encoder.embed, shard_rows, progress)
+            processes.barrier("vectors written")
     known = store.read()
     rows = np.fromiter((known[key] for key in keys), np.int64, len(keys))
     return Embeddings(identity, store.folder, rows, store.shards(), embedded)
@@ -153,11 +157,11 @@ class _Store:
             )
         return index
 
-    def read(self) -> dict[bytes, int]:
-        """Text key → row, over all shards in the order of the index."""
+    def read(self, index: dict[str, Any] | None = None) -> dict[bytes, int]:
+        """Text key → row, over all shards in the order of the index (default: that on disk)."""
         known: dict[bytes, int] = {}
         before = 0
-        for number, shard in enumerate(self.index()["shards"]):
+        for number, shard in enumerate((index or self.index())["shards"]):
             raw = self._array(f"keys-{number:05d}.npy", (shard["rows"], 32), "uint8").tobytes()
             known |= {raw[32 * n : 32 * n + 32]: before + n for n in range(shard["rows"])}
             before += shard["rows"]
@@ -180,9 +184,15 @@ class _Store:
             )
         return array
 
-    def add(self, missing: list[tuple[bytes, str]], embed: Callable[..., np.ndarray], shard_rows: int, progress: Progress | None) -> None:
-        """Compute and store, a shard at a time."""
-        index = self.index()
+    def add(
+        self,
+        index: dict[str, Any],
+        missing: list[tuple[bytes, str]],
+        embed: Callable[..., np.ndarray],
+        shard_rows: int,
+        progress: Progress | None,
+    ) -> None:
+        """Compute and store, a shard at a time, behind the shards of `index`. Of several processes the leader stores."""
         if progress:
             progress(0, len(missing))
         for start in range(0, len(missing), shard_rows):
@@ -192,6 +202,8 @@ class _Store:
             if not np.isfinite(vectors).all():
                 bad = part[int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])][1]
                 raise VectorError(f"the encoder gives no finite vector for the text {bad[:60]!r}; its weights or dtype are at fault.")
+            if not processes.is_leader():
+                continue
             number = len(index["shards"])
             keys = np.frombuffer(b"".join(key for key, _ in part), np.uint8).reshape(len(part), 32)
             _write_array(self.folder / f"vectors-{number:05d}.npy", np.ascontiguousarray(vectors, np.float32))

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxrlhf import rng, sharding
+from jaxrlhf import processes, rng, sharding
 from jaxrlhf.checkpoint import Checkpoints
 from jaxrlhf.compilation import Watch
 from jaxrlhf.config import Config
@@ -56,7 +56,8 @@ class Setting:
 
         def whole(folder: Path) -> dict[str, Any] | None:
             result = fn(folder)
-            if not keep_state:
+            processes.barrier(f"{stage.name}: done with its checkpoints")
+            if not keep_state and processes.is_leader():
                 shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
             return result
 
@@ -101,7 +102,9 @@ class Setting:
                 report.write(folder / file)
 
     def tidy(self, *, metrics: bool) -> None:
-        """Remove what an earlier config of this name left in the run folder: links, and lines of metrics.jsonl."""
+        """Remove what an earlier config of this name left in the run folder: links, and lines of metrics.jsonl. The leader does."""
+        if not processes.is_leader():
+            return
         if metrics:
             self.log.keep_only(self.logged)
         current = {f"{number:02d}-{done.name}" for number, done in enumerate(self.stages)}
@@ -110,7 +113,9 @@ class Setting:
                 link.unlink()
 
     def load(self, done: Done, *, head: str, key: jax.Array | None = None) -> Loaded:
-        return load(done.folder, head=head, key=key, dtype=self.config.model.dtype, mesh=self.mesh)
+        model = self.config.model
+        how = {"dtype": model.dtype, "remat": model.remat, "logits_chunk": model.logits_chunk}
+        return load(done.folder, head=head, key=key, mesh=self.mesh, **how)
 
     def train(
         self,
@@ -130,7 +135,7 @@ class Setting:
         if steps == 0:
             return state
         checkpoint = self.config.checkpoint
-        with Checkpoints(folder / CHECKPOINT, keep=checkpoint.keep) as checkpoints:
+        with Checkpoints(self.store.shared(folder) / CHECKPOINT, keep=checkpoint.keep) as checkpoints:
             found = checkpoints.restore(sharding.template(state, self.mesh))
             if found is not None:
                 jax.tree.map(lambda x: x.delete(), state)  # as the first step would: going on needs no more memory than starting

@@ -15,6 +15,7 @@ import logging
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf import compilation
+from jaxrlhf import compilation, processes
 
 STAGE_FORMAT = 1  # raise it when what a stage folder holds changes its meaning: every stage is then built anew
 KINDS = ("model", "data", "report")
@@ -109,6 +110,7 @@ class Store:
 
     def __init__(self, root: str | Path):
         self.root = Path(root).absolute()
+        self._shared: dict[Path, Path] = {}  # scratch folder → the folder of the stage that the leader builds
 
     def find(self, stage: Stage) -> Done | None:
         """The finished stage, or None. Raises StageError where its folder is there and its record cannot be trusted."""
@@ -119,7 +121,43 @@ class Store:
 
         An exception in `fn`, or the death of the process, leaves the partial folder, and the next `build` continues in it. A second
         process that wants the same stage waits for the first. Raises StageError where the record of a finished stage is broken.
+
+        Several processes that work as one all call it, and `fn` runs in all of them: the leader finds, locks and finishes; what the
+        others' `fn` writes goes into a scratch folder, but for what it writes into `shared(folder)`.
         """
+        return self._build(stage, fn) if processes.count() == 1 else self._build_together(stage, fn)
+
+    def shared(self, folder: Path) -> Path:
+        """The one folder, for all processes, of the stage that is built in `folder`: there is one checkpoint, and all write it."""
+        return self._shared.get(folder, folder)
+
+    def _build_together(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None]) -> Done:
+        what = f"stage {stage.name} {stage.hash}"
+
+        def announced(folder: Path) -> dict[str, Any] | None:
+            processes.agree(None, what)  # nothing there: all build it
+            result = fn(folder)
+            processes.barrier(f"{what} built")
+            return result
+
+        if processes.is_leader():
+            done = self._build(stage, announced)
+            processes.agree({"record": done.record, "cached": done.cached}, what)
+            return done
+        told = processes.agree(None, what)
+        if told is None:
+            with tempfile.TemporaryDirectory(prefix="jaxrlhf-") as scratch:
+                self._shared[Path(scratch)] = self._partial(stage.hash)
+                fn(Path(scratch))
+                processes.barrier(f"{what} built")
+                del self._shared[Path(scratch)]
+            told = processes.agree(None, what)
+        return Done(stage.name, self.root / stage.hash, stage.hash, told["record"], told["cached"])
+
+    def _partial(self, hash: str) -> Path:
+        return self.root / f".partial-{hash}"
+
+    def _build(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None]) -> Done:
         found = self.find(stage)
         if found:
             return found
@@ -129,7 +167,7 @@ class Store:
             found = self.find(stage)  # the process we waited for may have finished it
             if found:
                 return found
-            partial = self.root / f".partial-{hash}"
+            partial = self._partial(hash)
             resumed = partial.is_dir()
             partial.mkdir(exist_ok=True)
             started = time.monotonic()
@@ -147,8 +185,13 @@ class Store:
         return done
 
     def link(self, done: Done, run_folder: str | Path, number: int, *, standalone: bool = False) -> Path:
-        """`run_folder/stages/NN-name` → the stage: a relative symlink, or a copy where `standalone` or the filesystem asks for one."""
+        """`run_folder/stages/NN-name` → the stage: a relative symlink, or a copy where `standalone` or the filesystem asks for one.
+
+        Of several processes the leader links.
+        """
         target = Path(run_folder).absolute() / "stages" / f"{number:02d}-{done.name}"
+        if not processes.is_leader():
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_name(f".{target.name}.new")
         _remove(fresh)
