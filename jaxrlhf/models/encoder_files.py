@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from jaxrlhf import sharding
 from jaxrlhf.models.encoder import Bert, BertConfig, bert_config_from_hf, build_bert
 from jaxrlhf.models.files import TensorReader, read_json
 from jaxrlhf.models.hub import check_vocabulary, read_tokenizer, resolve
-from jaxrlhf.models.names import Entry, leaf, plain, put, transposed
+from jaxrlhf.models.names import Entry, plain, transposed
+from jaxrlhf.models.reading import read_params
 from jaxrlhf.types import Params
 
 MODULES = "modules.json"
@@ -91,7 +90,7 @@ def load_encoder(
     bert = build_bert(config, pooling=pooling, dtype=dtype)
     tokenizer = _tokenizer(said.folder, config)
     length = token_limit(config, tokenizer, max_length if max_length is not None else said.max_length, given=max_length is not None)
-    params = sharding.place(_read(said.folder, config), mesh)
+    params = _read(said.folder, config, mesh)
     return LoadedEncoder(bert, params, tokenizer, config, pooling, length, said.lower_case, said.prompt)
 
 
@@ -104,7 +103,7 @@ def load_classifier(source: str | Path, *, max_length: int | None = None, dtype:
         config = replace(config, labels=tuple(f"LABEL_{n}" for n in range(count)))
     tokenizer = _tokenizer(folder, config)
     length = token_limit(config, tokenizer, max_length, given=max_length is not None)
-    params = sharding.place(_read(folder, config), mesh)
+    params = _read(folder, config, mesh)
     return LoadedClassifier(build_bert(config, dtype=dtype), params, tokenizer, config, config.labels, length)
 
 
@@ -272,8 +271,8 @@ def _layout(config: BertConfig) -> Iterator[Entry]:
             yield plain(f"{theirs}.bias", "classifier", ours, "bias")
 
 
-def _read(folder: Path, config: BertConfig) -> Params:
-    """Parameters as numpy arrays. ValueError for tensors that are missing, unknown or of another shape."""
+def _read(folder: Path, config: BertConfig, mesh: Any) -> Params:
+    """Parameters on the mesh. ValueError for tensors that are missing, unknown or of another shape."""
     read = TensorReader(folder)
     prefix = next((prefix for prefix in _PREFIXES if prefix + _FIRST in read.files), "")
     # Old files call the two arrays of a norm gamma and beta.
@@ -287,15 +286,7 @@ def _read(folder: Path, config: BertConfig) -> Params:
         what = f"{config.family} classifier" if config.labels else f"{config.family} encoder"
         raise ValueError(f"the tensors in {folder} are not those of the {what} its config.json describes; {'; '.join(parts)}.")
     shapes = jax.eval_shape(build_bert(config).init, jax.random.key(0))
-    params: dict[str, Any] = {}
-    for entry in entries:
-        (part,) = entry.split(read(stored[entry.name]))
-        if part.shape != leaf(shapes, entry.paths[0]).shape:
-            raise ValueError(
-                f"{entry.name} in {folder} has shape {list(part.shape)[::-1]}, which does not fit the shape that config.json gives."
-            )
-        put(params, entry.paths[0], np.ascontiguousarray(part))
-    return params
+    return read_params(read, entries, stored, shapes, mesh)
 
 
 def _modern(name: str) -> str:

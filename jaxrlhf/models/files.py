@@ -1,23 +1,27 @@
-"""Safetensors files, whole or sharded, read one tensor at a time and written so that nothing is ever half there."""
+"""Safetensors files, whole or sharded: read slice by slice, written tensor by tensor, and never seen half finished."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
+# After this many bytes of slices a file is mapped anew, so that its pages do not pile up.
+RELEASE_BYTES = 2**28
+# numpy's names and those of the format, the narrowest first.
+DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -43,54 +47,104 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 class TensorReader:
-    """Tensors by name as float32, whatever float they are stored in (bfloat16 included)."""
+    """Slices of tensors by name as float32, whatever float they are stored in (bfloat16 included).
+
+    Files are mapped, not read whole. The pages that slices have touched belong to the file, not to this process' own memory, and are
+    let go of after RELEASE_BYTES.
+    """
 
     def __init__(self, folder: Path):
         self.files = tensor_files(folder)
-        self._open: dict[Path, Any] = {}
+        self._path: Path | None = None
+        self._file: Any = None
+        self._touched = 0
 
-    def __call__(self, name: str) -> np.ndarray:
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the file's header. ValueError where it holds no floats."""
+        stored = self._slice(name)
+        dtype = stored.get_dtype()
+        if dtype not in DTYPES.values():
+            shown = dtype.replace("U", "uint").replace("I", "int") if dtype[1:].isdigit() else dtype
+            raise ValueError(f"{name} in {self.files[name]} is {shown}; weights must be {', '.join(DTYPES)}.")
+        return tuple(stored.get_shape())
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """One slice of a tensor, in memory of its own."""
+        part = self._slice(name)[index]
+        self._touched += part.nbytes
+        return part.astype(np.float32, copy=False)
+
+    def _slice(self, name: str) -> Any:
         path = self.files[name]
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="np")
-        tensor = self._open[path].get_tensor(name)
-        if tensor.dtype.name not in ("float32", "float16", "bfloat16", "float64"):
-            raise ValueError(f"{name} in {path} is {tensor.dtype.name}; weights must be float16, bfloat16, float32 or float64.")
-        return tensor.astype(np.float32)
+        if path != self._path or self._touched >= RELEASE_BYTES:
+            self.close()
+            self._path, self._file = path, safe_open(path, framework="np")
+        return self._file.get_slice(name)
+
+    def close(self) -> None:
+        """Unmap the file at hand; the next slice maps its own."""
+        self._path, self._file, self._touched = None, None, 0
 
 
-def write_tensors(tensors: Iterable[tuple[str, np.ndarray]], folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """One file, or numbered shards of at most `max_shard_bytes` (a larger tensor has a shard to itself) and their index.
+class Tensor(NamedTuple):
+    """A tensor yet to be written: what the header says of it, and a function that makes it."""
 
-    Tensors are taken one by one and written when a shard is full, so a whole second copy of the model never stands in memory.
-    """
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def shards_of(tensors: Iterable[Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[list[Tensor]]:
+    """Which tensors a file holds, in the order in which they lie there: at most `max_shard_bytes`, or one larger tensor by itself."""
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes {max_shard_bytes} must be positive.")
-    shards: list[tuple[Path, list[str]]] = []
-    pending: dict[str, np.ndarray] = {}
-    total = 0
+    shards: list[list[Tensor]] = [[]]
+    held = 0
+    for tensor in tensors:
+        if shards[-1] and held + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(tensor)
+        held += tensor.nbytes
+    # The order of the safetensors library: the widest dtype first, so that all stay aligned, then by name.
+    order = list(DTYPES)
+    return [sorted(shard, key=lambda tensor: (-order.index(tensor.dtype.name), tensor.name)) for shard in shards]
 
-    def flush() -> None:
-        path = folder / f"shard-{len(shards)}.partial"
-        save_file(pending, path, metadata={"format": "pt"})
-        shards.append((path, list(pending)))
-        pending.clear()
 
-    for name, tensor in tensors:
-        if pending and sum(held.nbytes for held in pending.values()) + tensor.nbytes > max_shard_bytes:
-            flush()
-        pending[name] = np.ascontiguousarray(tensor)
-        total += tensor.nbytes
-    flush()
+def write_shards(shards: list[list[Tensor]], folder: Path) -> None:
+    """model.safetensors, or numbered files and their index. One tensor at a time is made, written and forgotten."""
     if len(shards) == 1:
-        shards[0][0].rename(folder / WHOLE)
-        return
+        return _write_file(shards[0], folder / WHOLE)
     weight_map = {}
-    for number, (path, names) in enumerate(shards, start=1):
-        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        path.rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(shard, folder / name)
+        weight_map |= dict.fromkeys((tensor.name for tensor in shard), name)
+    total = sum(tensor.nbytes for shard in shards for tensor in shard)
     write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, folder / INDEX)
+
+
+def _write_file(tensors: list[Tensor], path: Path) -> None:
+    """The safetensors format: the header's length in 8 bytes, the header as JSON filled up to a multiple of 8, the tensors' bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    end = 0
+    for tensor in tensors:
+        offsets = [end, end := end + tensor.nbytes]
+        header[tensor.name] = {"dtype": DTYPES[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            made = np.ascontiguousarray(tensor.make())
+            if (made.shape, made.dtype) != (tensor.shape, tensor.dtype):
+                raise ValueError(f"{tensor.name} is {made.dtype}{list(made.shape)}, not {tensor.dtype}{list(tensor.shape)} as announced.")
+            file.write(made.reshape(-1).view(np.uint8).data)
 
 
 def write_json(value: Any, path: Path) -> None:

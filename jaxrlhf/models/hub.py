@@ -16,10 +16,11 @@ from jaxrlhf import sharding
 from jaxrlhf.data.chat import chat_end_id, eos_ids_of
 from jaxrlhf.data.tokens import tokenizer_fingerprint
 from jaxrlhf.models.families import config_from_hf
-from jaxrlhf.models.files import MAX_SHARD_BYTES, TensorReader, finished_folder, read_json, write_json, write_tensors
+from jaxrlhf.models.files import MAX_SHARD_BYTES, Tensor, TensorReader, finished_folder, read_json, shards_of, write_json, write_shards
 from jaxrlhf.models.heads import check_head, with_head
 from jaxrlhf.models.model import build_model
-from jaxrlhf.models.names import CLASSES, SCORE, Entry, is_ignored, layout, leaf, lm_head_names, prefix_of, put
+from jaxrlhf.models.names import CLASSES, SCORE, Entry, is_ignored, layout, leaf, lm_head_names, prefix_of
+from jaxrlhf.models.reading import read_params
 from jaxrlhf.models.transformer import DecoderConfig
 from jaxrlhf.types import Model, Params
 
@@ -27,6 +28,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "to
 # What config.json says about a classification head; a language model saved from it says nothing of the kind.
 _SCORE_FIELDS = ("reward_bias", "id2label", "label2id", "num_labels", "problem_type")
 PAD_TOKEN = "<|pad|>"
+_EMBEDDING = ("backbone", "embed", "embedding")
 # The files of a model folder that anything here reads: what is fetched from the hub, and what a folder's identity consists of.
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
@@ -40,19 +42,30 @@ class Loaded(NamedTuple):
     config: DecoderConfig
 
 
-def load(source: str | Path, *, head: str = "lm", key: Array | None = None, dtype: str | None = None, mesh: Any = None) -> Loaded:
+def load(
+    source: str | Path,
+    *,
+    head: str = "lm",
+    key: Array | None = None,
+    dtype: str | None = None,
+    mesh: Any = None,
+    remat: str = "none",
+    logits_chunk: int | None = None,
+) -> Loaded:
     """Read a model from a Hugging Face folder, or from a hub id through its cache.
 
     `head="scalar"` reads a reward model's head, and on a language model puts a new random one, which needs `key`. `dtype` is that of
-    the computation (default float32); parameters are always float32. `mesh` places them by the sharding table.
+    the computation (default float32); parameters are always float32. `mesh` places them by the sharding table. `remat` and
+    `logits_chunk` trade time for memory (`build_model`).
 
     ValueError: a family, setting or dtype that is not supported; tensors missing, unknown or of another shape; a new head without key.
     """
     check_head(head)
     folder = resolve(source)
     config = read_config(folder)
-    params = _read_params(folder, config, head, key)
-    return Loaded(build_model(config, head=head, dtype=dtype or "float32"), sharding.place(params, mesh), read_tokenizer(folder), config)
+    params = _read_params(folder, config, head, key, mesh)
+    model = build_model(config, head=head, dtype=dtype or "float32", remat=remat, logits_chunk=logits_chunk)
+    return Loaded(model, params, read_tokenizer(folder), config)
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -62,11 +75,19 @@ def read_config(folder: Path) -> DecoderConfig:
 
 
 def initialise(
-    config: DecoderConfig, *, key: Array, tokenizer: Any = None, head: str = "lm", dtype: str | None = None, mesh: Any = None
+    config: DecoderConfig,
+    *,
+    key: Array,
+    tokenizer: Any = None,
+    head: str = "lm",
+    dtype: str | None = None,
+    mesh: Any = None,
+    remat: str = "none",
+    logits_chunk: int | None = None,
 ) -> Loaded:
-    """A model from scratch, with random parameters."""
-    model = build_model(config, head=head, dtype=dtype or "float32")
-    return Loaded(model, sharding.place(model.init(key), mesh), tokenizer, config)
+    """A model from scratch, with random parameters; the other arguments as `load` takes them."""
+    model = build_model(config, head=head, dtype=dtype or "float32", remat=remat, logits_chunk=logits_chunk)
+    return Loaded(model, sharding.create(model.init, mesh, key), tokenizer, config)
 
 
 def rehead(loaded: Loaded, *, head: str, key: Array | None = None, dtype: str | None = None) -> Loaded:
@@ -180,8 +201,8 @@ def with_reward_bias(loaded: Loaded, bias: float) -> Loaded:
     return loaded._replace(config=replace(loaded.config, hf={**loaded.config.hf, "reward_bias": float(bias)}))
 
 
-def _read_params(folder: Path, config: DecoderConfig, head: str, key: Array | None) -> Params:
-    """The parameter tree from a folder's tensors, in numpy float32."""
+def _read_params(folder: Path, config: DecoderConfig, head: str, key: Array | None, mesh: Any) -> Params:
+    """The parameter tree from a folder's tensors, float32, on the mesh."""
     read = TensorReader(folder)
     prefix = prefix_of(config)
     # Some files hold the bare backbone, without the family's prefix.
@@ -203,10 +224,11 @@ def _read_params(folder: Path, config: DecoderConfig, head: str, key: Array | No
     _check_names(folder, {entry.name for entry in entries}, stored, config, head)
     # Shapes of the model that the config describes, without computing anything.
     wanted = jax.eval_shape(build_model(config, head=head).init, jax.random.key(0))
-    params: dict[str, Any] = {}
-    for entry in entries:
-        _fill(params, entry, read(stored[entry.name]), wanted, folder)
-    return with_head(params, key, config, head) if new_head else params
+    params = read_params(read, entries, stored, wanted, mesh)
+    if not new_head:
+        return params
+    made = with_head(params, key, config, head)["head"]
+    return {**params, **sharding.place({"head": jax.device_get(made)}, mesh)}
 
 
 def _check_names(folder: Path, wanted: set[str], stored: dict[str, str], config: DecoderConfig, head: str) -> None:
@@ -219,52 +241,58 @@ def _check_names(folder: Path, wanted: set[str], stored: dict[str, str], config:
         )
 
 
-def _fill(params: dict[str, Any], entry: Entry, tensor: np.ndarray, wanted: Params, folder: Path) -> None:
-    try:
-        leaves = entry.split(tensor)
-    except ValueError:  # a fused tensor whose rows are no multiple of the heads
-        leaves = ()
-    shapes = [leaf(wanted, path).shape for path in entry.paths]
-    if [part.shape for part in leaves] != shapes:
-        raise ValueError(f"{entry.name} in {folder} has shape {list(tensor.shape)}, which does not fit the shape that config.json gives.")
-    for path, part in zip(entry.paths, leaves, strict=True):
-        put(params, path, np.ascontiguousarray(part))
-
-
 def save(loaded: Loaded, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write a folder that `transformers` and `load` open: float32 safetensors, config, tokenizer.
 
     A scalar head becomes `…ForSequenceClassification` with one label and a pad token that is not EOS, because transformers finds the
     last token by it: the tokenizer's own, else a spare row of the vocabulary, else one appended row. All fields of the config that was
-    read are kept. The folder appears whole or not at all; one of the same name is replaced.
+    read are kept. The folder appears whole or not at all; one of the same name is replaced. Tensors are gathered, written and forgotten
+    one by one. Of several processes all call this, because gathering is collective; the first one writes.
     """
     folder = Path(folder)
-    params, config, tokenizer = sharding.gather(loaded.params), loaded.config, loaded.tokenizer
-    head = head_of(params)
+    params, config, tokenizer = loaded.params, loaded.config, loaded.tokenizer
+    head, more_rows = head_of(params), 0
     hf = {name: value for name, value in config.hf.items() if head == "scalar" or name not in _SCORE_FIELDS}
     hf |= {"model_type": config.family, "dtype": "float32"} | ({"torch_dtype": "float32"} if "torch_dtype" in hf else {})
     if head == "scalar":
         hf |= {"architectures": [f"{CLASSES[config.family]}ForSequenceClassification"], "reward_bias": reward_bias(loaded)}
         hf |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-        params, tokenizer, hf["pad_token_id"] = _with_pad(loaded._replace(params=params))
-        hf["vocab_size"] = params["backbone"]["embed"]["embedding"].shape[0]
+        rows = params["backbone"]["embed"]["embedding"].shape[0]
+        tokenizer, hf["pad_token_id"] = _with_pad(loaded, rows)
+        more_rows = int(hf["pad_token_id"] == rows)
+        hf["vocab_size"] = rows + more_rows
     else:
         hf["architectures"] = [f"{CLASSES[config.family]}ForCausalLM"]
+    shards = shards_of((_tensor(entry, params, more_rows) for entry in layout(config, head)), max_shard_bytes)
     if jax.process_index() != 0:
-        return  # gathering was collective; one process writes
+        for tensor in (tensor for shard in shards for tensor in shard):
+            tensor.make()
+        return
     with finished_folder(folder) as work:
         write_json(hf, work / "config.json")
         if config.generation:
             write_json(dict(config.generation), work / "generation_config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(work))
-        tensors = ((entry.name, entry.fuse(tuple(leaf(params, path) for path in entry.paths))) for entry in layout(config, head))
-        write_tensors(tensors, work, max_shard_bytes)
+        write_shards(shards, work)
 
 
-def _with_pad(loaded: Loaded) -> tuple[Params, Any, int]:
-    """Parameters, tokenizer and pad id of a reward model whose padding cannot be taken for the end of a text."""
-    tokenizer, rows = loaded.tokenizer, loaded.params["backbone"]["embed"]["embedding"].shape[0]
+def _tensor(entry: Entry, params: Params, more_rows: int) -> Tensor:
+    """One tensor of the file; the embedding gets `more_rows` (0 or 1) rows that are the mean of the others."""
+    leaves = [leaf(params, path) for path in entry.paths]
+    shape = entry.shape([part.shape for part in leaves])
+    grows = more_rows > 0 and entry.paths[0] == _EMBEDDING
+
+    def make() -> np.ndarray:
+        made = entry.fuse(tuple(sharding.gather(part) for part in leaves))
+        return np.concatenate([made, made.mean(axis=0, keepdims=True)]) if grows else made
+
+    return Tensor(entry.name, (shape[0] + more_rows, *shape[1:]) if grows else shape, np.dtype(leaves[0].dtype), make)
+
+
+def _with_pad(loaded: Loaded, rows: int) -> tuple[Any, int]:
+    """Tokenizer and pad id of a reward model whose padding cannot be taken for the end of a text; the id `rows` asks for one row more."""
+    tokenizer = loaded.tokenizer
     text_ids = {*eos_ids(loaded), loaded.config.hf.get("bos_token_id")}
     if tokenizer is None:
         pad = loaded.config.hf.get("pad_token_id")
@@ -277,9 +305,4 @@ def _with_pad(loaded: Loaded) -> tuple[Params, Any, int]:
         pad = tokenizer.pad_token_id
     if pad > rows:
         raise ValueError(f"the tokenizer's pad id {pad} lies beyond the {rows} rows of the embedding; its vocabulary is not this model's.")
-    if pad < rows:
-        return loaded.params, tokenizer, pad
-    backbone = dict(loaded.params["backbone"])
-    table = np.asarray(backbone["embed"]["embedding"])
-    backbone["embed"] = {"embedding": np.concatenate([table, table.mean(axis=0, keepdims=True)])}
-    return {**loaded.params, "backbone": backbone}, tokenizer, pad
+    return tokenizer, pad

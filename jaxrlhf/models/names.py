@@ -1,6 +1,7 @@
 """Tensor names in safetensors files ↔ leaves of the parameter tree, for each family.
 
 Kernels here are [in, out]; torch's Linear stores [out, in], GPT-2's Conv1D [in, out]. A fused query-key-value tensor becomes three leaves.
+Any slice of a leaf is read by the slices of the file's tensor that it consists of, so that a device reads its own part and nothing else.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from jaxrlhf.models.transformer import DecoderConfig
 
 Tensors = tuple[np.ndarray, ...]
 Path = tuple[str, ...]
+Shape = tuple[int, ...]
+Index = tuple[slice, ...]  # one slice with bounds an axis
+Get = Callable[[Index], np.ndarray]  # a slice of one tensor as it lies in its file
 
 PREFIXES = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}  # the others: "model."
 CLASSES = {"gpt2": "GPT2", "gpt_neox": "GPTNeoX", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -24,12 +28,16 @@ SCORE = "score.weight"
 _BUFFERS = re.compile(r"(attention|attn)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
 
 
+_BLOCK = 64
+
+
 class Entry(NamedTuple):
-    """One tensor of a file and the leaves it holds. `split` and `fuse` are inverse to each other."""
+    """One tensor of a file and the leaves it holds. What `fuse` makes of whole leaves, `read` takes apart again."""
 
     name: str
     paths: tuple[Path, ...]
-    split: Callable[[np.ndarray], Tensors]
+    shape: Callable[[list[Shape]], Shape]  # of the tensor, from the shapes of its leaves
+    read: Callable[[Get, int, Index], np.ndarray]  # slice `index` of leaf `paths[part]`; each element is asked for once
     fuse: Callable[[Tensors], np.ndarray]
 
 
@@ -51,11 +59,21 @@ def is_ignored(name: str, config: DecoderConfig, head: str) -> bool:
 
 
 def plain(name: str, *path: str) -> Entry:
-    return Entry(name, (path,), lambda tensor: (tensor,), lambda parts: parts[0])
+    return Entry(name, (path,), lambda shapes: shapes[0], lambda get, _, index: get(index), lambda parts: parts[0])
 
 
 def transposed(name: str, *path: str) -> Entry:
-    return Entry(name, (path,), lambda tensor: (tensor.T,), lambda parts: parts[0].T)
+    return Entry(
+        name, (path,), lambda shapes: shapes[0][::-1], lambda get, _, index: turned(get(index[::-1])), lambda parts: turned(parts[0])
+    )
+
+
+def turned(rows: np.ndarray) -> np.ndarray:
+    """A contiguous transpose. In blocks of rows, because numpy's own walk over a large matrix misses the cache at every step."""
+    out = np.empty(rows.shape[::-1], rows.dtype)
+    for start in range(0, rows.shape[0], _BLOCK):
+        out[..., start : start + _BLOCK] = rows[start : start + _BLOCK].T
+    return out
 
 
 def _layer_path(n: int, *path: str) -> Path:
@@ -74,49 +92,73 @@ def _linear(n: int, ours: str, theirs: str, *, bias: bool, weight: Callable[...,
         yield plain(f"{theirs}.bias", *_layer_path(n, *ours.split("/"), "bias"))
 
 
-def _fused(n: int, name: str, leaf: str, split: Callable[[np.ndarray], Tensors], fuse: Callable[[Tensors], np.ndarray]) -> Entry:
-    return Entry(name, tuple(_layer_path(n, "attention", part, leaf) for part in "qkv"), split, fuse)
+def _qkv(n: int, leaf: str) -> tuple[Path, ...]:
+    return tuple(_layer_path(n, "attention", part, leaf) for part in "qkv")
+
+
+def _side_by_side(name: str, paths: tuple[Path, ...], width: int) -> Entry:
+    """GPT-2's fused tensor, [d, 3·width] or [3·width]: the columns of q, of k and of v."""
+
+    def read(get: Get, part: int, index: Index) -> np.ndarray:
+        *rows, columns = index
+        return get((*rows, slice(part * width + columns.start, part * width + columns.stop)))
+
+    return Entry(
+        name,
+        paths,
+        lambda shapes: (*shapes[0][:-1], sum(shape[-1] for shape in shapes)),
+        read,
+        lambda parts: np.concatenate(parts, axis=-1),
+    )
+
+
+def _by_head(name: str, paths: tuple[Path, ...], size: int) -> Entry:
+    """GPT-NeoX's fused tensor, [3·H·D, d] or [3·H·D]: rows are ordered head, then q, k, v, then the D = `size` dimensions of the head.
+
+    Of every head a slice of a leaf [d, H·D] is one block of rows in the file.
+    """
+
+    def read(get: Get, part: int, index: Index) -> np.ndarray:
+        *rest, columns = index
+        out = np.empty([axis.stop - axis.start for axis in index], np.float32)
+        start = columns.start
+        while start < columns.stop:
+            head = start // size
+            stop = min((head + 1) * size, columns.stop)
+            shift = (2 * head + part) * size  # from column head·D + k of a leaf to row (3·head + part)·D + k of the file
+            out[..., start - columns.start : stop - columns.start] = get((slice(start + shift, stop + shift), *rest)).T
+            start = stop
+        return out
+
+    def fuse(parts: Tensors) -> np.ndarray:
+        heads, rest = parts[0].shape[-1] // size, parts[0].shape[:-1]
+        out = np.empty((heads, 3, size, *rest), parts[0].dtype)
+        for head in range(heads):
+            for part, leaf in enumerate(parts):
+                out[head, part] = leaf[..., head * size : (head + 1) * size].T
+        return out.reshape(-1, *rest)
+
+    return Entry(name, paths, lambda shapes: (sum(shape[-1] for shape in shapes), *shapes[0][:-1]), read, fuse)
 
 
 def _gpt2_layer(config: DecoderConfig, n: int) -> Iterator[Entry]:
     at = f"h.{n}"
     yield from _norms(n, "attention_norm", f"{at}.ln_1", bias=True)
     yield from _norms(n, "mlp_norm", f"{at}.ln_2", bias=True)
-    for ours, theirs in (("kernel", "weight"), ("bias", "bias")):  # [d, 3d] and [3d]: q, k and v side by side
-        yield _fused(
-            n, f"{at}.attn.c_attn.{theirs}", ours, lambda t: tuple(np.split(t, 3, axis=-1)), lambda parts: np.concatenate(parts, axis=-1)
-        )
+    for ours, theirs in (("kernel", "weight"), ("bias", "bias")):
+        yield _side_by_side(f"{at}.attn.c_attn.{theirs}", _qkv(n, ours), config.num_heads * config.head_dim)
     yield from _linear(n, "attention/out", f"{at}.attn.c_proj", bias=True, weight=plain)
     yield from _linear(n, "mlp/up", f"{at}.mlp.c_fc", bias=True, weight=plain)
     yield from _linear(n, "mlp/down", f"{at}.mlp.c_proj", bias=True, weight=plain)
 
 
-def _neox_split(heads: int) -> Callable[[np.ndarray], Tensors]:
-    """[3·H·D, …] → three [H·D, …]: rows are ordered head, then q/k/v, then dimension."""
-
-    def split(tensor: np.ndarray) -> Tensors:
-        rest = tensor.shape[1:]
-        by_head = tensor.reshape(heads, 3, -1, *rest)
-        return tuple(by_head[:, part].reshape(-1, *rest).T for part in range(3))
-
-    return split
-
-
-def _neox_fuse(heads: int) -> Callable[[Tensors], np.ndarray]:
-    def fuse(parts: Tensors) -> np.ndarray:
-        rows = [part.T.reshape(heads, -1, *part.T.shape[1:]) for part in parts]
-        return np.stack(rows, axis=1).reshape(-1, *rows[0].shape[2:])
-
-    return fuse
-
-
 def _gpt_neox_layer(config: DecoderConfig, n: int) -> Iterator[Entry]:
-    at, split, fuse = f"layers.{n}", _neox_split(config.num_heads), _neox_fuse(config.num_heads)
+    at = f"layers.{n}"
     yield from _norms(n, "attention_norm", f"{at}.input_layernorm", bias=True)
     yield from _norms(n, "mlp_norm", f"{at}.post_attention_layernorm", bias=True)
-    yield _fused(n, f"{at}.attention.query_key_value.weight", "kernel", split, fuse)
+    yield _by_head(f"{at}.attention.query_key_value.weight", _qkv(n, "kernel"), config.head_dim)
     if config.qkv_bias:
-        yield _fused(n, f"{at}.attention.query_key_value.bias", "bias", split, fuse)
+        yield _by_head(f"{at}.attention.query_key_value.bias", _qkv(n, "bias"), config.head_dim)
     yield from _linear(n, "attention/out", f"{at}.attention.dense", bias=config.out_bias)
     yield from _linear(n, "mlp/up", f"{at}.mlp.dense_h_to_4h", bias=True)
     yield from _linear(n, "mlp/down", f"{at}.mlp.dense_4h_to_h", bias=True)
@@ -168,7 +210,7 @@ def leaf(tree: Any, path: Path) -> Any:
     return tree
 
 
-def put(tree: dict[str, Any], path: Path, value: np.ndarray) -> None:
+def put(tree: dict[str, Any], path: Path, value: Any) -> None:
     for part in path[:-1]:
         tree = tree.setdefault(part, {})
     tree[path[-1]] = value

@@ -314,11 +314,15 @@ def test_saving_replaces_a_folder_whole(tmp_path, monkeypatch):
     models.save(loaded, out)
     assert not (out / files.INDEX).exists(), "no shard of the old folder is left"
 
-    def broken(*_, **__):
-        raise OSError("disk full")
+    calls = iter(range(5))
+
+    def broken(part):
+        if next(calls) == 4:
+            raise OSError("disk full")
+        return jax.device_get(part)
 
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    monkeypatch.setattr(files, "save_file", broken)
+    monkeypatch.setattr(sharding, "gather", broken)
     with pytest.raises(OSError, match="disk full"):
         models.save(loaded, out)
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
