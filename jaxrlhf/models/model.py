@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,22 +11,47 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrlhf.models.heads import check_head, init_lm_head, init_scalar_head, lm_logits, scalars
-from jaxrlhf.models.transformer import Backbone, Cache, DecoderConfig, with_room
+from jaxrlhf.models.transformer import REMAT, Backbone, Cache, DecoderConfig, with_room
 from jaxrlhf.types import Model, Outputs, Params, TokenStats
 
 # score_tokens holds at most this many float32 logits at a time (256 MB) unless told otherwise.
 LOGITS_AT_ONCE = 2**26
 
 
-@functools.lru_cache(maxsize=64)
-def build_model(config: DecoderConfig, *, head: str = "lm", dtype: str = "float32", remat: bool = False) -> Model:
+def build_model(
+    config: DecoderConfig,
+    *,
+    head: str = "lm",
+    dtype: str = "float32",
+    remat: str = "none",
+    logits_chunk: int | None = None,
+    constrain: Callable[..., Any] | None = None,
+) -> Model:
     """The functions of `types.Model` for a decoder.
 
     Parameters are float32; `dtype` is that of the computation ("float32" or "bfloat16"; log-softmax and attention weights are always
-    float32). `remat` recomputes layers in the backward pass. Equal arguments give the same functions, so compiled code is reused.
+    float32). Equal arguments give the same functions, so compiled code is reused. Two arguments change memory and time, and results by
+    no more than rounding: `remat` is what the backward pass computes again ("none"; "dots": all but the products with kernels; "full":
+    whole layers), and `logits_chunk` the number of positions whose logits `score_tokens` holds at a time (None: LOGITS_AT_ONCE decides).
+
+    `constrain` (`sharding.keep_rows(mesh)`) holds hidden states, keys and values to the devices that their rows belong to.
+
+    Raises ValueError for a head or a `remat` that is not known, and a `logits_chunk` below 1.
     """
+    return _build(config, head, dtype, remat, logits_chunk, constrain)
+
+
+@functools.lru_cache(maxsize=64)
+def _build(
+    config: DecoderConfig, head: str, dtype: str, remat: str, logits_chunk: int | None, constrain: Callable[..., Any] | None
+) -> Model:
     check_head(head)
-    backbone = Backbone(config, jnp.dtype(dtype), remat)
+    if remat not in REMAT:
+        raise ValueError(f"remat {remat!r} is not one of {', '.join(REMAT)}.")
+    if logits_chunk is not None and logits_chunk < 1:
+        raise ValueError(f"logits_chunk {logits_chunk} must be at least 1 position, or None.")
+    backbone = Backbone(config, jnp.dtype(dtype), remat, constrain)
+    unheld = Backbone(config, jnp.dtype(dtype))  # its one row belongs to no device
 
     def hidden(params: Params, tokens: Array, mask: Array, cache: Cache | None = None, start: int = 0) -> tuple[Array, Cache]:
         if not 0 <= start < tokens.shape[1]:
@@ -37,7 +63,7 @@ def build_model(config: DecoderConfig, *, head: str = "lm", dtype: str = "float3
     def init(key: Array) -> Params:
         body, top = jax.random.split(key)
         dummy = jnp.zeros((1, 1), jnp.int32)
-        variables: Any = backbone.init(body, dummy, dummy == 0)  # pyright: ignore[reportCallIssue]
+        variables: Any = unheld.init(body, dummy, dummy == 0)  # pyright: ignore[reportCallIssue]
         params = {"backbone": variables["params"]}
         if head == "scalar":
             params["head"] = init_scalar_head(top, config.hidden_size)
@@ -69,6 +95,7 @@ def build_model(config: DecoderConfig, *, head: str = "lm", dtype: str = "float3
             raise ValueError(f"start {start} must lie in 1..{tokens_BL.shape[1] - 1}: the first token has no prediction.")
         # The state at position t−1 predicts token t, so the last token is never an input.
         states, _ = hidden(params, tokens_BL[:, :-1], mask_BL[:, :-1], start=start - 1)
+        chunk = logits_chunk if chunk is None else chunk
         return chunked_stats(params, states, tokens_BL[:, start:], temperature, chunk, config.vocab_size)
 
     return Model(init, apply, prefill, decode, score_tokens)

@@ -6,7 +6,7 @@ products and layers are unrolled: both were measured against the alternatives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,6 +20,10 @@ from jaxrlhf.models.rope import Rope, RopeScaling, gather_rope, rope_table, rota
 
 # Added to the scores of forbidden keys: finite, so that no softmax can meet ∞ − ∞.
 _FORBIDDEN = -1e30
+
+# What the backward pass recomputes of a layer, and what is saved for it: everything; the results of the products with a kernel (the
+# element-wise rest and the attention weights are computed again); the layer's input alone (the layer is computed again).
+REMAT: dict[str, Any] = {"none": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,8 @@ class Block(_Layer):
 class Backbone(_Layer):
     """Tokens → final hidden states. `cache` given: one new token a row, against the cache."""
 
-    remat: bool = False  # recompute each layer's activations in the backward pass
+    remat: str = "none"  # a name in REMAT
+    constrain: Callable[..., Any] | None = None  # holds the layout of activations on a mesh: `sharding.keep_rows`
 
     def setup(self):
         c = self.config
@@ -208,7 +213,7 @@ class Backbone(_Layer):
         self.embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=jnp.float32, embedding_init=init)
         if c.positions == "learned":
             self.positions = nn.Embed(c.max_positions, c.hidden_size, dtype=self.dtype, param_dtype=jnp.float32, embedding_init=init)
-        block = nn.remat(Block, static_argnums=(5,)) if self.remat else Block
+        block = Block if self.remat == "none" else nn.remat(Block, static_argnums=(5,), policy=REMAT[self.remat])
         self.layers = [block(c, self.dtype) for _ in range(c.num_layers)]
         self.final_norm = self.normalisation()
 
@@ -224,6 +229,7 @@ class Backbone(_Layer):
         if c.positions == "learned" and length > c.max_positions:
             raise ValueError(f"{length} positions exceed the {c.max_positions} this model has learned; shorten the data limits.")
 
+        held = self.constrain or (lambda array, **_: array)
         x_BTd = self.embed(jnp.where(mask_BT, tokens_BT, 0))  # so that no padding id, in range or not, reaches a result
         if c.positions == "learned":
             x_BTd, rope = x_BTd + self.positions(positions_BT), None
@@ -233,13 +239,15 @@ class Backbone(_Layer):
         slides = c.sliding_window is not None and length > c.sliding_window
         sliding = attention_bias(mask_BS, slots_T, c.sliding_window) if slides else bias_BTS
 
+        x_BTd = held(x_BTd)
         keys, values = [], []
         for n, layer in enumerate(self.layers):
             past = None if cache is None else Past(cache.keys[n], cache.values[n], cache.index)
             cut = start if n == c.num_layers - 1 else 0
             x_BTd, k, v = layer(x_BTd, sliding if n in c.sliding_layers else bias_BTS, rope, past, cut)
-            keys.append(k)
-            values.append(v)
+            x_BTd = held(x_BTd)
+            keys.append(held(k, heads=1))
+            values.append(held(v, heads=1))
         end = jnp.int32(length) if cache is None else cache.index + 1
         grown = Cache(tuple(keys), tuple(values), mask_BS, end, positions_BT[:, -1] + mask_BT[:, -1].astype(jnp.int32))
         return self.final_norm(x_BTd), grown

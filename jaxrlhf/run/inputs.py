@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
+from jaxrlhf import processes
 from jaxrlhf.config import Config, Sources
 from jaxrlhf.data import toy
 from jaxrlhf.data.pairs import Demonstration, Pair, Prompt, ReadReport, read_demonstrations, read_pairs, read_prompts, split_by_prompt
@@ -25,6 +29,7 @@ from jaxrlhf.scorers.reward_model import reward_model_scorer
 from jaxrlhf.scorers.toy import toy_gold
 
 TOY = "toy"
+OF_MEMORY = ("remat", "logits_chunk", "offload_frozen")  # of config.model, but nothing that a result depends on
 T = TypeVar("T", Pair, Demonstration, Prompt)
 
 
@@ -88,8 +93,8 @@ def folder_identity(source: str, *, weights: bool = True) -> str:
 
 def model_identity(config: Config) -> dict[str, Any]:
     """What the base model is: the content of its folder, or a shape; and the dtype it computes in."""
-    source = config.model.source
-    return asdict(config.model) | {"source": None if source is None else folder_identity(source)}
+    section = {name: value for name, value in asdict(config.model).items() if name not in OF_MEMORY}
+    return section | {"source": None if config.model.source is None else folder_identity(config.model.source)}
 
 
 def tokenizer_identity(source: str | None) -> str | None:
@@ -109,7 +114,7 @@ def check(config: Config, tokenizer: Any = None, *, columns: tuple[str, ...] = (
             resolve(model)
     if config.model.source is not None:
         check_model(config, read_config(resolve(config.model.source)), tokenizer)
-    gold = function_scorer(config.gold.source or "") if config.gold.kind == "function" else None
+    gold = by_leader(function_scorer(config.gold.source or "")) if config.gold.kind == "function" else None
     if data.train == TOY:
         try_gold(gold, toy.prompts(data.toy, 2, config.text_seed, "evaluation"))
         return
@@ -269,11 +274,21 @@ def gold_of(config: Config, mesh: Any = None) -> Scorer | None:
     if gold.kind == "toy":
         return toy_gold(config.data.toy)
     if gold.kind == "function":
-        return function_scorer(gold.source or "")
+        return by_leader(function_scorer(gold.source or ""))
     if gold.kind == "model":
         limits = gold_limits(config, read_config(resolve(gold.source or "")))
         return reward_model_scorer(gold.source or "", batch_size=gold.batch_size, limits=limits, dtype=gold.dtype, mesh=mesh)
     return None
+
+
+def by_leader(scorer: Scorer) -> Scorer:
+    """A scorer that of several processes the leader asks, for all: a user's function may ask a server, or not say the same thing twice."""
+
+    def score(prompts: Sequence[str], responses: Sequence[str], /) -> np.ndarray:
+        said = scorer(prompts, responses).tolist() if processes.is_leader() else None
+        return np.asarray(processes.agree(said, "gold"), np.float32)
+
+    return score
 
 
 def gold_limits(config: Config, model: DecoderConfig) -> Limits:

@@ -43,7 +43,7 @@ from jaxrlhf.run import inputs
 from jaxrlhf.run.data import updated_pairs, valid_pairs
 from jaxrlhf.run.ensemble import numbered, spread_of
 from jaxrlhf.run.lineage import policy_lineage, reward_lineage, write_lineage
-from jaxrlhf.run.setting import CHECKPOINT, Setting
+from jaxrlhf.run.setting import Setting
 from jaxrlhf.run.stages import Done, Stage
 from jaxrlhf.scorers.reward_model import score_responses
 from jaxrlhf.steps.state import init_state, restarted_schedules
@@ -91,8 +91,9 @@ def given_tokenizer(config: Config) -> Any:
 def base_model(setting: Setting, tokenizer: Any) -> Loaded:
     """The model SFT starts from: read, or made from `model.shape` for this tokenizer."""
     config = setting.config
+    how = {"dtype": config.model.dtype, "remat": config.model.remat, "logits_chunk": config.model.logits_chunk, "mesh": setting.mesh}
     if config.model.source is not None:
-        base = load(config.model.source, head="lm", dtype=config.model.dtype, mesh=setting.mesh)
+        base = load(config.model.source, head="lm", **how)
         return with_tokenizer(base, tokenizer)
     longest = config.data.limits.max_prompt_length + max(config.data.limits.max_response_length, config.ppo.response_length)
     shape = {name: value for name, value in asdict(config.model.shape).items() if value is not None}
@@ -105,7 +106,7 @@ def base_model(setting: Setting, tokenizer: Any) -> Loaded:
         eos_id=tokenizer.eos_token_id,
     )
     key = rng.stream(rng.root_key(config.text_seed), "model/init")
-    return initialise(decoder, key=key, tokenizer=tokenizer, dtype=config.model.dtype, mesh=setting.mesh)
+    return initialise(decoder, key=key, tokenizer=tokenizer, **how)
 
 
 def sft_stage(setting: Setting, tokenizer_done: Done) -> Done:
@@ -335,7 +336,7 @@ def taken_over(setting: Setting, state: TrainState, previous: Done, restarts: tu
     restart_optimizer, restart_critic = restarts
     if restart_optimizer and restart_critic:
         return state
-    with Checkpoints(previous.folder / CHECKPOINT) as checkpoints:
+    with Checkpoints(setting.store.state_of(previous)) as checkpoints:
         found = checkpoints.restore(sharding.template(state, setting.mesh))
     if found is None:
         raise FileNotFoundError(f"{previous.folder} holds no training state to go on from; delete it to train that round again.")

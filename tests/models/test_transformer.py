@@ -115,16 +115,10 @@ def test_a_window_hides_distant_keys():
         assert (np.abs(model.apply(params, changed, mask).logits[0, -1] - base).max() > 1e-3) == matters
 
 
-def test_remat_and_bfloat16_compute_the_same_function():
+def test_bfloat16_computes_the_same_function():
     config = config_from_hf({**tiny_models.VARIANTS["gpt_neox-old-spelling"], "initializer_range": 0.1})
     tokens, mask = batch()
     params = build_model(config).init(jax.random.key(0))
-
-    def gradient(remat):
-        model = build_model(config, remat=remat)
-        return jax.jit(jax.grad(lambda p: model.score_tokens(p, tokens, mask, start=4).logp_BT.sum()))(params)
-
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient(False), gradient(True))
     low = build_model(config, dtype="bfloat16").apply(params, tokens, mask).logits
     exact = build_model(config).apply(params, tokens, mask).logits
     assert low.dtype == jnp.float32
