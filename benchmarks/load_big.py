@@ -93,12 +93,12 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def load_and_save(source: Path, copy: Path, axes: list[int]) -> dict:
+def load_and_save(source: Path, copy: Path, data: int, fsdp: int, tensor: int) -> dict:
     """In a fresh process: what loading and saving cost."""
     from jaxrlhf import sharding
 
-    jax.config.update("jax_num_cpu_devices", int(np.prod(axes)))
-    mesh = sharding.make_mesh(*axes)
+    jax.config.update("jax_num_cpu_devices", data * fsdp * tensor)
+    mesh = sharding.make_mesh(data, fsdp, tensor)
     jax.block_until_ready(jax.device_put(np.zeros(8), jax.devices()[-1]))
     memory = Memory()
     before = memory.reset()
@@ -148,7 +148,7 @@ def main() -> None:
     args = parser.parse_args()
     source, copy = args.folder / "source", args.folder / "copy"
     if args.phase == "load":
-        print(json.dumps(load_and_save(source, copy, args.mesh)))
+        print(json.dumps(load_and_save(source, copy, *args.mesh)))
         return
     try:
         write_model(source, args.layers)

@@ -131,7 +131,7 @@ def build(shapes: Any, mesh: Devices, read: Callable[[str, tuple[slice, ...]], n
     def fill(path: tuple[Any, ...], leaf: Any, where: NamedSharding) -> jax.Array:
         holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
         for device, index in where.addressable_devices_indices_map(leaf.shape).items():
-            bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index, leaf.shape, strict=True))
+            bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index or (), leaf.shape, strict=True))
             holders.setdefault(bounds, []).append(device)
         parts = [
             part

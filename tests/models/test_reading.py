@@ -15,7 +15,7 @@ import tiny_models
 from safetensors.numpy import load_file, save_file
 
 from jaxrlhf import models, sharding
-from jaxrlhf.models import files, heads
+from jaxrlhf.models import files, heads, hub, names
 
 GOLDEN = json.loads(tiny_models.GOLDEN.read_text())["models"]
 FAMILIES = ["gpt2", "gpt_neox-old-spelling", "llama", "mistral-window", "qwen2", "qwen3"]
@@ -63,9 +63,9 @@ def test_a_device_reads_its_own_slices_and_no_byte_is_read_twice(name, axes, tmp
         counts[tensor][tuple(slice(*pair) for pair in bounds)] += 1
         largest[tensor] = max(largest[tensor], int(np.prod([stop - start for start, stop in bounds])))
     assert all((count == 1).all() for count in counts.values())
-    entries = {entry.name: entry for entry in models.names.layout(models.hub.read_config(folder), "lm")}
+    entries = {entry.name: entry for entry in names.layout(hub.read_config(folder), "lm")}
     for tensor, size in largest.items():
-        leaves = [models.names.leaf(params, path) for path in entries[tensor].paths]
+        leaves = [names.leaf(params, path) for path in entries[tensor].paths]
         assert size <= max(leaf.addressable_shards[0].data.size for leaf in leaves), f"{tensor}: more than one device's part at once"
 
 
@@ -136,7 +136,7 @@ def test_files_are_what_the_safetensors_library_writes(tmp_path):
     """Byte for byte, so that a stage keeps its hash; dtypes mixed, names beyond ASCII, a header of every length."""
     for length in range(9):
         arrays = {"b": np.arange(3, dtype=np.float16), "a" * (length + 1): np.arange(6, dtype=np.float32).reshape(2, 3)}
-        arrays |= {"größe": np.float64([[1.5]]), "z": np.arange(2).astype(ml_dtypes.bfloat16), "none": np.zeros((0, 4), np.float32)}
+        arrays |= {"größe": np.array([[1.5]]), "z": np.arange(2).astype(ml_dtypes.bfloat16), "none": np.zeros((0, 4), np.float32)}
         save_file(arrays, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
         tensors = [files.Tensor(name, value.shape, value.dtype, lambda value=value: value) for name, value in arrays.items()]
         files.write_shards(files.shards_of(tensors), tmp_path)
