@@ -20,6 +20,7 @@ USAGE = """\
 jaxrlhf run CONFIG.yaml [--section.key value …]     all stages of a run, and its table
 jaxrlhf sweep CONFIG.yaml --seeds 5 [--…]           every arm at the seeds 0 to 4 (3,5,9: at these), and one table of all
 jaxrlhf sft | reward | ppo CONFIG.yaml [--…]        the stages up to that one (of round 1)
+jaxrlhf plan CONFIG.yaml [--devices 8] [--device h100] [--…]   memory and time of every phase, nothing run or fetched
 jaxrlhf embed | nearest DATA --output FOLDER        vectors of preference pairs; the pairs nearest to a policy's text
 jaxrlhf generate FOLDER [PROMPT …] [--file F]       sample from a policy
 jaxrlhf evaluate A [B] --gold … | --judge MODEL     policies, stored responses or references against each other
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if argv else 2
     commands = dict.fromkeys(("run", "sft", "reward", "ppo"), _run)
-    commands |= {"sweep": _sweep, "launch": _launch, "generate": _generate} | dict.fromkeys(TOOLS, _tool)
+    commands |= {"sweep": _sweep, "plan": _plan, "launch": _launch, "generate": _generate} | dict.fromkeys(TOOLS, _tool)
     if argv[0] not in commands:
         print(f"jaxrlhf: no command {argv[0]!r}.\n{USAGE}", end="", file=sys.stderr)
         return 2
@@ -116,6 +117,7 @@ def _run(command: str, argv: list[str]) -> int:
         processes.start(**group)
     config = _config_of(command, argv[0], overrides)
     _cache_compilations()
+    from jaxrlhf.remote import is_url, join
     from jaxrlhf.run.report import write_report
     from jaxrlhf.run.run import run
     from jaxrlhf.run.table import read_summaries, show
@@ -127,9 +129,10 @@ def _run(command: str, argv: list[str]) -> int:
         pass
     elif command == "run":
         show(read_summaries(folder))
-        print(f"run folder: {folder}")
+        where = join(config.output, config.name) if is_url(config.output) else folder
+        print(f"run folder: {where}")
         if page := write_report(folder):
-            print(f"report: {page}")
+            print(f"report: {join(where, page.name) if is_url(where) else page}")
     else:
         for stage in sorted((folder / "stages").glob("*")) if not config.arms else sorted(folder.glob("*/stages/*")):
             print(stage)
@@ -183,6 +186,27 @@ def _sweep(command: str, argv: list[str]) -> int:
     for line in way_out(done):
         print(f"jaxrlhf: {line}", file=sys.stderr)
     return 1 if way_out(done) else 0
+
+
+def _plan(command: str, argv: list[str]) -> int:
+    from jaxrlhf.run import plan
+
+    parser = argparse.ArgumentParser(
+        prog="jaxrlhf plan CONFIG.yaml",
+        description="What every phase of a run needs: memory by part, products of matrices, traffic, exchanges between devices, time. The "
+        "steps are compiled and not run; no data and no weights are read. Predictions, not measurements.",
+        epilog="Any other --section.key VALUE changes the recipe, as in `jaxrlhf run`.",
+        allow_abbrev=False,
+    )
+    plan.add_arguments(parser)
+    if argv and argv[0] in HELP:
+        parser.print_help()
+        return 0
+    if (status := _without_config(command, argv)) is not None:
+        return status
+    options, overrides = parser.parse_known_args(argv[1:])
+    plan.start_devices(options.devices)
+    return plan.main(options, _config_of(command, argv[0], overrides))
 
 
 def _without_config(command: str, argv: list[str]) -> int | None:

@@ -203,6 +203,16 @@ def counted() -> Iterator[Watch]:
         watch.stop()
 
 
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """What the block compiles is no part of a step: a library that cuts arrays to write them, say."""
+    _watching._latest.apart = True
+    try:
+        yield
+    finally:
+        _watching._latest.apart = False
+
+
 class _Watching(logging.Filter):
     """The watches that are open. While there is one, JAX's logger and its event of compilation are listened to.
 
@@ -247,7 +257,7 @@ class _Watching(logging.Filter):
         return record.levelno >= self._levels[1]
 
     def _event(self, event: str, duration_secs: float, **facts: Any) -> None:
-        if event != _EVENT:
+        if event != _EVENT or getattr(self._latest, "apart", False):
             return
         latest: Compilation | None = getattr(self._latest, "compilation", None)
         self._latest.compilation = None

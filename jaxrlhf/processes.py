@@ -15,7 +15,10 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import Any
+
+from jaxrlhf.cluster import Group, ProcessError, devices_of_task, wait_for, wanted
 
 HEARTBEAT = 30  # seconds without a sign of life after which jax takes a process for dead, and ends the others
 START_TIMEOUT = 300  # seconds that processes wait for each other at the start
@@ -27,99 +30,8 @@ SILENT = 12.0  # seconds without a word after which a process is said to be sile
 AGAIN = "Start all processes again with the same command: the run goes on from its last checkpoint."
 _PIECE = 500_000  # characters of a value that travel in one message
 
-ENVIRONMENT = {"coordinator": "JAX_COORDINATOR_ADDRESS", "num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
 _numbers = itertools.count()  # of agreements and barriers, which all processes pass in the same order
 _watch: _Watch | None = None
-
-
-class ProcessError(RuntimeError):
-    """Processes that cannot find each other or do not do the same; the message says why and what to do."""
-
-
-class Group(NamedTuple):
-    """How this process finds the others; what is None, jax asks `cluster` for."""
-
-    coordinator: str | None
-    num_processes: int | None
-    process_id: int | None
-    cluster: str | None
-
-
-def wanted(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> Group | None:
-    """What the arguments, else the environment (ENVIRONMENT), else a cluster say; None for a process that stands alone.
-
-    `num_processes` 1 stands alone wherever it runs. Raises ProcessError for what cannot be. Imports nothing.
-    """
-    coordinator = coordinator or os.environ.get(ENVIRONMENT["coordinator"]) or None
-    count = _number("num_processes", num_processes)
-    number = _number("process_id", process_id)
-    if count is not None and count < 1:
-        raise ProcessError(f"num_processes is {count}; there is at least 1.")
-    if count == 1 and (number or 0) == 0:
-        return None
-    cluster = _cluster()
-    given = {"coordinator": coordinator, "num_processes": count, "process_id": number}
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == 3:
-        return Group(None, None, None, cluster) if cluster else None
-    if missing and cluster is None:
-        have = ", ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
-        raise ProcessError(
-            f"{have} alone does not make a group of processes: --{' and --'.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing (or {', '.join(ENVIRONMENT[name] for name in missing)} in the environment). "
-            "Every process needs the same coordinator and number of processes, and its own process_id; in SLURM and on TPU pods none of them."
-        )
-    if number is not None and not 0 <= number < (count if count is not None else number + 1):
-        raise ProcessError(f"process_id is {number} of {count} processes; they are numbered from 0 to {count - 1 if count else '…'}.")
-    if coordinator is not None:
-        _address(coordinator)
-    return Group(coordinator, count, number, cluster if missing else None)
-
-
-def _number(name: str, given: int | None) -> int | None:
-    text = os.environ.get(ENVIRONMENT[name]) if given is None else str(given)
-    if not text:
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise ProcessError(f"{name} (from {ENVIRONMENT[name]}) is {text!r}, which is no whole number.") from None
-
-
-def _address(coordinator: str) -> tuple[str, int]:
-    host, colon, port = coordinator.rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ProcessError(f"coordinator is {coordinator!r}; give host:port, where process 0 runs and a port that is free there.")
-    return host.strip("[]"), int(port)
-
-
-def _cluster() -> str | None:
-    """The surroundings in which jax finds the other processes by itself, where there are several."""
-    env = os.environ
-    if _several(env.get("SLURM_NTASKS")) and {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"} <= env.keys():
-        return "SLURM"
-    if _several(env.get("OMPI_COMM_WORLD_SIZE")):
-        return "Open MPI"
-    hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES") or ""
-    if _several(env.get("MEGASCALE_NUM_SLICES")) or "," in hosts:
-        return "TPU slice"
-    if not hosts and "TPU_SKIP_MDS_QUERY" not in env and _tpu_machine():
-        return "TPU pod"
-    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
-        return "Kubernetes"
-    return None
-
-
-def _several(count: str | None) -> bool:
-    return count is not None and count.isdigit() and int(count) > 1
-
-
-def _tpu_machine() -> bool:
-    """Whether this is a Cloud TPU machine, which may be one of a pod: only its metadata server knows, and jax asks that."""
-    from importlib.util import find_spec
-
-    chips = os.path.exists("/dev/accel0") or (os.path.isdir("/dev/vfio") and len(os.listdir("/dev/vfio")) > 1)
-    return chips and find_spec("libtpu") is not None
 
 
 def start(
@@ -139,7 +51,7 @@ def start(
     if jax.distributed.is_initialized():
         return count() > 1
     if group.coordinator is not None and group.process_id:
-        _wait_for(*_address(group.coordinator), timeout)
+        wait_for(group.coordinator, timeout)
     patience = threading.Timer(20, _say, [f"still waiting for the other processes ({timeout} s at most)"])
     patience.daemon = True
     patience.start()
@@ -150,7 +62,7 @@ def start(
             group.coordinator,
             group.num_processes,
             group.process_id,
-            local_device_ids=_devices_of_task(),
+            local_device_ids=devices_of_task(),
             cluster_detection_method=None if group.cluster else "deactivate",
             initialization_timeout=timeout,
             heartbeat_timeout_seconds=HEARTBEAT,
@@ -163,42 +75,17 @@ def start(
     if count() == 1:
         return False
     _watch = _Watch()
-    _watch.start()
     return True
 
 
 def _not_started(group: Group, error: Exception) -> str:
-    where = group.coordinator or f"the {group.cluster}'s address"
+    where = group.coordinator or f"found through {group.cluster}"
     if "start RPC server" in str(error):
         return f"process 0 cannot listen at {where}: the port is taken, maybe by another run; name another one in --coordinator."
     if "before any JAX" in str(error) or "backend" in str(error):
         return "JAX was in use before the processes were joined; call jaxrlhf.processes.start() before anything else."
     alone = " A process that is to run alone is started with --num_processes 1." if group.cluster else ""
     return f"the processes could not be joined ({where}): {error or repr(error)}.{alone}"
-
-
-def _wait_for(host: str, port: int, timeout: int) -> None:
-    """Until process 0 answers: jax would end this process without an exception if it never does."""
-    deadline, reason = time.monotonic() + timeout, ""
-    while time.monotonic() < deadline:
-        try:
-            with socket.create_connection((host, port), timeout=5):
-                return
-        except OSError as error:
-            reason = str(error)
-        time.sleep(0.2)
-    raise ProcessError(
-        f"process 0 does not answer at {host}:{port} for {timeout} s ({reason}): start it too, look at the address, and see that its port is open."
-    )
-
-
-def _devices_of_task() -> list[int] | None:
-    """In SLURM jax gives every task one GPU, that of its number on the node; a task that is alone on its node has all of them."""
-    tasks, gpus = os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""), os.environ.get("SLURM_GPUS_ON_NODE", "")
-    alone = tasks == "1" or tasks.startswith("1(x")
-    if not alone or not gpus.isdigit() or "JAX_LOCAL_DEVICE_IDS" in os.environ:
-        return None
-    return list(range(int(gpus)))
 
 
 def count() -> int:
@@ -239,8 +126,8 @@ def agree(value: Any, what: str = "a value") -> Any:
     told = json.loads("".join(client.blocking_key_value_get(f"{key}/{n}", PATIENCE_MS) for n in range(pieces)))
     if told["what"] != what:
         raise ProcessError(
-            f"process {index()} is at {what!r} and process 0 at {told['what']!r}: they do not do the same. Start all with the same command, "
-            "config, code and data."
+            f"process {index()} is at {what!r} and process 0 at {told['what']!r}: they do not do the same. Start all with the same "
+            "command, config, code and data."
         )
     return told["value"]
 
@@ -319,26 +206,30 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-class _Watch(threading.Thread):
+class _Watch:
     """Tells the others that this process lives, and hears whether they do."""
 
     def __init__(self) -> None:
-        super().__init__(name="jaxrlhf-processes", daemon=True)
+        import jax
+
         self._client, self._me, self._count = _client(), index(), count()
+        self._lost = jax.errors.JaxRuntimeError  # the coordinator is gone, or has let go
         self._period = max(PERIOD, self._count / 64)  # the coordinator answers all of them
         self._stopped, self._lock = threading.Event(), threading.Lock()
         self._heard: dict[int, tuple[str, float]] = {}  # process → (its last word, when it was new)
         self._silent: set[int] = set()
         self._names: dict[int, str] = {}
-        self._client.key_value_set(f"jaxrlhf/name/{self._me}", f"process {self._me} of {self._count} ({socket.gethostname()}, {os.getpid()})")
+        name = f"process {self._me} of {self._count} (pid {os.getpid()} on {socket.gethostname()})"
+        self._client.key_value_set(f"jaxrlhf/name/{self._me}", name)
+        threading.Thread(target=self._run, name="jaxrlhf-processes", daemon=True).start()
 
-    def run(self) -> None:
+    def _run(self) -> None:
         for n in itertools.count():
             try:
                 self._client.key_value_set(f"jaxrlhf/alive/{self._me}", str(n), allow_overwrite=True)
                 self._listen()
                 failed = self._failed()
-            except Exception:  # the coordinator is gone: jax ends this process, or has let go already
+            except self._lost:  # jax ends this process now
                 return
             if failed and not self._stopped.is_set():
                 _say(failed)
@@ -352,10 +243,8 @@ class _Watch(threading.Thread):
     def tell(self, message: str) -> None:
         """Let the others know that this process ends because of `message`."""
         self.stop()
-        try:
+        with suppress(self._lost):
             self._client.key_value_set(f"jaxrlhf/failed/{self._me}", message)
-        except Exception:  # the coordinator is gone, and the others with it
-            return
 
     def gone(self) -> str | None:
         """Why another process is gone, in a sentence; None as long as all are there."""
@@ -363,17 +252,17 @@ class _Watch(threading.Thread):
             if failed := self._failed():
                 self.stop()
                 return failed
-        except Exception:
-            return f"process 0, which coordinates the others, is gone. {AGAIN}"
+        except self._lost:
+            return f"process 0, through which the processes talk, is gone. {AGAIN}"
         with self._lock:
-            silent = [self._name(number) for number in sorted(self._silent)]
-        return f"{' and '.join(silent)} cannot be heard any more. {AGAIN}" if silent else None
+            silent = sorted(self._silent)
+        return f"{' and '.join(map(self._called, silent))} cannot be heard any more. {AGAIN}" if silent else None
 
     def _failed(self) -> str | None:
         for key, message in self._client.key_value_dir_get("jaxrlhf/failed/"):
             number = int(key.rsplit("/", 1)[1])
             if number != self._me:
-                return f"{self._name(number)} ended: {message}"
+                return f"{self._called(number)} ended: {message}"
         return None
 
     def _listen(self) -> None:
@@ -384,13 +273,14 @@ class _Watch(threading.Thread):
             for number, word in words.items():
                 if self._heard.get(number, ("", 0.0))[0] != word:
                     self._heard[number] = word, now
-                    self._silent.discard(number)
-            fresh = [n for n, (_, when) in self._heard.items() if n != self._me and now - when > SILENT + self._period and n not in self._silent]
-            self._silent.update(fresh)
-        for number in fresh:
-            _say(f"{self._name(number)} cannot be heard for {SILENT:.0f} s. If it is gone, this process ends within {HEARTBEAT} s. {AGAIN}")
+            silent = {n for n, (_, when) in self._heard.items() if n != self._me and now - when > SILENT + self._period}
+            fresh, self._silent = silent - self._silent, silent
+        for number in sorted(fresh):
+            _say(
+                f"{self._called(number)} cannot be heard for {SILENT:.0f} s; if it is gone, jax ends this one within {HEARTBEAT} s. {AGAIN}"
+            )
 
-    def _name(self, number: int) -> str:
+    def _called(self, number: int) -> str:
         if number not in self._names:
             named = dict(self._client.key_value_dir_get("jaxrlhf/name/"))
             self._names[number] = named.get(f"jaxrlhf/name/{number}", f"process {number}")

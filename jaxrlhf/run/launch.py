@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
-from jaxrlhf.processes import AGAIN, ENVIRONMENT, STATUS_OF_OTHERS
+from jaxrlhf.cluster import ENVIRONMENT
+from jaxrlhf.processes import AGAIN, STATUS_OF_OTHERS
 
 COMMANDS = ("run", "sft", "reward", "ppo")
 LAUNCHED = "JAXRLHF_LAUNCHED"  # set for processes that something watches already
@@ -87,9 +88,11 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"jaxrlhf launch … {said}: what can be launched is {', '.join(COMMANDS)} CONFIG.yaml.")
     if options.processes < 1 or (options.devices_per_process is not None and options.devices_per_process < 1):
         raise ValueError(
-            f"--processes {options.processes} --devices_per_process {options.devices_per_process}: both are at least 1 (the second may be left out)."
+            f"--processes {options.processes} and --devices_per_process {options.devices_per_process}: both are at least 1 "
+            "(the second may be left out)."
         )
-    return launch([sys.executable, "-m", "jaxrlhf.cli", *options.command], options.processes, options.devices_per_process, grace=options.grace)
+    command = [sys.executable, "-m", "jaxrlhf.cli", *options.command]
+    return launch(command, options.processes, options.devices_per_process, grace=options.grace)
 
 
 def launch(command: Sequence[str], processes: int, devices: int | None = None, *, grace: float = GRACE) -> int:
@@ -105,7 +108,9 @@ def launch(command: Sequence[str], processes: int, devices: int | None = None, *
             interrupted, first = True, None
             end(members, grace, signal.SIGINT)
     if interrupted:
-        print("\njaxrlhf: stopped; the same command goes on from the last finished stage, or from a checkpoint inside one.", file=sys.stderr)
+        print(
+            "\njaxrlhf: stopped; the same command goes on from the last finished stage, or from a checkpoint inside one.", file=sys.stderr
+        )
         return 130
     if first is None:
         for member in members:
@@ -114,8 +119,16 @@ def launch(command: Sequence[str], processes: int, devices: int | None = None, *
     print(f"\njaxrlhf: {told(first, len(members))} The others are being ended.", file=sys.stderr, flush=True)
     started = time.monotonic()
     forced = end(members, grace)
-    others = ", ".join(f"{member.number} ({_how(member.ended())})" for member in members if member is not first)
-    print(f"jaxrlhf: process {others or '–'} ended {time.monotonic() - started:.0f} s later{forced}. {AGAIN}", file=sys.stderr, flush=True)
+    others = [f"process {member.number} ({_how(member.ended())})" for member in members if member is not first]
+    after = f"; {', '.join(others)} ended {time.monotonic() - started:.0f} s later{forced}" if others else ""
+    way_out = (
+        AGAIN if (first.ended() or 0) < 0 else "Mend the cause, then start all again with the same command: the run goes on where it was."
+    )
+    print(
+        f"jaxrlhf: process {first.number} of {len(members)} went first ({_how(first.ended())}){after}. {way_out}",
+        file=sys.stderr,
+        flush=True,
+    )
     status = first.ended() or 1
     return 128 - status if status < 0 else status
 
