@@ -22,8 +22,8 @@ from jaxrlhf.rollouts.credit import CreditRule, gae_credit, rloo_credit
 from jaxrlhf.rollouts.generate import check_left_padded, generate
 from jaxrlhf.rollouts.score import RolloutModels, score_rollout
 from jaxrlhf.steps.ppo import LossPart, make_ppo_step, policy_part, value_part
-from jaxrlhf.steps.state import actor_critic
-from jaxrlhf.types import Completion, Metrics, Model, Params, PolicyLoss, PromptBatch, Rollout, TrainState
+from jaxrlhf.steps.state import actor_critic, joined
+from jaxrlhf.types import Completion, Model, Params, PolicyLoss, PromptBatch, TrainState
 
 _log = logging.getLogger(__name__)
 
@@ -33,18 +33,20 @@ class PPOTrainer(NamedTuple):
 
     optimizer: optax.GradientTransformation
     sample: Callable[..., Completion]  # (params, prompts, key)
-    score: Callable[..., tuple[Rollout, Metrics]]  # (params, (prompts, completion), controller, reward_bias)
-    update: Callable[..., tuple[TrainState, Metrics]]  # (state, rollout, key)
+    score: sharding.Compiled  # (params, (prompts, completion), controller, reward_bias) → (Rollout, metrics)
+    update: sharding.Compiled  # (state, rollout, key) → (state, metrics)
 
 
 class RoundModels(NamedTuple):
     """Parameters that stay fixed while a round lasts. `reward` and `reward_bias` are tuples over the members where the reward is an
-    ensemble. `sft` is None where the KL reference is π_SFT itself."""
+    ensemble. `sft` is None where the KL reference is π_SFT itself. `base` is what does not learn of the models that do: {"policy": …} under
+    adapters."""
 
     reference: Params
     reward: Params
     reward_bias: float | tuple[float, ...]
     sft: Params | None = None
+    base: dict[str, Params] | None = None
 
 
 def num_updates(config: PPOConfig) -> int:
@@ -263,15 +265,17 @@ def train_ppo(
     Yields the state and its metrics, with the seconds each phase took.
     """
     frozen = {"reference": fixed.reference, "reward": fixed.reward} | ({} if fixed.sft is None else {"sft": fixed.sft})
+    rest = () if fixed.base is None else (fixed.base,)
     for update, batch in enumerate(prompts, start=start):
         clock = _Clock()
         check_left_padded(batch.prompt_mask_BL)
         batch = sharding.place_batch(batch, mesh)
-        completion = clock.timed("generate", trainer.sample(state.params["policy"], batch, rng.stream(key, "rollout", update)))
+        models = joined(state.params, fixed.base)
+        completion = clock.timed("generate", trainer.sample(models["policy"], batch, rng.stream(key, "rollout", update)))
         rollout, measured = clock.timed(
-            "score", trainer.score({**state.params, **frozen}, (batch, completion), state.controller, fixed.reward_bias)
+            "score", trainer.score({**models, **frozen}, (batch, completion), state.controller, fixed.reward_bias)
         )
-        state, learned = clock.timed("update", trainer.update(state, rollout, rng.stream(key, "minibatches", update)))
+        state, learned = clock.timed("update", trainer.update(state, rollout, rng.stream(key, "minibatches", update), *rest))
         yield state, {**measured, **learned, **clock.seconds}
 
 

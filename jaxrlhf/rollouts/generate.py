@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -73,7 +72,7 @@ def generate(
 
 
 @lru_cache(maxsize=64)
-def sampler(model: Model, mesh: Any, **how: Any) -> Callable[..., Completion]:
+def sampler(model: Model, mesh: Any, **how: Any) -> sharding.Compiled:
     """`sample` compiled for the devices of `mesh`: (params, (prompts_BL, mask_BL, index_B), key, temperature) → Completion; `.lower` too.
 
     `how`: the keyword arguments of `sample`. Equal arguments share compilations.

@@ -1,0 +1,69 @@
+"""What vendors publish of their devices, for predictions: peak, memory, bandwidths. Nothing here was measured."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+
+class Device(NamedTuple):
+    """One accelerator by its published figures. Peaks are dense, without sparsity."""
+
+    name: str
+    memory: float  # GiB; a vendor's "80 GB" of HBM is read as GiB, which is within 1 % of what its driver reports
+    bfloat16: float  # TFLOP/s of matrix products
+    float32: float  # TFLOP/s of matrix products at jax's default precision: TF32 on GPUs, one bfloat16 pass on TPUs
+    bandwidth: float  # GB/s of its memory
+    link: float  # GB/s to other devices of a host or slice, one direction; 0: not known
+    topology: str | None = None  # what its own compiler calls a slice of it, for compilation without the device; None: it cannot
+
+    def peak(self, dtype: str) -> float:
+        """FLOP/s of matrix products in `dtype`."""
+        return 1e12 * (self.bfloat16 if dtype == "bfloat16" else self.float32)
+
+
+# NVIDIA's data sheets (SXM boards; NVLink counted in one direction) and Google's pages on Cloud TPU system architecture.
+DEVICES: dict[str, Device] = {
+    "h200": Device("NVIDIA H200 SXM", 141, 989, 494, 4800, 450),
+    "h100": Device("NVIDIA H100 SXM", 80, 989, 494, 3350, 450),
+    "a100": Device("NVIDIA A100 80GB SXM", 80, 312, 156, 2039, 300),
+    "a100-40gb": Device("NVIDIA A100 40GB SXM", 40, 312, 156, 1555, 300),
+    "l4": Device("NVIDIA L4", 24, 121, 60, 300, 0),
+    "v6e": Device("Google TPU v6e", 32, 918, 918, 1640, 448, "v6e"),
+    "v5p": Device("Google TPU v5p", 95, 459, 459, 2765, 600, "v5p"),
+    "v5e": Device("Google TPU v5e", 16, 197, 197, 819, 200, "v5e"),
+    "v4": Device("Google TPU v4", 32, 275, 275, 1228, 300, "v4"),
+}
+_KINDS = (("h200", "h200"), ("h100", "h100"), ("a100-sxm4-40gb", "a100-40gb"), ("a100", "a100"), ("l4", "l4"))
+_KINDS += (("tpu v6", "v6e"), ("tpu v5 lite", "v5e"), ("tpu v5e", "v5e"), ("tpu v5", "v5p"), ("tpu v4", "v4"))
+
+
+def device_named(name: str) -> Device:
+    """The entry `name`. ValueError that lists them all for another."""
+    if name.lower() not in DEVICES:
+        raise ValueError(f"--device {name!r} is unknown; known are {', '.join(DEVICES)}, or give --memory, --peak and --bandwidth.")
+    return DEVICES[name.lower()]
+
+
+def device_of_kind(kind: str) -> Device | None:
+    """The entry of a device as jax names it (`jax.devices()[0].device_kind`), None for one that is not listed."""
+    return next((DEVICES[name] for part, name in _KINDS if part in kind.lower()), None)
+
+
+def own_device(memory: float | None, peak: float | None, bandwidth: float | None, given: Device | None) -> Device | None:
+    """`given` with what the user states instead: GiB, TFLOP/s, GB/s. ValueError unless a device of the user's own states all three."""
+    stated = (memory, peak, bandwidth)
+    for name, value in zip(("--memory", "--peak", "--bandwidth"), stated, strict=True):
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} {value} must be a number above 0.")
+    if all(value is None for value in stated):
+        return given
+    if given is None and None in stated:
+        raise ValueError("a device of your own needs all of --memory GIB, --peak TFLOPS and --bandwidth GB/S; or name one with --device.")
+    base = given or Device("your device", 0, 0, 0, 0, 0)
+    return base._replace(
+        memory=base.memory if memory is None else memory,
+        bfloat16=base.bfloat16 if peak is None else peak,
+        float32=base.float32 if peak is None else peak,
+        bandwidth=base.bandwidth if bandwidth is None else bandwidth,
+    )
