@@ -18,10 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxrlhf import processes
+from jaxrlhf import processes, remote
+from jaxrlhf.compilation import unwatched
 from jaxrlhf.types import Params, TrainState
 
 _args: Any = ocp.args
+_FILES = "files.json"  # put after all other files of a checkpoint, at a URL
 
 # Orbax logs a failed background write some ten times with its traceback; it is raised here once, as a CheckpointError.
 logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
@@ -42,13 +44,26 @@ class Checkpoints:
     `save` returns once the arrays are off the device and writes in the background; leaving the block (or `wait`) finishes the writing. A
     checkpoint appears under its name by an atomic rename, so one that was half-written when the process died is never seen; what such a
     death left behind is removed in the background. One process (or one group of JAX processes) at a time may have a folder open.
+
+    `folder` may be a URL. At gs:// every process writes its own part there itself. Elsewhere they are written on this machine and put
+    there before `save` returns, the list of their files last; opening fetches what is not here, so that another machine goes on from them.
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 2):
         if keep < 1:
             raise ValueError(f"keep {keep}: at least one checkpoint has to stay; try 1.")
-        self.folder = Path(folder).absolute()
+        self._url = str(folder) if remote.is_url(str(folder)) else None
+        self._direct = self._url is not None and self._url.split("://")[0] in remote.DIRECT
+        if self._url is not None and not self._direct and processes.count() > 1:
+            raise CheckpointError(f"{self._url}: several processes write their checkpoints to gs:// or a file system that all of them see.")
+        self.folder: Any = Path(folder).absolute() if self._url is None else remote.work_folder(self._url)
         with _clear_errors(self.folder, "open"):
+            if self._direct and self._url is not None:
+                from etils import epath
+
+                self.folder = epath.Path(self._url)
+            elif self._url is not None:
+                self._fetch(self._url)
             self.folder.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
             handlers: Any = {name: ocp.StandardCheckpointHandler() for name in ("params", "opt_state", "state")}
@@ -66,8 +81,12 @@ class Checkpoints:
         items = _items(state)
         self._check_room(items)
         saves = {name: _args.StandardSave(_flat(tree)) for name, tree in items.items() if jax.tree.leaves(tree)}
-        with _clear_errors(self.folder, "write"):
+        with unwatched(), _clear_errors(self.folder, "write"):  # several processes cut what all of them hold, and each writes a part
             self._manager.save(step, args=_args.Composite(meta=_args.JsonSave(meta or {}), **saves), force=True)
+        if self._url is not None and not self._direct:
+            self.wait()
+            with _clear_errors(self._url, "put"):
+                self._put(self._url)
 
     def latest_step(self) -> int | None:
         """The newest finished checkpoint's step; None where there is none."""
@@ -120,7 +139,29 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; it has {there or 'none'}.")
         return step
 
+    def _put(self, url: str) -> None:
+        """Put there what is here alone, and remove what is there alone."""
+        here, there = set(self._manager.all_steps()), _steps_at(url)
+        for step in sorted(here - there):
+            remote.put_folder(self.folder / str(step), remote.join(url, str(step)), last=_FILES)
+        for step in sorted(there - here):
+            remote.remove(remote.join(url, str(step), _FILES))  # first: without it the rest is no checkpoint
+            remote.remove(remote.join(url, str(step)))
+
+    def _fetch(self, url: str) -> None:
+        """Have here what is there, and nothing else: another machine may have gone on since."""
+        there = _steps_at(url)
+        for step in sorted(there):
+            folder = self.folder / str(step)
+            if not folder.is_dir() and remote.fetch_folder(remote.join(url, str(step)), folder, last=_FILES):
+                (folder / _FILES).unlink()
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if path.name.isdigit() and int(path.name) not in there:
+                shutil.rmtree(path)
+
     def _check_room(self, items: dict[str, Any]) -> None:
+        if self._direct:
+            return
         needed = sum(_bytes(leaf) for leaf in jax.tree.leaves(items))
         free = shutil.disk_usage(self.folder).free
         if needed > free:
@@ -140,6 +181,12 @@ class Checkpoints:
             reads = {name: _args.StandardRestore({k: _struct(v) for k, v in flat[name].items()}) for name in wanted}
             got = self._manager.restore(step, args=_args.Composite(meta=_args.JsonRestore(), **reads))
         return {name: _unflat(tree, got[name] if name in wanted else {}) for name, tree in templates.items()}, got["meta"]
+
+
+def _steps_at(url: str) -> set[int]:
+    """The checkpoints that are whole at a URL."""
+    parts = [name.split("/") for name in remote.names(url)]
+    return {int(part[0]) for part in parts if len(part) == 2 and part[0].isdigit() and part[1] == _FILES}
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -202,11 +249,11 @@ def _compare(path: Path, wanted: dict[str, Any], stored: dict[str, tuple[tuple[i
 
 
 @contextmanager
-def _clear_errors(folder: Path, verb: str) -> Iterator[None]:
+def _clear_errors(folder: Path | str, verb: str) -> Iterator[None]:
     """One clear error for whatever the store raises, a full disk above all."""
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, remote.RemoteError):
         raise
     except Exception as error:
         full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "no space left" in str(error).lower()

@@ -16,6 +16,7 @@ ORDER = (
         "hlo_text",
         "hlo",
         "compilation",
+        "remote",
         "runlog",
         "checkpoint",
         "layout",

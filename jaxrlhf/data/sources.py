@@ -14,10 +14,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from jaxrlhf import remote
 from jaxrlhf.data.report import DataError
 
+T = TypeVar("T")
 Source = str | Path
 SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz", ".parquet")
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:\[([\w.]+)\])?")
@@ -50,7 +52,9 @@ def iter_rows(source: Source | Sequence[Source], *, split: str = "train", subset
 
 def source_files(source: Source) -> list[Path] | None:
     """The files one source stands for: itself, a folder's shards, or a pattern's matches by name; None where it can only be a hub id."""
-    path = Path(source).expanduser()
+    if remote.is_url(source):
+        return _remote_files(str(source))
+    path = remote.as_path(source).expanduser()
     if path.is_dir():
         return _shards(path)
     if path.exists():
@@ -72,12 +76,29 @@ def _iter_file(path: Path) -> Iterator[Located]:
     return _iter_array(path) if ".json" in name and ".jsonl" not in name and _first_byte(path) == b"[" else _iter_lines(path)
 
 
+def _remote_files(url: str) -> list[Path]:
+    """The copies on this machine of the files at a URL, which may be a pattern or a folder."""
+    there = remote.expand(url)
+    if there != [url]:
+        chosen = [one for one in there if one.lower().endswith(SUFFIXES) and not one.rsplit("/", 1)[1].startswith(".")]
+        if not there or (not chosen and set("*?[") & set(url)):
+            raise FileNotFoundError(f"{url}: no file there, or none that matches.")
+        there = chosen if set("*?[") & set(url) else _one_set(chosen, url)
+    return [remote.cached(one) for one in there]
+
+
 def _shards(folder: Path) -> list[Path]:
     """The data files of a folder, if they are the shards of one set (train-00000-of-00002.parquet, …); an error if they mix sets."""
     files = sorted(p for p in folder.iterdir() if p.name.lower().endswith(SUFFIXES) and not p.name.startswith("."))
-    sets = {re.sub(r"[-_]?\d+(-of-\d+)?$", "", p.name.split(".")[0]) for p in files}
+    return _one_set(files, folder)
+
+
+def _one_set(files: list[T], folder: Source) -> list[T]:
+    """The files, if they are the shards of one set."""
+    names = [str(one).rsplit("/", 1)[-1] for one in files]
+    sets = {re.sub(r"[-_]?\d+(-of-\d+)?$", "", name.split(".")[0]) for name in names}
     if len(sets) != 1:
-        listed = ", ".join(p.name for p in files[:8]) or "no data file"
+        listed = ", ".join(names[:8]) or "no data file"
         raise DataError(f"{folder} is a folder and not the shards of one set; it holds {listed}. Name the file to read.")
     return files
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxrlhf import sharding
+from jaxrlhf import remote, sharding
 from jaxrlhf.data.chat import chat_end_id, eos_ids_of
 from jaxrlhf.data.tokens import tokenizer_fingerprint
 from jaxrlhf.models.families import config_from_hf
@@ -97,8 +97,13 @@ def rehead(loaded: Loaded, *, head: str, key: Array | None = None, dtype: str | 
 
 
 def resolve(source: str | Path) -> Path:
-    """A local folder as it is; anything else is a hub id, fetched into or found in the hub's cache."""
-    folder = Path(source).expanduser()
+    """A local folder as it is, one at a URL as the copy of it here; anything else is a hub id, fetched into or found in the hub's cache."""
+    if remote.is_url(source):
+        folder = remote.cached_folder(str(source))
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{source} is not a model folder: it has no config.json.")
+        return folder
+    folder = remote.as_path(source).expanduser()
     if (folder / "config.json").is_file():
         return folder
     text = str(source)

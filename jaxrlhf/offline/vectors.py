@@ -32,6 +32,7 @@ import numpy as np
 
 from jaxrlhf import processes
 from jaxrlhf.offline.embed import Backend, EncoderIdentity, Progress, check_texts, encoder_identity, open_encoder
+from jaxrlhf.remote import is_url
 
 FORMAT = 1
 INDEX = "index.json"
@@ -103,6 +104,8 @@ def embed_cached(
     """
     if shard_rows < 1:
         raise ValueError(f"shard_rows is {shard_rows}; a shard needs at least 1 text.")
+    if is_url(folder):
+        raise ValueError(f"vectors are mapped into memory from files of this machine; give a folder instead of {folder}.")
     check_texts(texts)
     keys = [text_key(text) for text in texts]
     identity = encoder_identity(encoder, backend=backend, pooling=pooling, max_length=max_length, dtype=dtype)

@@ -12,6 +12,8 @@ from threading import Lock
 
 from jaxrlhf.evaluation.report import PAGE, ReportError, report, watched, write
 from jaxrlhf.evaluation.report_samples import CAP
+from jaxrlhf.remote import as_path, is_url
+from jaxrlhf.run.elsewhere import fetch_run, publish, put_report
 
 HOST, PORT = "127.0.0.1", 8765
 
@@ -22,7 +24,9 @@ def write_report(folder: str | Path) -> Path | None:
     The run is done and its folder is whole: no fault in drawing a page may turn it into a failure.
     """
     try:
-        return write(report([folder]), Path(folder) / PAGE)
+        page = write(report([folder]), Path(folder) / PAGE)
+        publish(Path(folder))
+        return page
     except Exception as error:
         print(f"jaxrlhf: the report was not written ({type(error).__name__}: {error}); the run is whole: try jaxrlhf report {folder}",
               file=sys.stderr)  # fmt: skip
@@ -43,12 +47,17 @@ def main(options: argparse.Namespace) -> int:
     if options.samples < 0:
         raise ReportError(f"--samples {options.samples}: give how many rows at most, 0 or more.")
     if options.serve is not None:
+        if any(is_url(run) for run in options.runs):
+            raise ReportError("--serve follows folders of this machine; leave it out for a run at a URL.")
         return serve(options.runs, options.serve, cap=options.samples)
-    done = report(options.runs, cap=options.samples)
-    target = target_of(options.output, Path(options.runs[0]).expanduser())
+    runs = [fetch_run(run) if is_url(run) else as_path(run).expanduser() for run in options.runs]
+    done = report(runs, cap=options.samples)
+    target = target_of(options.output, runs[0])
     for line in done.missing:
         print(f"jaxrlhf: {line}", file=sys.stderr)
     print(f"report: {write(done, target)}")
+    if is_url(options.runs[0]) and options.output is None:
+        print(f"report: {put_report(options.runs[0], target)}")
     return 0
 
 

@@ -16,12 +16,13 @@ from jaxrlhf.plugins import plugin
 from jaxrlhf.recipe import ConfigError, arms, load_config, to_yaml
 from jaxrlhf.run import inputs
 from jaxrlhf.run.data import check_update, pairs_stage, report_of, update_stage
+from jaxrlhf.run.elsewhere import check_places, folder_of, open_run, publish, store_of
 from jaxrlhf.run.evaluate import evaluation_stage
 from jaxrlhf.run.models import given_tokenizer, policy_stage, reward_stage, sft_stage, tokenizer_stage
 from jaxrlhf.run.preference import preference_stage
 from jaxrlhf.run.refit import refit_stage
 from jaxrlhf.run.setting import Setting
-from jaxrlhf.run.stages import Done, Store
+from jaxrlhf.run.stages import Done
 from jaxrlhf.runlog import RunLog
 
 UNTIL = ("sft", "reward", "ppo")  # where a single-stage command stops; the latter two in round 1
@@ -46,8 +47,10 @@ def run(config: Config | str | Path, *, until: str | None = None, log: RunLog | 
     for one in arms(config).values():
         check(one)
     check_same(config)
-    folder = Path(config.output) / config.name
+    check_places(config)
+    folder = folder_of(config)
     if config.arms:
+        open_run(config)
         write_whole(folder / "config.yaml", to_yaml(config))
     for one in arms(config).values():
         _run_one(one, until, log)
@@ -93,12 +96,12 @@ def check(config: Config) -> None:
 
 
 def _run_one(config: Config, until: str | None, log: RunLog | None) -> None:
-    folder = Path(config.output) / config.name
+    folder = folder_of(config)
     leads = processes.is_leader()
-    folder.mkdir(parents=True, exist_ok=True)
+    open_run(config)
     replaces = leads and (folder / "summary.json").exists() and (folder / "config.yaml").read_text(encoding="utf-8") != to_yaml(config)
     write_whole(folder / "config.yaml", to_yaml(config))
-    store = Store(config.store or Path(config.output) / ".stages")
+    store = store_of(config)
     mesh = sharding.mesh_of(config.mesh)
     wandb = {"project": config.log.wandb, "name": config.name} if config.log.wandb else None
     own = log or RunLog(folder if leads else None, tensorboard=config.log.tensorboard, wandb=wandb)
@@ -112,6 +115,8 @@ def _run_one(config: Config, until: str | None, log: RunLog | None) -> None:
     finally:
         if log is None:
             own.close()
+    if leads:
+        publish(folder)
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +15,11 @@ from jaxrlhf.compilation import Watch
 from jaxrlhf.config import Config
 from jaxrlhf.data.report import ReadReport
 from jaxrlhf.models.hub import Loaded, load
+from jaxrlhf.run.elsewhere import publish
 from jaxrlhf.run.stages import Done, Stage, Store
 from jaxrlhf.runlog import FILE, RunLog, StageLog
 from jaxrlhf.types import Metrics, TrainState
 
-CHECKPOINT = "checkpoint"  # the folder of training state inside a stage's
 Progress = Callable[[int, int], None]  # (batches done, of all)
 Loop = Callable[[TrainState, int], Iterator[tuple[TrainState, Metrics]]]
 
@@ -58,7 +57,7 @@ class Setting:
             result = fn(folder)
             processes.barrier(f"{stage.name}: done with its checkpoints")
             if not keep_state and processes.is_leader():
-                shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+                self.store.drop_state(folder)
             return result
 
         name = stage.name.removeprefix(f"r{round}-")  # what it logs under
@@ -70,7 +69,15 @@ class Setting:
                 self.log.replay(done.folder / FILE, name, round=round)
         self.store.link(done, self.folder, len(self.stages), standalone=self.config.standalone)
         self.stages.append(done)
+        if processes.is_leader():
+            publish(self.folder)
         return done
+
+    def saving(self, folder: Path) -> None:
+        """What lies beside the training state that is about to be saved is as safe as that."""
+        if processes.is_leader():
+            self.store.saving(folder)
+            publish(self.folder)
 
     def watch(self) -> Watch | None:
         """What notices compilations in the middle of a loop (log.recompiles)."""
@@ -135,7 +142,7 @@ class Setting:
         if steps == 0:
             return state
         checkpoint = self.config.checkpoint
-        with Checkpoints(self.store.shared(folder) / CHECKPOINT, keep=checkpoint.keep) as checkpoints:
+        with Checkpoints(self.store.state(folder), keep=checkpoint.keep) as checkpoints:
             found = checkpoints.restore(sharding.template(state, self.mesh))
             if found is not None:
                 jax.tree.map(lambda x: x.delete(), state)  # as the first step would: going on needs no more memory than starting
@@ -153,5 +160,6 @@ class Setting:
                         stage.step(n, metrics, tokens=tokens * self.config.log.every)
                     if n % checkpoint.every == 0 or n == steps:
                         stage.flush()  # a run that goes on from here will not take this step again
+                        self.saving(folder)
                         checkpoints.save(n, state)
         return state

@@ -28,6 +28,7 @@ from jaxrlhf import compilation, processes
 STAGE_FORMAT = 1  # raise it when what a stage folder holds changes its meaning: every stage is then built anew
 KINDS = ("model", "data", "report")
 RECORD = "stage.json"
+STATE = "checkpoint"  # the folder of training state inside a stage's
 
 _log = logging.getLogger(__name__)
 
@@ -131,6 +132,24 @@ class Store:
         """The one folder, for all processes, of the stage that is built in `folder`: there is one checkpoint, and all write it."""
         return self._shared.get(folder, folder)
 
+    def state(self, folder: Path) -> Path | str:
+        """Where the training state of the stage that is built in `folder` is kept, for all processes."""
+        return self.shared(folder) / STATE
+
+    def state_of(self, done: Done) -> Path | str:
+        """Where the training state of a finished stage is, if it was kept."""
+        return done.folder / STATE
+
+    def drop_state(self, folder: Path) -> None:
+        """The stage in `folder` needs its training state no more."""
+        shutil.rmtree(folder / STATE, ignore_errors=True)
+
+    def saving(self, folder: Path) -> None:
+        """Called before the stage in `folder` saves its training state: what lies beside it should be as safe."""
+
+    def _fetch(self, hash: str) -> None:
+        """Have a stage here that another process has finished; they share the folder."""
+
     def _build_together(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None]) -> Done:
         what = f"stage {stage.name} {stage.hash}"
 
@@ -152,6 +171,7 @@ class Store:
                 processes.barrier(f"{what} built")
                 del self._shared[Path(scratch)]
             told = processes.agree(None, what)
+        self._fetch(stage.hash)
         return Done(stage.name, self.root / stage.hash, stage.hash, told["record"], told["cached"])
 
     def _partial(self, hash: str) -> Path:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from jaxrlhf import sharding
 from jaxrlhf.config import Config
 from jaxrlhf.recipe import ConfigError, arms, load_config, to_yaml
+from jaxrlhf.remote import is_url
 from jaxrlhf.run.run import check, run, walk_through, write_whole
 from jaxrlhf.run.setting import Setting
 from jaxrlhf.run.stages import Done, Stage, Store
@@ -75,6 +76,9 @@ def sweep(config: Config | str | Path, seeds: Sequence[int], *, log: RunLog | No
     jobs = jobs_of(config, seeds)
     if not jobs:
         raise ConfigError("a sweep needs at least one seed.")
+    for name, place in (("output", config.output), ("store", config.store)):
+        if is_url(place):
+            raise ConfigError(f"{name} is {place}: a sweep keeps its runs on this machine; give a folder, or run the arms one by one.")
     own = [name for name, changes in config.arms.items() if "seed" in changes]
     if own:
         raise ConfigError(f"arms.{own[0]} sets seed, so the seeds of a sweep would not reach it; take it out of the arm.")

@@ -1,0 +1,186 @@
+"""Runs and stages at URLs: worked on in a folder of this machine, and put there when they are finished.
+
+    gs://bucket/runs/NAME/             config.yaml summary.json metrics.jsonl report.html …; links.json names the stages
+    gs://bucket/runs/.stages/HASH/     a finished stage; its stage.json is put last and names every file with its sha256
+                     .state-HASH/      the training state of an unfinished one, and its metrics so far
+
+A stage is found on this machine, else at the URL (and fetched), else built here and put there. Object stores have no locks: two machines
+that build the same stage at once both build it, and the one that finishes last is kept; the contents are equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf import processes, remote
+from jaxrlhf.config import Config
+from jaxrlhf.remote import LINKS
+from jaxrlhf.run.stages import RECORD, STATE, Done, Stage, Store
+from jaxrlhf.runlog import FILE
+
+PUT = ".put.json"  # in the copy of a run folder: its URL, and what was put there
+TAKEN = ("config.yaml", "summary.json", FILE, "wandb_id")  # of a run that another machine has begun
+WEIGHTS = (".safetensors",)
+
+
+def folder_of(config: Config) -> Path:
+    """The run folder on this machine: the run folder itself, or the copy of one at a URL."""
+    return (remote.work_folder(config.output) if remote.is_url(config.output) else remote.as_path(config.output)) / config.name
+
+
+def store_of(config: Config) -> Store:
+    """Where the finished stages of a run are."""
+    if config.store is not None:
+        place = config.store
+    else:
+        place = remote.join(config.output, ".stages") if remote.is_url(config.output) else remote.as_path(config.output) / ".stages"
+    return RemoteStore(place) if isinstance(place, str) and remote.is_url(place) else Store(remote.as_path(place))
+
+
+def check_places(config: Config) -> None:
+    """Raise RemoteError where the run's URLs cannot be written: before anything is built."""
+    for url in (config.output, config.store or ""):
+        if remote.is_url(url) and processes.is_leader():
+            remote.check_writable(url)
+
+
+class RemoteStore(Store):
+    """A store at a URL, worked on through a folder of this machine, where all that was built or needed stays for the next run."""
+
+    def __init__(self, url: str):
+        super().__init__(remote.work_folder(url))
+        self.url = url.rstrip("/")
+        self._unneeded: set[str] = set()  # stages whose training state goes when they are there
+
+    def state(self, folder: Path) -> str:
+        return self._state(self.shared(folder).name.removeprefix(".partial-"))
+
+    def state_of(self, done: Done) -> str:
+        return self._state(done.hash)
+
+    def drop_state(self, folder: Path) -> None:
+        self._unneeded.add(folder.name.removeprefix(".partial-"))  # only once the stage has left this machine
+
+    def saving(self, folder: Path) -> None:
+        if (folder / FILE).exists():
+            hash = folder.name.removeprefix(".partial-")
+            remote.put_file(folder / FILE, remote.join(self.url, f".state-{hash}", FILE))
+
+    def _state(self, hash: str) -> str:
+        return remote.join(self.url, f".state-{hash}", STATE)
+
+    def _build(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None]) -> Done:
+        def goes_on(folder: Path) -> dict[str, Any] | None:
+            if not any(folder.iterdir()):  # another machine may have begun it
+                remote.fetch_file(remote.join(self.url, f".state-{stage.hash}", FILE), folder / FILE)
+            return fn(folder)
+
+        return super()._build(stage, goes_on)
+
+    def _load(self, stage: Stage, *, cached: bool) -> Done | None:
+        done = super()._load(stage, cached=cached)
+        if done is None:
+            self._fetch(stage.hash)
+            return super()._load(stage, cached=cached)
+        if remote.read(remote.join(self.url, stage.hash, RECORD)) is None:
+            remote.put_folder(done.folder, remote.join(self.url, stage.hash), last=RECORD)
+        if stage.hash in self._unneeded:
+            self._unneeded.discard(stage.hash)
+            remote.remove(remote.join(self.url, f".state-{stage.hash}"))
+            shutil.rmtree(remote.work_folder(self._state(stage.hash)), ignore_errors=True)
+        return done
+
+    def _fetch(self, hash: str) -> None:
+        if not (self.root / hash).is_dir():
+            remote.fetch_folder(remote.join(self.url, hash), self.root / hash, last=RECORD)
+
+
+def open_run(config: Config) -> None:
+    """Make the run folder; of one at a URL, with what another machine has put there since this one did."""
+    folder = folder_of(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not remote.is_url(config.output) or not processes.is_leader():
+        return
+    url = remote.join(config.output, config.name)
+    put = _put(folder) or {"url": url, "store": None, "files": {}}
+    for name in TAKEN:
+        content = remote.read(remote.join(url, name))
+        if content is not None and hashlib.sha256(content).hexdigest() != put["files"].get(name):
+            (folder / name).write_bytes(content)
+            put["files"][name] = hashlib.sha256(content).hexdigest()
+    store = store_of(config)
+    _write(folder / PUT, put | {"store": store.url if isinstance(store, RemoteStore) else str(store.root)})
+
+
+def publish(folder: Path) -> None:
+    """Put what has changed in the copy of a run folder where the run folder is; nothing for a run folder of this machine."""
+    put = _put(folder)
+    if put is None:
+        return
+    linked = folder / "stages"
+    links = {link.name: link for link in sorted(linked.iterdir()) if link.is_symlink()} if linked.is_dir() else {}
+    skipped = ("stages",) if links else ()
+    for name in remote.files_in(folder, skipped):
+        if any(part.startswith(".") for part in Path(name).parts):
+            continue
+        content = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        if put["files"].get(name) != content:
+            remote.put_file(folder / name, remote.join(put["url"], name))
+            put["files"][name] = content
+    targets = {name: remote.join(put["store"], link.resolve().name) for name, link in links.items()}
+    if links and put["files"].get(LINKS) != targets:
+        remote.write(remote.join(put["url"], LINKS), (json.dumps(targets, indent=1) + "\n").encode())
+        put["files"][LINKS] = targets
+    _write(folder / PUT, put)
+
+
+def fetch_run(url: str) -> Path:
+    """A copy of the run folder (or folder of runs) at `url`, of all that a report reads: everything but weights and training state."""
+    folder = remote.work_folder(f"{url.rstrip('/')}#report")
+    there = [name for name in remote.names(url) if not any(part.startswith(".") for part in name.split("/"))]
+    if not there:
+        raise FileNotFoundError(f"{url}: no such run folder, or nothing in it.")
+    for name in there:
+        remote.fetch_file(remote.join(url, name), folder / name)
+    for name in (name for name in there if name.split("/")[-1] == LINKS):
+        links = json.loads((folder / name).read_text(encoding="utf-8"))
+        stages = (folder / name).parent / "stages"
+        for link, target in links.items():
+            if remote.is_url(target) and _hash(stages / link) != target.rsplit("/", 1)[1]:
+                remote.fetch_folder(target, stages / link, last=RECORD, wanted=lambda file: not file.endswith(WEIGHTS))
+        for stale in stages.iterdir() if stages.is_dir() else ():
+            if stale.name not in links:
+                shutil.rmtree(stale)
+    return folder
+
+
+def put_report(url: str, page: Path) -> str:
+    """Put a report that was made of `fetch_run(url)` beside the run: the page, its table and its figures. The page's URL."""
+    from jaxrlhf.evaluation.report import FIGURES, TABLE
+
+    figures = [f"{FIGURES}/{name}" for name in remote.files_in(page.parent / FIGURES)]
+    for name in (TABLE, *figures, page.name):
+        remote.put_file(page.parent / name, remote.join(url, name))
+    return remote.join(url, page.name)
+
+
+def _hash(folder: Path) -> str | None:
+    path = folder / RECORD
+    return json.loads(path.read_text(encoding="utf-8")).get("hash") if path.exists() else None
+
+
+def _put(folder: Path) -> dict[str, Any] | None:
+    path = folder / PUT
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    os.replace(partial, path)
