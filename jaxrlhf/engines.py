@@ -37,6 +37,7 @@ def keep_rows(mesh: Devices) -> Callable[..., Any] | None:
     """A function for use inside a step that cuts the leading axis of every leaf over `data` and `fsdp`, as `place_batch` does outside.
 
         keep(tree, heads=None)      heads: the axis that is cut over `tensor`, where it divides (keys and values of attention)
+        keep(table_VD, table=True)  a table to look up rows in: whole in its width, cut over `tensor` along V where that divides
 
     Where parameters are cut too, the compiler may choose to cut activations by features and to gather them again in every layer; and it
     does not carry the layout of rows through a gather whose index is known at run time only, as in a shuffled minibatch. Rows that do not
@@ -48,7 +49,10 @@ def keep_rows(mesh: Devices) -> Callable[..., Any] | None:
         return None
     shards, across = data_shards(grid), grid.shape["tensor"]
 
-    def keep(tree: Any, *, heads: int | None = None) -> Any:
+    def keep(tree: Any, *, heads: int | None = None, table: bool = False) -> Any:
+        if table:
+            spec = PartitionSpec("tensor" if tree.shape[0] % across == 0 else None)
+            return jax.lax.with_sharding_constraint(tree, NamedSharding(grid, spec))
         count = np.shape(jax.tree.leaves(tree)[0])[0]
         if count % shards:
             say_once(f"{count} rows at once do not divide over {shards} data shards; every device may compute all of them.")

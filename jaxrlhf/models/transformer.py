@@ -116,6 +116,17 @@ def attend(q_BHTD: Array, k_BKSD: Array, v_BKSD: Array, bias_BTS: Array) -> Arra
     return jnp.matmul(weights, v_BKSD).reshape(B, H, T, D)
 
 
+class Projection(nn.Dense):
+    """x·W + b, and where the parameters have an adapter (models/lora.py) + (x·A)·B·α/r."""
+
+    def __call__(self, inputs: Array) -> Array:
+        out = super().__call__(inputs)
+        if not self.has_variable("params", "lora_a"):
+            return out
+        a, b, scale = (self.get_variable("params", name).astype(out.dtype) for name in ("lora_a", "lora_b", "lora_scale"))
+        return out + inputs.astype(out.dtype) @ a @ b * scale
+
+
 class _Layer(nn.Module):
     """What the submodules share: the config, the compute dtype and how they are made."""
 
@@ -124,7 +135,7 @@ class _Layer(nn.Module):
 
     def dense(self, features: int, bias: bool, *, std: float | None = None) -> nn.Dense:
         init = nn.initializers.normal(self.config.initializer_range if std is None else std)
-        return nn.Dense(features, use_bias=bias, dtype=self.dtype, param_dtype=jnp.float32, kernel_init=init)
+        return Projection(features, use_bias=bias, dtype=self.dtype, param_dtype=jnp.float32, kernel_init=init)
 
     def normalisation(self, kind: str | None = None) -> nn.Module:
         if (kind or self.config.norm) == "rmsnorm":
@@ -230,9 +241,9 @@ class Backbone(_Layer):
             raise ValueError(f"{length} positions exceed the {c.max_positions} this model has learned; shorten the data limits.")
 
         held = self.constrain or (lambda array, **_: array)
-        x_BTd = self.embed(jnp.where(mask_BT, tokens_BT, 0))  # so that no padding id, in range or not, reaches a result
+        x_BTd = self._looked_up(self.embed, jnp.where(mask_BT, tokens_BT, 0))  # so that no padding id, in range or not, reaches a result
         if c.positions == "learned":
-            x_BTd, rope = x_BTd + self.positions(positions_BT), None
+            x_BTd, rope = x_BTd + self._looked_up(self.positions, positions_BT), None
         else:
             rope = gather_rope(rope_table(length, c.rotary_dim, c.rope_theta, c.rope_scaling), positions_BT)
         bias_BTS = attention_bias(mask_BS, slots_T)
@@ -251,6 +262,13 @@ class Backbone(_Layer):
         end = jnp.int32(length) if cache is None else cache.index + 1
         grown = Cache(tuple(keys), tuple(values), mask_BS, end, positions_BT[:, -1] + mask_BT[:, -1].astype(jnp.int32))
         return self.final_norm(x_BTd), grown
+
+    def _looked_up(self, embed: nn.Embed, ids_BT: Array) -> Array:
+        """The rows of a table. On a mesh the table is made whole in its width first, as every other kernel is for its product: devices
+        would else look up a piece of every row of the batch, and exchange those."""
+        if self.constrain is None:
+            return embed(ids_BT)
+        return jnp.take(self.constrain(embed.embedding, table=True).astype(self.dtype), ids_BT, axis=0)
 
 
 def with_room(cache: Cache, length: int) -> Cache:
