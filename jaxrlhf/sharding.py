@@ -39,6 +39,7 @@ __all__ = [
     "Compiled",
     "Devices",
     "Replicas",
+    "as_placed",
     "build",
     "check_batch_size",
     "create",
@@ -93,6 +94,26 @@ def place(tree: Any, mesh: Devices) -> Any:
     if single or grid is None:
         return jax.device_put(tree, device)
     return jax.tree.map(_put, tree, shardings(tree, grid))
+
+
+def as_placed(tree: Any, mesh: Devices) -> Any:
+    """A tree that was restored from a checkpoint as `place` would have put it; the arrays handed in are used up.
+
+    On the default device `place` leaves arrays uncommitted, and what a checkpoint gives back is committed: jit makes another program of
+    that, which the cache of compiled programs does not have. Leaf by leaf through the host, so that no second copy of the tree exists.
+    """
+    single, device = only_device(mesh)
+    if not single or device is not None:
+        return tree
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        host = np.array(leaf)
+        leaf.delete()
+        return jax.device_put(host)
+
+    return jax.tree.map(moved, tree)
 
 
 def place_batch(batch: Any, mesh: Devices) -> Any:

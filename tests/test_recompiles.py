@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import compilation
+from jaxrlhf import compilation, sharding
+from jaxrlhf.checkpoint import Checkpoints
 from jaxrlhf.compilation import RecompileError, Watch, counted
 from jaxrlhf.runlog import RunLog
+from jaxrlhf.types import TrainState
 
 JAX_LOGGER = logging.getLogger("jax._src.interpreters.pxla")
 
@@ -80,6 +82,22 @@ def test_arrays_that_lie_elsewhere_are_told_from_other_shapes():
     watch.stop()
     (text,) = heard
     assert "state['w'] wherever it is → SingleDeviceSharding(device=CpuDevice(id=0))" in text and "committed" in text
+
+
+def test_a_restored_state_needs_no_other_program(tmp_path):
+    """What goes on from a checkpoint compiles what the cache of compiled programs has: the arrays lie as if placed anew."""
+    state = TrainState(jnp.int32(3), {"w": jnp.arange(3.0)}, {})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state)
+        restored = checkpoints.restore(sharding.template(state, None))[0]
+        again = checkpoints.restore(sharding.template(state, None))[0]
+    step = step_of()
+    step(sharding.place(state.params, None), tokens())
+    for tree, programs in ((again.params, 1), (sharding.as_placed(restored.params, None), 0)):
+        with counted() as watch:
+            step(tree, tokens())
+        assert len(watch.seen) == programs
+    assert np.array_equal(sharding.as_placed(again.params, None)["w"], np.arange(3.0))
 
 
 def test_a_function_made_anew_in_every_step_is_said_once_and_counted():

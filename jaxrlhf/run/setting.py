@@ -146,7 +146,7 @@ class Setting:
             found = checkpoints.restore(sharding.template(state, self.mesh))
             if found is not None:
                 jax.tree.map(lambda x: x.delete(), state)  # as the first step would: going on needs no more memory than starting
-                state = found[0]
+                state = sharding.as_placed(found[0], self.mesh)
             start = int(state.step)
             if start:
                 self.log.note(f"{name}: goes on from step {start} of {steps}")

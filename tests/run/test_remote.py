@@ -21,8 +21,8 @@ from jaxrlhf.run.elsewhere import RemoteStore
 from jaxrlhf.run.stages import Stage, StageError
 from jaxrlhf.types import TrainState
 
-# A bucket in a folder: what an object store has, and a fault on demand. BUCKET_END=FILE: the process dies while it puts a file of that name.
-BUCKET = '''
+# A bucket in a folder: what an object store has, and a fault on demand. BUCKET_END=FILE: the process dies while it puts such a file.
+BUCKET = """
 import os, pathlib, fsspec
 from fsspec.implementations.local import LocalFileSystem
 class Bucket(LocalFileSystem):
@@ -51,7 +51,7 @@ class Bucket(LocalFileSystem):
     def mv(self, *names, **rest): raise NotImplementedError
     mv_file = link = symlink = mv
 fsspec.register_implementation("bucket", Bucket, clobber=True)
-'''
+"""
 exec(BUCKET)
 
 
@@ -199,7 +199,7 @@ def test_data_at_a_url(machine, monkeypatch):
     assert one.read_text() == '{"prompt": "p0"}\n' and one.name == "train-00000-of-00002.jsonl"
     memory.pipe("/data/train-00000-of-00002.jsonl", b'{"prompt": "other"}\n')  # fetched anew: it is another file by now
     assert [row for _, row in iter_rows("memory://data/train-00000-of-00002.jsonl")] == [{"prompt": "other"}]
-    with pytest.raises(FileNotFoundError, match="memory://data/none.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"memory://data/none\.jsonl"):
         source_files("memory://data/none.jsonl")
 
 
@@ -245,7 +245,9 @@ def test_errors_of_a_store_say_what_to_do(error, message, monkeypatch):
         remote.write("gs://b/x", b"")
 
 
-RUN = BUCKET + """
+RUN = (
+    BUCKET
+    + """
 import sys, json, logging, jax
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -254,6 +256,7 @@ from jaxrlhf.recipe import from_mapping
 from jaxrlhf.run.run import run
 print(run(from_mapping(json.loads(sys.argv[2])), until="sft"))
 """
+)
 
 
 def started(raw, work, tmp_path, **environment):
@@ -284,7 +287,10 @@ def test_a_run_killed_while_it_puts_goes_on_on_another_machine(tiny_mapping, tmp
     assert whole.returncode == 0, whole.stderr
 
     run, local = "bucket://b/runs/tiny", tmp_path / "whole" / "tiny"
-    strip = [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines(bucket(tmp_path, "b", "runs", "tiny", "metrics.jsonl"))]
+    strip = [
+        {k: v for k, v in line.items() if not k.startswith("time/")}
+        for line in lines(bucket(tmp_path, "b", "runs", "tiny", "metrics.jsonl"))
+    ]
     assert strip == [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines(local / "metrics.jsonl")]
     links = json.loads(bucket(tmp_path, "b", "runs", "tiny", "links.json").read_text())
     assert list(links) == ["00-tokenizer", "01-sft"]
