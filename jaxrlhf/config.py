@@ -286,6 +286,25 @@ class DPOConfig(OptimizerConfig):
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Adapters on the policy: they learn, the model beside them does not, and a round ends by merging them into it. Hu et al. (2021)."""
+
+    __pydantic_config__ = _STRICT
+
+    r: int = 0  # rank; 0: no adapters, all parameters learn
+    alpha: float = 16.0  # the update of a kernel is A·B · alpha / r
+    target_modules: tuple[Literal["q", "k", "v", "out", "up", "gate", "down"], ...] = ("q", "k", "v", "out", "up", "gate", "down")
+
+    def __post_init__(self) -> None:
+        if self.r < 0:
+            raise ValueError(f"lora.r {self.r} is no rank; give a positive number, or 0 to train all parameters.")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"lora.alpha {self.alpha} must be finite and positive: adapters would learn nothing.")
+        if not self.target_modules:
+            raise ValueError("lora.target_modules is empty; name the kernels that get an adapter, or leave it out for all.")
+
+
+@dataclass(frozen=True)
 class EncoderConfig:
     """The sentence encoder of FRFT's filter and of RLP's clusters."""
 
@@ -419,6 +438,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)

@@ -28,6 +28,11 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"\b(q|k|v|up|gate|dense)/bias$", PartitionSpec("tensor")),
     # Row-parallel: the input width is split; XLA adds the partial results.
     (r"\b(out|down)/kernel$", PartitionSpec("tensor", "fsdp")),
+    # Adapters beside these kernels: cut as W is on the side that faces it, whole along the rank.
+    (r"\b(q|k|v|up|gate)/lora_a$", PartitionSpec("fsdp")),
+    (r"\b(q|k|v|up|gate)/lora_b$", PartitionSpec(None, "tensor")),
+    (r"\b(out|down)/lora_a$", PartitionSpec("tensor")),
+    (r"\b(out|down)/lora_b$", PartitionSpec(None, "fsdp")),
     # Vocabulary (or positions): tables are [V, D], the output head is [D, V] or [D, 1].
     (r"/embedding$", PartitionSpec("tensor", "fsdp")),
     (r"\bhead/kernel$", PartitionSpec("fsdp", "tensor")),
@@ -138,11 +143,12 @@ def shardings(tree: Any, mesh: Mesh | Replicas) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, _spec(path_of(path), np.shape(leaf), mesh)), tree)
 
 
-def check_batch_size(batch_size: int, shards: int, *, name: str = "batch_size") -> None:
-    """Raise ValueError unless `batch_size` divides over `shards`; the message names the nearest size that does."""
-    if batch_size % shards:
-        fits = max(batch_size // shards, 1) * shards
-        raise ValueError(f"{name} {batch_size} does not divide over {shards} data shards; try {fits}.")
+def check_batch_size(batch_size: int, shards: int, *, name: str = "batch_size", parts: int = 1) -> None:
+    """Raise ValueError unless each of `parts` minibatches or microbatches divides over `shards`; the message names the nearest size."""
+    if batch_size % (shards * parts):
+        fits = max(batch_size // (shards * parts), 1) * shards * parts
+        over = f"{shards} data shards" + (f" × {parts} minibatches or microbatches" if batch_size % shards == 0 else "")
+        raise ValueError(f"{name} {batch_size} does not divide over {over}; try {fits}.")
 
 
 def rows_at_once(rows: int, batch_size: int, mesh: Devices) -> int:

@@ -54,6 +54,11 @@ def num_updates(config: PPOConfig) -> int:
     return config.total_episodes // config.batch_size
 
 
+def as_compiled(config: PPOConfig) -> PPOConfig:
+    """The section less what is data of the compiled programs and not part of them: arms that differ in it share their compilations."""
+    return replace(config, kl_coef=0.0, kl_coef_previous=None, round_prompts="fresh")
+
+
 def check_rloo(config: PPOConfig) -> None:
     """Raise ValueError unless a rollout batch is made of whole groups of `rloo_k` ≥ 2 responses."""
     k, rows = config.rloo_k, config.batch_size

@@ -18,10 +18,10 @@ from jaxrlhf.types import Metrics, Model, Params, TrainState
 Trained = Iterator[tuple[TrainState, Metrics]]
 
 
-def train(step: Callable, state: TrainState, batches: Iterator) -> Trained:
-    """The loop: one step a batch. Logging, saving and stopping are the caller's."""
+def train(step: Callable, state: TrainState, batches: Iterator, *rest: Any) -> Trained:
+    """The loop: one step (state, batch, *rest) a batch. Logging, saving and stopping are the caller's."""
     for batch in batches:
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, *rest)
         yield state, metrics
 
 

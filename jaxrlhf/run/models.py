@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from jaxrlhf import rng, sharding
-from jaxrlhf.algorithms.ppo import POLICY_UPDATES, RoundModels, num_updates, rollout_prompts, train_ppo
+from jaxrlhf.algorithms.ppo import POLICY_UPDATES, as_compiled, num_updates, rollout_prompts, train_ppo
 from jaxrlhf.algorithms.reward import called, reward_loss, reward_trainer, score_pairs, with_columns, with_weights
 from jaxrlhf.algorithms.rounds import Round
 from jaxrlhf.algorithms.supervised import num_steps, own_copy, sft_trainer, train
@@ -42,6 +42,7 @@ from jaxrlhf.plugins import plugin, source_of
 from jaxrlhf.run import inputs
 from jaxrlhf.run.data import updated_pairs, valid_pairs
 from jaxrlhf.run.ensemble import numbered, spread_of
+from jaxrlhf.run.frozen import fixed_models, halves, lora_slice, whole
 from jaxrlhf.run.lineage import policy_lineage, reward_lineage, write_lineage
 from jaxrlhf.run.setting import Setting
 from jaxrlhf.run.stages import Done, Stage
@@ -235,22 +236,21 @@ def policy_stage(
     `previous` is the policy of the round before, whose optimizer or critic the method may carry on (wherever the policy itself starts).
     `carries`: the next round takes over optimizer or critic, so the final training state stays in the folder.
     RLOO has no critic: the row's restart_critic and the fields in `POLICY_UPDATES["rloo"].unread` are without effect.
+    With LoRA every round has new adapters on the merged policy it starts from, and so a new optimizer.
     """
     config, number = setting.config, round.number
     section, way, spread_coef = config.ppo, POLICY_UPDATES[round.policy_update], spread_of(round.ensemble, config)
-    restarts = (round.restart_optimizer, round.restart_critic or not way.critic)
+    restarts = (round.restart_optimizer or config.lora.r > 0, round.restart_critic or not way.critic)
     kl_coef = section.kl_coef_previous if round.moved_reference and section.kl_coef_previous is not None else section.kl_coef
 
     def build(folder: Path) -> dict[str, Any]:
         write_lineage(folder, policy_lineage(round, start=start, reference=reference, sft=sft, rewards=rewards))
         policy, scorer = setting.load(start, head="lm"), setting.load(rewards[0], head="scalar")
         tokenizer = policy.tokenizer
-        # The KL coefficient is data of the compiled step, not part of it: arms that differ in it share their compilations.
-        shared = replace(section, kl_coef=0.0, kl_coef_previous=None, round_prompts="fresh")
         trainer = way.trainer(
             policy.model,
             scorer.model,
-            shared,
+            as_compiled(section),
             plugin,
             eos_ids=eos_ids(policy),
             pad_id=pad_id_of(tokenizer),
@@ -258,13 +258,14 @@ def policy_stage(
             spread_coef=spread_coef,
             mesh=setting.mesh,
         )
-        state = first_state(policy, scorer if way.critic else None, trainer.optimizer, kl_coef)
+        key = rng.stream(setting.key, "policy", number)
+        learned, rest = halves(setting, policy, rng.stream(key, "adapters"))
+        state = first_state(learned, scorer if way.critic else None, trainer.optimizer, kl_coef)
         state = taken_over(setting, sharding.place(state, setting.mesh), previous, restarts)
         further = rewards[1:] if spread_coef is not None else None
-        fixed = fixed_models(setting, {start.hash: policy.params}, scorer, further, reference=reference, sft=sft)
-        policy, scorer = policy._replace(params=None), scorer._replace(params=None)  # what is not fixed is in memory once
+        fixed = fixed_models(setting, {start.hash: policy.params}, scorer, further, reference=reference, sft=sft, rest=rest)
+        policy, scorer, learned = policy._replace(params=None), scorer._replace(params=None), None  # what is not fixed is in memory once
         updates, table = num_updates(section), prompt_table(setting, folder, tokenizer)
-        key = rng.stream(setting.key, "policy", number)
         before = 0 if section.round_prompts == "same" else (number - 1) * updates
 
         def loop(state: TrainState, done: int) -> Iterator:
@@ -274,7 +275,7 @@ def policy_stage(
 
         tokens = section.batch_size * section.response_length
         state = setting.train(folder, "policy", state, loop, steps=updates, tokens=tokens, round=number)
-        add_model(policy._replace(params=state.params["policy"]), folder)
+        add_model(policy._replace(params=whole(state.params["policy"], rest)), folder)
         prompt_length = float(np.asarray(table.prompt_mask_BL).sum(axis=1).mean())
         result = {"updates": updates, "episodes": updates * section.batch_size, "kl_coef": float(state.controller["kl_coef"])}
         return result | {"prompt_length": prompt_length}  # mean tokens of a prompt: with the metrics, what the FLOPs are counted from
@@ -293,39 +294,19 @@ def policy_stage(
         "restart": list(restarts),
         "carries": carries,
     }
-    slice_ |= {} if spread_coef is None else {"spread_coef": spread_coef}
+    slice_ |= ({} if spread_coef is None else {"spread_coef": spread_coef}) | lora_slice(config)
     sources = {"start": start, "reference": reference, **numbered(rewards), "sft": sft}
     sources |= {} if all(restarts) else {"previous": previous}
     stage = Stage(f"r{number}-policy", "model", round.policy_update, slice_, sources, parent="start")
     return setting.build(stage, build, round=number, keep_state=carries)
 
 
-def first_state(policy: Loaded, critic: Loaded | None, optimizer: optax.GradientTransformation, kl_coef: float) -> TrainState:
-    """The state a round starts from: copies of the policy and, where the method has one, of the reward model as critic."""
-    params, controller = {"policy": policy.params}, {"kl_coef": jnp.float32(kl_coef)}
+def first_state(policy: Params, critic: Loaded | None, optimizer: optax.GradientTransformation, kl_coef: float) -> TrainState:
+    """The state a round starts from: copies of what learns of the policy and, where the method has one, of the reward model as critic."""
+    params, controller = {"policy": policy}, {"kl_coef": jnp.float32(kl_coef)}
     if critic is not None:
         params["critic"], controller["value_bias"] = critic.params, jnp.float32(reward_bias(critic))
     return init_state(own_copy(params), optimizer, controller)
-
-
-def fixed_models(
-    setting: Setting, at_hand: dict[str, Params], scorer: Loaded, further: tuple[Done, ...] | None, *, reference: Done, sft: Done
-) -> RoundModels:
-    """The models of a round that do not learn; one that is `at_hand` (parameters by the hash of their stage) is not read again.
-
-    `further` are the members of an ensemble beside `scorer`; None where the reward is one model.
-    """
-
-    def params_of(done: Done) -> Params:
-        return at_hand[done.hash] if done.hash in at_hand else setting.load(done, head="lm").params
-
-    reward, bias = scorer.params, reward_bias(scorer)
-    if further is not None:
-        members = [scorer, *(setting.load(done, head="scalar") for done in further)]
-        reward, bias = tuple(one.params for one in members), tuple(reward_bias(one) for one in members)
-    return RoundModels(
-        reference=params_of(reference), reward=reward, reward_bias=bias, sft=params_of(sft) if reference.hash != sft.hash else None
-    )
 
 
 def taken_over(setting: Setting, state: TrainState, previous: Done, restarts: tuple[bool, bool]) -> TrainState:

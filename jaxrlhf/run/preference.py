@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf import sharding
+from jaxrlhf import rng, sharding
 from jaxrlhf.algorithms.preference import REFERENCE, needs_reference, preference_loss, preference_trainer, settings_read
 from jaxrlhf.algorithms.reward import with_columns, with_weights
 from jaxrlhf.algorithms.rounds import Round
@@ -18,6 +18,7 @@ from jaxrlhf.data.batches import batches
 from jaxrlhf.models.hub import Loaded
 from jaxrlhf.plugins import plugin, source_of
 from jaxrlhf.run.data import updated_pairs
+from jaxrlhf.run.frozen import halves, lora_slice, whole
 from jaxrlhf.run.lineage import policy_lineage, write_lineage
 from jaxrlhf.run.models import add_model, placed
 from jaxrlhf.run.setting import Setting
@@ -48,17 +49,19 @@ def preference_stage(setting: Setting, round: Round, *, sft: Done, start: Done, 
             table = with_reference(setting, number, fitted, table, at_hand, reference.hash, policy.tokenizer)
         table = with_columns(table, loss, name=f"dpo.loss {section.loss!r}", updated=update is not None)
         optimizer, step = preference_trainer(policy.model, loss, section, max(steps, 1), setting.mesh)
-        state = sharding.place(init_state(own_copy(policy.params), optimizer), setting.mesh)
-        policy = policy._replace(params=None)  # the memory is wanted for the training
+        learned, rest = halves(setting, policy, rng.stream(rng.stream(setting.key, "policy", number), "adapters"))
+        state = sharding.place(init_state(own_copy(learned), optimizer), setting.mesh)
+        policy, learned = policy._replace(params=None), None  # the memory is wanted for the training
+        frozen = () if rest is None else (rest,)
 
         def loop(state: TrainState, start: int) -> Iterator:
             name = f"preference/r{number}"
             stream = batches(table, section.batch_size, seed=config.seed, name=name, bucket=config.data.bucket, start=start)
-            return train(step, state, placed(setting, islice(stream, steps - start)))
+            return train(step, state, placed(setting, islice(stream, steps - start)), *frozen)
 
         tokens = 2 * section.batch_size * (table.prompt_BL.shape[1] + table.chosen_BT.shape[1])
         state = setting.train(folder, "policy", state, loop, steps=steps, tokens=tokens, round=number)
-        add_model(policy._replace(params=state.params), folder)
+        add_model(policy._replace(params=whole(state.params, rest)), folder)
         return {"steps": steps, "pairs": n}
 
     slice_ = {
@@ -68,6 +71,7 @@ def preference_stage(setting: Setting, round: Round, *, sft: Done, start: Done, 
         "seed": config.seed,
         "bucket": config.data.bucket,
         "dtype": config.model.dtype,
+        **lora_slice(config),
     }
     sources = {"start": start, "pairs": pairs}
     sources |= {"reference": reference} if needs_reference(loss) else {}

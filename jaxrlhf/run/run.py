@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,11 @@ def check(config: Config) -> None:
         check_update(config, method.reward_update)
     if method.ensemble is not None and not method.needs_reward:
         raise ConfigError(f"row.ensemble is {method.ensemble!r}, but {method.policy_update} uses no reward model; take it out of the row.")
+    if config.lora.r and not method.restart_optimizer:
+        raise ConfigError(
+            f"row.restart_optimizer is false and lora.r {config.lora.r}: the moments of a round belong to adapters that it merged into its "
+            "policy, and the next round's are new; let the optimizer restart, or set lora.r to 0."
+        )
     loss = reward_loss(config.reward, plugin)
     columns = loss.columns
     if method.needs_reward:
@@ -89,10 +95,16 @@ def check(config: Config) -> None:
         check_rloo(config.ppo)
     inputs.check(config, given_tokenizer(config), columns=columns)
     mesh = sharding.mesh_of(config.mesh)
-    shards = sharding.data_shards(mesh)
     used = ["sft"] + ["reward"] * method.needs_reward + ["dpo" if method.policy_update in PREFERENCE else "ppo"]
-    for name in used:
-        sharding.check_batch_size(getattr(config, name).batch_size, shards, name=f"{name}.batch_size")
+    check_shards(config, used, sharding.data_shards(mesh))
+
+
+def check_shards(config: Config, sections: Sequence[str], shards: int) -> None:
+    """Raise ValueError unless the microbatches of these sections divide over the data shards."""
+    for name in sections:
+        section = getattr(config, name)
+        parts = section.gradient_accumulation_steps * (config.ppo.num_mini_batches if name == "ppo" else 1)
+        sharding.check_batch_size(section.batch_size, shards, name=f"{name}.batch_size", parts=parts)
 
 
 def _run_one(config: Config, until: str | None, log: RunLog | None) -> None:

@@ -10,10 +10,10 @@ import optax
 
 from jaxrlhf.losses import sequence_logp
 from jaxrlhf.steps.accumulate import KeepRows, accumulate_gradients, global_sum
-from jaxrlhf.steps.state import apply_gradients, named
+from jaxrlhf.steps.state import apply_gradients, joined, named
 from jaxrlhf.types import Array, Metrics, Model, PairBatch, PairLoss, PairOutputs, Params, TokenStats, TrainState
 
-PairStep = Callable[[TrainState, PairBatch], tuple[TrainState, Metrics]]
+PairStep = Callable[..., tuple[TrainState, Metrics]]  # (state, PairBatch, frozen parameters or None)
 
 # A loss over log-probs reports implicit rewards; they get the names TRL logs them under.
 _IMPLICIT = {"accuracy": "rewards/accuracies", "margin": "rewards/margins", "chosen": "rewards/chosen", "rejected": "rewards/rejected"}
@@ -72,12 +72,13 @@ def make_pair_step(
     axis_name: str | None = None,
     keep_rows: KeepRows | None = None,
 ) -> PairStep:
-    """A step (state, PairBatch) → (state, metrics) for any `PairLoss`.
+    """A step (state, PairBatch, frozen=None) → (state, metrics) for any `PairLoss`.
 
+    `frozen` are parameters of the model that do not learn, beside those in the state (`state.joined`): the base under adapters.
     The loss is a mean over the rows with `row_mask` True of the global batch, whatever `accumulate` and the devices.
     """
 
-    def step(state: TrainState, batch: PairBatch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: PairBatch, frozen: Params | None = None) -> tuple[TrainState, Metrics]:
         missing = [name for name in pair_loss.columns if name not in batch.columns]
         if missing:
             have = ", ".join(sorted(batch.columns)) or "no columns"
@@ -85,7 +86,7 @@ def make_pair_step(
         total = global_sum(batch.row_mask_B.sum().astype(jnp.float32), axis_name)
 
         def loss_fn(params: Params, rows: PairBatch) -> tuple[Array, Metrics]:
-            return pair_loss.loss(pair_outputs(model, params, rows, head=pair_loss.head), rows, total=total)
+            return pair_loss.loss(pair_outputs(model, joined(params, frozen), rows, head=pair_loss.head), rows, total=total)
 
         how = {"steps": accumulate, "axis_name": axis_name, "keep_rows": keep_rows}
         grads, loss, metrics = accumulate_gradients(loss_fn, state.params, batch, **how)

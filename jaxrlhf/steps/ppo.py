@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial, reduce
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +13,10 @@ import optax
 
 from jaxrlhf.losses import adaptive_kl, kl_estimate, masked_sum, ppo_value_loss, ppo_value_stats
 from jaxrlhf.steps.accumulate import KeepRows, accumulate_gradients, global_rows, global_sum, own_rows, shards
-from jaxrlhf.steps.state import apply_gradients, named
+from jaxrlhf.steps.state import apply_gradients, joined, named
 from jaxrlhf.types import Array, Metrics, Model, Params, PolicyLoss, Rollout, TrainState
 
-PPOStep = Callable[[TrainState, Rollout, Array], tuple[TrainState, Metrics]]
+PPOStep = Callable[..., tuple[TrainState, Metrics]]  # (state, Rollout, key, frozen parameters or None)
 
 
 def minibatch_indices(key: Array, rows: int, *, epochs: int, minibatches: int) -> Array:
@@ -103,11 +103,12 @@ def make_ppo_step(
     axis_name: str | None = None,
     keep_rows: KeepRows | None = None,
 ) -> PPOStep:
-    """A step (state, Rollout, key) → (state, metrics) that learns from one rollout, whatever made its advantages.
+    """A step (state, Rollout, key, frozen=None) → (state, metrics) that learns from one rollout, whatever made its advantages.
 
         PPO    make_ppo_step((policy_part(…), value_part(…)), …)    state.params = {"policy", "critic"}
         RLOO   make_ppo_step((policy_part(…),), …)                  state.params = {"policy"}
 
+    `frozen` are parameters of these models that do not learn, beside those in the state (`state.joined`): {"policy": base under adapters}.
     `state.step` counts rollouts; `state.controller` may hold `kl_coef` and `value_bias`. The key (derived by the caller from
     seed and step) shuffles rows over the *global* batch, so one device, a mesh and pmap take the same minibatches. A minibatch may
     split the responses to one prompt: advantages are part of the rollout.
@@ -117,7 +118,7 @@ def make_ppo_step(
     Metrics are means over all minibatches; `…_first` is the first minibatch, where the ratio must be 1.
     """
 
-    def step(state: TrainState, rollout: Rollout, key: Array) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, rollout: Rollout, key: Array, frozen: Params | None = None) -> tuple[TrainState, Metrics]:
         everything = global_rows(rollout, axis_name)
         rows = everything.row_mask_B.shape[0]
         if rows % (num_mini_batches * accumulate * shards(axis_name)):
@@ -128,7 +129,9 @@ def make_ppo_step(
             picked = jax.tree.map(lambda x: x[own_rows(index, axis_name)], everything)
             minibatch = _live(picked if keep_rows is None else keep_rows(picked))
             totals = global_sum(tuple(part.mask(minibatch).sum().astype(jnp.float32) for part in parts), axis_name)
-            loss_fn = partial(rollout_loss, parts=parts, totals=totals, controller=state.controller)
+
+            def loss_fn(params: Params, rows: Rollout) -> tuple[Array, Metrics]:
+                return rollout_loss(joined(params, frozen), rows, parts=parts, totals=totals, controller=state.controller)
 
             how = {"steps": accumulate, "axis_name": axis_name, "keep_rows": keep_rows}
             grads, loss, metrics = accumulate_gradients(loss_fn, state.params, minibatch, **how)

@@ -17,6 +17,17 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, controll
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), controller=dict(controller or {}))
 
 
+def joined(learned: Params, frozen: Params | None) -> Params:
+    """Two trees of nested dicts laid over each other: the parameters of a model of which a part learns and the rest does not.
+
+    Where both have a dict it is joined; where both have a leaf, the one that learns counts. Arrays are shared. Without `frozen` all learn.
+    """
+    if frozen is None:
+        return learned
+    both = {name: joined(part, frozen[name]) for name, part in learned.items() if name in frozen and isinstance(part, dict)}
+    return {**frozen, **learned, **both}
+
+
 def learning_rate_schedule(kind: str, learning_rate: float, *, steps: int, warmup_steps: int = 0) -> optax.Schedule:
     """Rate of optimizer step 0, 1, …: linear warm-up to `learning_rate`, then `constant`, or `linear` or `cosine` to 0 after `steps` steps.
 
