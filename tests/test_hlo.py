@@ -81,6 +81,14 @@ def test_a_loop_of_unknown_length_says_so_unless_the_caller_knows():
     assert hlo.loops(program(OUTER + KNOWN, down.replace("GT", "LT")))[1].trips is None
 
 
+def test_the_condition_of_a_loop_runs_once_more_than_its_body():
+    others = NESTED.replace("START", "0").replace("END", "3")
+    asks = others.replace(
+        "ROOT %yes = pred[] constant(true)", "%yes = pred[] constant(true)\n  ROOT %all = pred[] all-reduce(%yes), to_apply=%add"
+    )
+    assert [(one.times, one.bytes) for one in hlo.collectives(program(OUTER + KNOWN, asks))] == [(5 + 1, 1), (5 * 3, 96)]
+
+
 def test_every_kind_has_its_bytes_and_its_group():
     entry = """
   %p = f32[4]{0} parameter(0)
