@@ -114,8 +114,8 @@ def _run(command: str, argv: list[str]) -> int:
 
         if (status := watched()) is not None:
             return status
-        processes.start(**group)
     config = _config_of(command, argv[0], overrides)
+    processes.start(**group)
     _cache_compilations()
     from jaxrlhf.remote import is_url, join
     from jaxrlhf.run.report import write_report

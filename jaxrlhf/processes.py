@@ -184,8 +184,6 @@ def leave(status: int, message: str | None = None) -> None:
         return
     if message is not None:
         _watch.tell(message)
-        if is_leader():
-            time.sleep(2 * PERIOD + 1)  # what the others read goes with this process
     _end(status)
 
 
@@ -233,6 +231,8 @@ class _Watch:
                 return
             if failed and not self._stopped.is_set():
                 _say(failed)
+                with suppress(self._lost):
+                    self._client.key_value_set(f"jaxrlhf/heard/{self._me}", "")
                 _end(STATUS_OF_OTHERS)
             if self._stopped.wait(self._period):
                 return
@@ -241,10 +241,13 @@ class _Watch:
         self._stopped.set()
 
     def tell(self, message: str) -> None:
-        """Let the others know that this process ends because of `message`."""
+        """Let the others know that this process ends because of `message`; what they read goes with the leader, which waits for them."""
         self.stop()
+        deadline = time.monotonic() + 2 * self._period + 1
         with suppress(self._lost):
             self._client.key_value_set(f"jaxrlhf/failed/{self._me}", message)
+            while self._me == 0 and time.monotonic() < deadline and len(self._client.key_value_dir_get("jaxrlhf/heard/")) < self._count - 1:
+                time.sleep(0.1)
 
     def gone(self) -> str | None:
         """Why another process is gone, in a sentence; None as long as all are there."""

@@ -46,13 +46,14 @@ class Member:
             reader.start()
 
     def _read(self, source: IO[str], shown: IO[str]) -> None:
-        for line in source:
-            if line.startswith(NOISE):
-                continue
-            self.lines.append(line)
-            if self.number == 0:
-                shown.write(line)
-                shown.flush()
+        with source:
+            for line in source:
+                if line.startswith(NOISE):
+                    continue
+                self.lines.append(line)
+                if self.number == 0:
+                    shown.write(line)
+                    shown.flush()
 
     def ended(self) -> int | None:
         """The exit status, negative for a signal; None while it runs."""
@@ -107,18 +108,21 @@ def launch(command: Sequence[str], processes: int, devices: int | None = None, *
         except KeyboardInterrupt:
             interrupted, first = True, None
             end(members, grace, signal.SIGINT)
+    if first is None:
+        for member in members:
+            member.drained()
     if interrupted:
         print(
             "\njaxrlhf: stopped; the same command goes on from the last finished stage, or from a checkpoint inside one.", file=sys.stderr
         )
         return 130
     if first is None:
-        for member in members:
-            member.drained()
         return 0
     print(f"\njaxrlhf: {told(first, len(members))} The others are being ended.", file=sys.stderr, flush=True)
     started = time.monotonic()
     forced = end(members, grace)
+    for member in members:
+        member.drained()
     others = [f"process {member.number} ({_how(member.ended())})" for member in members if member is not first]
     after = f"; {', '.join(others)} ended {time.monotonic() - started:.0f} s later{forced}" if others else ""
     way_out = (

@@ -1,0 +1,171 @@
+"""How a process finds the others of its group, and how they agree and end together: real processes over the loopback device."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from jaxrlhf import cluster, processes
+from jaxrlhf.cluster import ENVIRONMENT, Group, ProcessError, devices_of_task, wanted
+from jaxrlhf.run.launch import environment_of, free_port
+
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
+}  # fmt: skip
+CLUSTERS = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION", "JAX_")
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(CLUSTERS) and name != "JAX_COMPILATION_CACHE_DIR":
+            monkeypatch.delenv(name)
+
+
+def test_a_process_stands_alone_and_pays_nothing():
+    """JAX is not even imported by the question, and its backend not started by agreeing."""
+    code = (
+        "import sys; from jaxrlhf import processes; assert processes.wanted() is None and not processes.start();"
+        "assert 'jax' not in sys.modules;"
+        "value = object(); assert processes.agree(value) is value and processes.is_leader() and processes.count() == 1;"
+        "processes.barrier('here'); processes.finish(); processes.leave(3, 'goes on');"
+        "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        (SLURM, Group(None, None, None, "SLURM")),
+        (SLURM | {"SLURM_NTASKS": "1"}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, None),  # inside a job script, outside srun
+        (SLURM | {"JAX_NUM_PROCESSES": "1"}, None),
+        (SLURM | {"JAX_COORDINATOR_ADDRESS": "node1:1234"}, Group("node1:1234", None, None, "SLURM")),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, Group(None, None, None, "Open MPI")),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}, Group(None, None, None, "TPU slice")),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"MEGASCALE_NUM_SLICES": "2"}, Group(None, None, None, "TPU slice")),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # any pod
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, Group(None, None, None, "Kubernetes")),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "host:12", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"},
+            Group("host:12", 3, 2, None),
+        ),
+    ],
+)
+def test_where_the_others_are_found(monkeypatch, environment, expected):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert wanted() == expected
+
+
+def test_a_tpu_machine_may_be_one_of_a_pod(monkeypatch):
+    monkeypatch.setattr(cluster, "_tpu_machine", lambda: True)
+    assert wanted() == Group(None, None, None, "TPU pod")
+    assert wanted(num_processes=1) is None
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    assert wanted() is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"process_id": 2}, "process_id 2 alone does not make a group of processes: --coordinator and --num_processes are missing"),
+        ({"coordinator": "host:12", "num_processes": 2}, "--process_id is missing"),
+        ({"coordinator": "host:12", "num_processes": 2, "process_id": 2}, "process_id is 2 of 2 processes; they are numbered from 0 to 1"),
+        ({"coordinator": "host:12", "num_processes": 2, "process_id": -1}, "process_id is -1"),
+        ({"coordinator": "host", "num_processes": 2, "process_id": 0}, "coordinator is 'host'; give host:port"),
+        ({"coordinator": "host:99999", "num_processes": 2, "process_id": 0}, "give host:port"),
+        ({"coordinator": "host:12", "num_processes": 0, "process_id": 0}, "num_processes is 0"),
+    ],
+)
+def test_what_cannot_be_is_refused(given, message):
+    with pytest.raises(ProcessError, match=message):
+        wanted(**given)
+
+
+def test_a_number_in_the_environment_is_one(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT["num_processes"], "two")
+    with pytest.raises(ProcessError, match="num_processes \\(from JAX_NUM_PROCESSES\\) is 'two'"):
+        wanted()
+
+
+def test_a_task_alone_on_its_node_has_all_its_gpus(monkeypatch):
+    assert devices_of_task() is None
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    for tasks, devices in (("1", list(range(8))), ("1(x2)", list(range(8))), ("8(x2)", None), ("16", None)):
+        monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", tasks)
+        assert devices_of_task() == devices
+
+
+def test_processes_that_cannot_meet(monkeypatch):
+    port = free_port()
+    with pytest.raises(ProcessError, match=f"process 0 does not answer at 127.0.0.1:{port} for 1 s .*refused"):
+        processes.start(f"127.0.0.1:{port}", 2, 1, timeout=1)
+    with pytest.raises(ProcessError, match="JAX was in use before"):
+        import jax
+
+        jax.devices()
+        processes.start(f"127.0.0.1:{port}", 2, 0, timeout=1)
+    assert not processes.together()
+
+
+def test_a_taken_port_is_named():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        code = f"from jaxrlhf import processes; processes.start({address!r}, 2, 0, timeout=5)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert f"process 0 cannot listen at {address}: the port is taken" in done.stderr
+
+
+GROUP = """
+import json, sys
+from jaxrlhf import processes
+assert processes.start(timeout=60)
+me = processes.index()
+told = processes.agree({"numbers": [1, 2.5, None], "text": "ü" * 300_000} if me == 0 else "ignored", "first")
+assert told == {"numbers": [1, 2.5, None], "text": "ü" * 300_000} and processes.count() == 2 and processes.is_leader() == (me == 0)
+processes.barrier("both here")
+try:
+    processes.agree(me, f"place {me}")
+except processes.ProcessError as error:
+    processes.leave(1, str(error))
+processes.barrier("only the leader comes here")
+"""
+
+
+def test_a_group_agrees_and_ends_together():
+    """A process that is at another place than the leader says so and ends; the leader, which waits for it, is told and ends too."""
+    port = free_port()
+    started = [
+        subprocess.Popen([sys.executable, "-c", GROUP], env=environment_of(n, 2, 1, port), stderr=subprocess.PIPE, text=True)
+        for n in (0, 1)
+    ]
+    said = [process.communicate(timeout=50)[1] for process in started]
+    assert [process.returncode for process in started] == [processes.STATUS_OF_OTHERS, 1]
+    assert "process 1 of 2 (pid " in said[0] and "ended: process 1 is at 'place 1' and process 0 at 'place 0'" in said[0]
+
+
+def test_whose_error_it_is(monkeypatch):
+    """An error of the runtime may be another process's end: the others are looked at. One with a message of its own is this one's."""
+
+    class JaxRuntimeError(RuntimeError):
+        pass
+
+    class Gone:
+        def gone(self):
+            return "process 1 ended"
+
+    broken = JaxRuntimeError("Connection closed by peer")
+    assert processes.because_of_another(broken) is None  # nobody else is there
+    monkeypatch.setattr(processes, "_watch", Gone())
+    assert processes.because_of_another(broken) == "process 1 ended"
+    assert processes.because_of_another(ValueError("batch_size 3")) is None
+    caused = RuntimeError("cannot write checkpoint")
+    caused.__cause__ = broken
+    assert processes.because_of_another(caused) == "process 1 ended"
