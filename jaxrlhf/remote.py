@@ -191,6 +191,7 @@ def cached_folder(url: str, *, last: str = "stage.json") -> Path:
 
     It is fetched once for each content. Raises FileNotFoundError where there is no such folder.
     """
+    url = url.rstrip("/")
     content = read(join(url, last))
     if content is not None:
         folder = work_folder(f"{url}#{hashlib.sha256(content).hexdigest()[:16]}")

@@ -312,6 +312,18 @@ def test_a_run_killed_while_it_puts_goes_on_on_another_machine(tiny_mapping, tmp
     assert "stage.json" in fetched and not any(name.endswith(".safetensors") for name in fetched)
 
 
+def test_a_folder_of_files_at_a_url_is_fetched_once_for_each_content(machine):
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/m/config.json", b"{}")
+    first = remote.cached_folder("memory://m")
+    assert first == remote.cached_folder("memory://m/") and [path.name for path in first.iterdir()] == ["config.json"]
+    memory.pipe("/m/config.json", b'{"another": 1}')
+    assert (remote.cached_folder("memory://m") / "config.json").read_bytes() == b'{"another": 1}'
+    assert (first / "config.json").read_bytes() == b"{}"
+    with pytest.raises(FileNotFoundError, match="memory://none: no such folder"):
+        remote.cached_folder("memory://none")
+
+
 def test_a_store_that_cannot_be_written_ends_the_run_before_it_begins(tiny_config, machine):
     from jaxrlhf.run.run import run
 
