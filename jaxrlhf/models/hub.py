@@ -99,10 +99,7 @@ def rehead(loaded: Loaded, *, head: str, key: Array | None = None, dtype: str | 
 def resolve(source: str | Path) -> Path:
     """A local folder as it is, one at a URL as the copy of it here; anything else is a hub id, fetched into or found in the hub's cache."""
     if remote.is_url(source):
-        folder = remote.cached_folder(str(source))
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{source} is not a model folder: it has no config.json.")
-        return folder
+        return remote.cached_folder(source)
     folder = remote.as_path(source).expanduser()
     if (folder / "config.json").is_file():
         return folder
