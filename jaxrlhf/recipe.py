@@ -161,7 +161,7 @@ def arms(config: Config) -> dict[str, Config]:
 
 
 # The only whole numbers that may be 0: none of it, or switched off.
-_MAY_BE_ZERO = ("seed", "sft_seed", "warmup_steps", "max_steps", "top_k", "bucket", "critic_warmup_updates", "length_turn")
+_MAY_BE_ZERO = ("seed", "sft_seed", "warmup_steps", "max_steps", "top_k", "bucket", "critic_warmup_updates", "length_turn", "r")
 
 
 def _too_small(section: Any, prefix: str = "") -> Iterator[str]:
