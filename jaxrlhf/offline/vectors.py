@@ -121,8 +121,8 @@ def embed_cached(
             # A mesh goes over all processes; what does not use it the leader computes alone.
             together = mesh is not None and identity.backend == "flax"
             if missing and (processes.is_leader() or together):
-                encoder = open_encoder(identity, pooling=pooling, batch_size=batch_size, mesh=mesh)
-                store.add(index, missing, encoder.embed, shard_rows, progress)
+                opened = open_encoder(identity, pooling=pooling, batch_size=batch_size, mesh=mesh)
+                store.add(index, missing, opened.embed, shard_rows, progress)
             processes.barrier("vectors written")
     known = store.read()
     rows = np.fromiter((known[key] for key in keys), np.int64, len(keys))
