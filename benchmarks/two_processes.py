@@ -41,10 +41,6 @@ RECIPE: dict[str, Any] = {
 CLI = [sys.executable, "-m", "jaxrlhf.cli"]
 EIGHT = "import sys, jax; jax.config.update('jax_num_cpu_devices', 8); from jaxrlhf.cli import main; sys.exit(main())"
 ALONE = [sys.executable, "-c", EIGHT]
-    sys.executable,
-    "-c",
-    "import sys, jax; jax.config.update('jax_num_cpu_devices', 8); from jaxrlhf.cli import main; sys.exit(main())",
-]
 GROUP = [*CLI, "launch", "--processes", "2", "--devices_per_process", "4", "--grace", "90"]
 
 
