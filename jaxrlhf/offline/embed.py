@@ -165,7 +165,7 @@ def _flax(identity: EncoderIdentity, pooling: str | None, batch_size: int, mesh:
         rows = [(row,) for row in ids]
 
         def run(tokens: np.ndarray, mask: np.ndarray) -> Any:
-            return _pass(encoder.bert.encode, mesh)(encoder.params, sharding.place_batch((tokens, mask), mesh))
+            return compiled_pass(encoder.bert.encode, mesh)(encoder.params, sharding.place_batch((tokens, mask), mesh))
 
         _fill(out, run, rows, batch_size, encoder.max_length, mesh, progress)
         return out
@@ -193,14 +193,14 @@ def classify_pairs(
     out = np.zeros((len(first), len(classifier.labels)), np.float32)
 
     def run(tokens: np.ndarray, mask: np.ndarray, types: np.ndarray) -> Any:
-        return _pass(classifier.bert.classify, mesh)(classifier.params, sharding.place_batch((tokens, mask, types), mesh))
+        return compiled_pass(classifier.bert.classify, mesh)(classifier.params, sharding.place_batch((tokens, mask, types), mesh))
 
     _fill(out, run, tokenize_pairs(classifier, first, second), batch_size, classifier.max_length, mesh, progress)
     return out
 
 
 @lru_cache(maxsize=16)
-def _pass(function: Callable[..., Any], mesh: Any) -> Callable[..., Any]:
+def compiled_pass(function: Callable[..., Any], mesh: Any) -> Callable[..., Any]:
     """An encoder's function compiled for the devices, of (params, arrays)."""
     return sharding.rows(lambda params, arrays: function(params, *arrays), mesh)
 

@@ -95,6 +95,8 @@ def check(config: Config) -> None:
         check_rloo(config.ppo)
     inputs.check(config, given_tokenizer(config), columns=columns)
     mesh = sharding.mesh_of(config.mesh)
+    if config.model.offload_frozen:
+        sharding.check_offload(mesh)
     used = ["sft"] + ["reward"] * method.needs_reward + ["dpo" if method.policy_update in PREFERENCE else "ppo"]
     check_shards(config, used, sharding.data_shards(mesh))
 

@@ -12,14 +12,15 @@ from jaxrlhf.run.run import run
 from jaxrlhf.runlog import read
 
 
-def test_a_run_on_four_devices_with_pad_equal_to_eos(tmp_path, tiny_config):
+@pytest.mark.parametrize("engine", ["jit", "pmap"])
+def test_a_run_on_four_devices_with_pad_equal_to_eos(tmp_path, tiny_config, engine):
     tokenizer = toy_tokenizer()
     tokenizer.pad_token = EOS
     tokenizer.save_pretrained(str(tmp_path / "tokenizer"))
     folder = run(
         tiny_config(
             tmp_path, rounds=1, tokenizer__source=str(tmp_path / "tokenizer"), evaluation={"num_prompts": 11, "batch_size": 6},
-            pairs__batch_size=10, pairs__num_pairs=30, reward__eval_batch_size=7,
+            pairs__batch_size=10, pairs__num_pairs=30, reward__eval_batch_size=7, mesh__engine=engine,
         )
     )  # fmt: skip
     row = json.loads((folder / "summary.json").read_text())["rounds"][1]
@@ -30,6 +31,19 @@ def test_a_run_on_four_devices_with_pad_equal_to_eos(tmp_path, tiny_config):
     # transformers finds a text's end by PAD, so the reward model has a pad token of its own, in a row of its own.
     assert reward.tokenizer.pad_token_id != reward.tokenizer.eos_token_id
     assert reward.params["backbone"]["embed"]["embedding"].shape[0] == len(reward.tokenizer)
+
+
+def test_pmap_holds_whole_models_only(tmp_path, tiny_config):
+    with pytest.raises(ValueError, match="must be 1; set them, or mesh.engine jit"):
+        run(tiny_config(tmp_path, mesh={"engine": "pmap", "fsdp": 2}))
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_microbatches_that_do_not_divide_are_refused_at_once(tmp_path, tiny_config):
+    with pytest.raises(
+        ValueError, match=r"sft\.batch_size 32 does not divide over 4 data shards × 16 minibatches or microbatches; try 64\."
+    ):
+        run(tiny_config(tmp_path, sft__gradient_accumulation_steps=16))
 
 
 def test_a_batch_that_does_not_divide_is_refused_at_once(tmp_path, tiny_config):
