@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf import processes
+from jaxrlhf.cluster import check_alone
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell every user that torch is missing
 
@@ -51,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # `module:attribute` names a file beside the config, last: it shadows nothing installed
     try:
+        if commands[argv[0]] is not _run:
+            check_alone(argv[0])
         return commands[argv[0]](argv[0], argv[1:])
     except KeyboardInterrupt:
         message = "stopped; the same command goes on from the last finished stage, or from a checkpoint inside one."

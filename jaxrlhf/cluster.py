@@ -55,6 +55,20 @@ def wanted(coordinator: str | None = None, num_processes: int | None = None, pro
     return Group(coordinator, count, number, cluster if missing else None)
 
 
+def check_alone(command: str) -> None:
+    """Raise ProcessError where this is one of several processes that were started for a command that is one process.
+
+    On a TPU machine it may be: each of a pod's machines can do by itself what needs no more.
+    """
+    group = wanted()
+    if group is not None and group.cluster in (None, "SLURM", "Open MPI"):
+        count = group.num_processes or os.environ.get("SLURM_NTASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE")
+        raise ProcessError(
+            f"jaxrlhf {command} is one process, and this is one of {count}: start it once (srun --ntasks=1). "
+            "Several processes can share a run, sft, reward or ppo."
+        )
+
+
 def _number(name: str, given: int | None) -> int | None:
     text = os.environ.get(ENVIRONMENT[name]) if given is None else str(given)
     if not text:

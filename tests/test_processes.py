@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jaxrlhf import cluster, processes
+from jaxrlhf import cli, cluster, processes
 from jaxrlhf.cluster import ENVIRONMENT, Group, ProcessError, devices_of_task, wanted
 from jaxrlhf.run.launch import environment_of, free_port
 
@@ -91,6 +91,14 @@ def test_a_number_in_the_environment_is_one(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT["num_processes"], "two")
     with pytest.raises(ProcessError, match="num_processes \\(from JAX_NUM_PROCESSES\\) is 'two'"):
         wanted()
+
+
+@pytest.mark.parametrize("command", ["sweep", "embed", "nearest", "evaluate", "report", "generate", "launch"])
+def test_what_is_one_process_is_not_several(monkeypatch, capsys, command):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main([command, "--help"]) == 1
+    assert f"jaxrlhf {command} is one process, and this is one of 2: start it once" in capsys.readouterr().err
 
 
 def test_a_task_alone_on_its_node_has_all_its_gpus(monkeypatch):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxrlhf import sharding
+from jaxrlhf import processes, sharding
 from jaxrlhf.config import Config
 from jaxrlhf.recipe import ConfigError, arms, load_config, to_yaml
 from jaxrlhf.remote import is_url
@@ -72,6 +72,8 @@ def sweep(config: Config | str | Path, seeds: Sequence[int], *, log: RunLog | No
     """
     if not isinstance(config, Config):
         config = load_config(config)
+    if processes.count() > 1:
+        raise ConfigError(f"a sweep is one process, and this is one of {processes.count()}; let them share its runs: jaxrlhf run, one by one.")
     seeds = tuple(seeds)
     jobs = jobs_of(config, seeds)
     if not jobs:
