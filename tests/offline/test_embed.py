@@ -20,7 +20,7 @@ from jaxrlhf import sharding
 from jaxrlhf.models.encoder_files import load_classifier, load_encoder
 from jaxrlhf.offline import embed as embed_module
 from jaxrlhf.offline import vectors as store_module
-from jaxrlhf.offline.embed import TextEncoder, classify_pairs, embed_texts, encoder_identity, padded_width
+from jaxrlhf.offline.embed import TextEncoder, classify_pairs, compiled_pass, embed_texts, encoder_identity, padded_width
 from jaxrlhf.offline.vectors import VectorError, embed_cached
 from jaxrlhf.run.embed import add_arguments, embed_file, main
 
@@ -71,10 +71,11 @@ def test_vectors_come_in_the_order_of_the_texts(bert):
 
 
 def test_after_a_batch_of_every_width_nothing_compiles(bert):
-    encode = load_encoder(bert, max_length=16).bert.encode
+    encode = compiled_pass(load_encoder(bert, max_length=16).bert.encode, None)
     how = {"encoder": bert, "backend": "flax", "batch_size": 8, "max_length": 16}
     embed_texts(["good " * (4 * width - 2) for width in (1, 2, 3, 4) for _ in range(8)], **how)
     compiled = encode._cache_size()  # type: ignore[attr-defined]
+    assert compiled == 4
     for count in (5, 17, 64):  # fewer than a batch, a batch and a rest, many
         embed_texts([f"{'bad ' * (7 * n % 23)}{n}" for n in range(count)], **how)
     assert encode._cache_size() == compiled  # type: ignore[attr-defined]

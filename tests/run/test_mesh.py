@@ -34,7 +34,7 @@ def test_a_run_on_four_devices_with_pad_equal_to_eos(tmp_path, tiny_config, engi
 
 
 def test_pmap_holds_whole_models_only(tmp_path, tiny_config):
-    with pytest.raises(ValueError, match="must be 1; set them, or mesh.engine jit"):
+    with pytest.raises(ValueError, match=r"must be 1; set them, or mesh\.engine jit"):
         run(tiny_config(tmp_path, mesh={"engine": "pmap", "fsdp": 2}))
     assert not (tmp_path / "tiny").exists()
 
