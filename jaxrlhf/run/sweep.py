@@ -73,7 +73,7 @@ def sweep(config: Config | str | Path, seeds: Sequence[int], *, log: RunLog | No
     if not isinstance(config, Config):
         config = load_config(config)
     if processes.count() > 1:
-        raise ConfigError(f"a sweep is one process, and this is one of {processes.count()}; let them share its runs: jaxrlhf run, one by one.")
+        raise ConfigError(f"a sweep is one process, and this is one of {processes.count()}; let them share its runs instead.")
     seeds = tuple(seeds)
     jobs = jobs_of(config, seeds)
     if not jobs:
