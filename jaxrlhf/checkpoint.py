@@ -69,6 +69,8 @@ class Checkpoints:
             handlers: Any = {name: ocp.StandardCheckpointHandler() for name in ("params", "opt_state", "state")}
             handlers["meta"] = ocp.JsonCheckpointHandler()
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        if self._url is not None and not self._direct:
+            self._put(self._url)  # what did not come through the last time
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any] | None = None) -> None:
         """Save `state` as checkpoint `step`, in the background. `meta` is anything JSON takes.
@@ -149,15 +151,11 @@ class Checkpoints:
             remote.remove(remote.join(url, str(step)))
 
     def _fetch(self, url: str) -> None:
-        """Have here what is there, and nothing else: another machine may have gone on since."""
-        there = _steps_at(url)
-        for step in sorted(there):
+        """Have here what is there: another machine may have gone on since."""
+        for step in sorted(_steps_at(url)):
             folder = self.folder / str(step)
             if not folder.is_dir() and remote.fetch_folder(remote.join(url, str(step)), folder, last=_FILES):
                 (folder / _FILES).unlink()
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if path.name.isdigit() and int(path.name) not in there:
-                shutil.rmtree(path)
 
     def _check_room(self, items: dict[str, Any]) -> None:
         if self._direct:

@@ -308,7 +308,7 @@ def cache_compilations() -> None:
     """
     import jax
 
-    if jax.config.values["jax_compilation_cache_dir"] is not None or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:  # "": switched off
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxrlhf" / "xla" / _machine()
     try:
