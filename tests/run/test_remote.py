@@ -295,6 +295,8 @@ def test_a_run_killed_while_it_puts_goes_on_on_another_machine(tiny_mapping, tmp
     assert strip == [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines(local / "metrics.jsonl")]
     links = json.loads(bucket(tmp_path, "b", "runs", "tiny", "links.json").read_text())
     assert list(links) == ["00-tokenizer", "01-sft"]
+    stage = bucket(tmp_path, "b", "runs", ".stages", links["01-sft"].rsplit("/", 1)[1])
+    assert lines(stage / "metrics.jsonl") == lines(local / "stages" / "01-sft" / "metrics.jsonl")  # the first machine's step among them
     assert not list(bucket(tmp_path, "b", "runs", ".stages").glob(".state-*/checkpoint/*/files.json"))
 
     machine("four")
