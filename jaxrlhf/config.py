@@ -127,6 +127,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
     # Knobs of memory: they change no result beyond rounding, and no stage's hash.
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again: all but products with kernels; whole layers
+    offload_frozen: bool = False  # reference, reward and SFT models of a PPO round wait on the host, each on the device in its turn
     logits_chunk: int | None = None  # positions whose logits exist at a time in training and scoring; None: 2²⁶ logits decide
 
     def __post_init__(self) -> None:

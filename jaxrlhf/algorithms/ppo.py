@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from jaxrlhf import rng, sharding
+from jaxrlhf.algorithms.in_turn import all_metrics, score_in_turn
 from jaxrlhf.algorithms.supervised import optimizer_of
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.batches import batches
@@ -23,7 +24,7 @@ from jaxrlhf.rollouts.generate import check_left_padded, generate
 from jaxrlhf.rollouts.score import RolloutModels, score_rollout
 from jaxrlhf.steps.ppo import LossPart, make_ppo_step, policy_part, value_part
 from jaxrlhf.steps.state import actor_critic, joined
-from jaxrlhf.types import Completion, Model, Params, PolicyLoss, PromptBatch, TrainState
+from jaxrlhf.types import Completion, Metrics, Model, Params, PolicyLoss, PromptBatch, Rollout, TrainState
 
 _log = logging.getLogger(__name__)
 
@@ -34,19 +35,21 @@ class PPOTrainer(NamedTuple):
     optimizer: optax.GradientTransformation
     sample: Callable[..., Completion]  # (params, prompts, key)
     score: sharding.Compiled  # (params, (prompts, completion), controller, reward_bias) → (Rollout, metrics)
+    score_in_turn: Callable[..., tuple[Rollout, Metrics]]  # the same of frozen models that wait on the host, one at a time on the device
     update: sharding.Compiled  # (state, rollout, key) → (state, metrics)
 
 
 class RoundModels(NamedTuple):
     """Parameters that stay fixed while a round lasts. `reward` and `reward_bias` are tuples over the members where the reward is an
     ensemble. `sft` is None where the KL reference is π_SFT itself. `base` is what does not learn of the models that do: {"policy": …} under
-    adapters."""
+    adapters. `offloaded`: they wait in the host's memory, each on the device in its turn."""
 
     reference: Params
     reward: Params
     reward_bias: float | tuple[float, ...]
     sft: Params | None = None
     base: dict[str, Params] | None = None
+    offloaded: bool = False
 
 
 def num_updates(config: PPOConfig) -> int:
@@ -157,11 +160,13 @@ def _trainer(
     """What PPO and RLOO share: the sampler, the forward passes and the update."""
     if config.top_k or config.top_p < 1:
         _say_truncated(config.top_k, config.top_p)
+    policy = models.policy
+    assert policy is not None
     adaptive = {"target": config.kl_target, "horizon": config.kl_horizon} if config.adaptive_kl else None
 
     def sample(params: Params, prompts: PromptBatch, key: jax.Array) -> Completion:
         return generate(
-            models.policy,
+            policy,
             params,
             prompts.prompt_BL,
             prompts.prompt_mask_BL,
@@ -178,6 +183,10 @@ def _trainer(
             mesh=mesh,
         )
 
+    reading = {"temperature": config.temperature, "old_logp": config.old_logp, "microbatch": config.forward_batch_size}
+    penalties = {"missing_eos_penalty": config.missing_eos_penalty, "missing_eos_score": config.missing_eos_score}
+    assembling = {"eos_ids": eos_ids, "kl_estimator": config.kl_estimator, **penalties}
+
     def score(params: dict[str, Params], texts: tuple, controller: dict, reward_bias, *, axis_name: str | None) -> tuple:
         prompts, completion = texts
         rollout, metrics = score_rollout(
@@ -185,22 +194,15 @@ def _trainer(
             params,
             prompts,
             completion,
-            temperature=config.temperature,
-            eos_ids=eos_ids,
             credit=partial(credit, kl_coef=controller["kl_coef"]),
             reward_bias=reward_bias,
             spread_coef=spread_coef,
             value_bias=0.0 if models.critic is None else controller["value_bias"],
-            old_logp=config.old_logp,
-            kl_estimator=config.kl_estimator,
-            missing_eos_penalty=config.missing_eos_penalty,
-            missing_eos_score=config.missing_eos_score,
-            microbatch=config.forward_batch_size,
             axis_name=axis_name,
+            **reading,
+            **assembling,
         )
-        # Where the reference is π_SFT the two are one number; the k1 form is what both mean.
-        metrics.setdefault("kl/sft", metrics["rollout/kl"])
-        return rollout, {**metrics, "kl/coef": controller["kl_coef"]}
+        return rollout, all_metrics(metrics, controller)
 
     make_step = partial(
         make_ppo_step,
@@ -213,7 +215,8 @@ def _trainer(
         keep_rows=sharding.keep_rows(mesh),
     )
     scored = sharding.rows_and_metrics(lambda axis_name: partial(score, axis_name=axis_name), mesh)
-    return PPOTrainer(optimizer, sample, scored, sharding.step(make_step, mesh))
+    in_turn = score_in_turn(models, credit, mesh, reading=reading, assembling=assembling, spread_coef=spread_coef)
+    return PPOTrainer(optimizer, sample, scored, in_turn, sharding.step(make_step, mesh))
 
 
 class PolicyUpdate(NamedTuple):
@@ -271,15 +274,14 @@ def train_ppo(
     """
     frozen = {"reference": fixed.reference, "reward": fixed.reward} | ({} if fixed.sft is None else {"sft": fixed.sft})
     rest = () if fixed.base is None else (fixed.base,)
+    score = trainer.score_in_turn if fixed.offloaded else trainer.score
     for update, batch in enumerate(prompts, start=start):
         clock = _Clock()
         check_left_padded(batch.prompt_mask_BL)
         batch = sharding.place_batch(batch, mesh)
         models = joined(state.params, fixed.base)
         completion = clock.timed("generate", trainer.sample(models["policy"], batch, rng.stream(key, "rollout", update)))
-        rollout, measured = clock.timed(
-            "score", trainer.score({**models, **frozen}, (batch, completion), state.controller, fixed.reward_bias)
-        )
+        rollout, measured = clock.timed("score", score({**models, **frozen}, (batch, completion), state.controller, fixed.reward_bias))
         state, learned = clock.timed("update", trainer.update(state, rollout, rng.stream(key, "minibatches", update), *rest))
         yield state, {**measured, **learned, **clock.seconds}
 

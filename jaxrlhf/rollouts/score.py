@@ -23,8 +23,8 @@ class RolloutModels(NamedTuple):
     """The models that read a rollout. Without a critic values are 0; without a reward model scores are given from outside;
     `sft` is π_SFT where the KL to it is to be measured and it is not the reference."""
 
-    policy: Model
-    reference: Model
+    policy: Model | None  # None, as the reference: not read in this pass (algorithms/in_turn.py)
+    reference: Model | None
     critic: Model | None = None
     reward: Model | None = None
     sft: Model | None = None
@@ -116,10 +116,12 @@ def read_rollout(
         tokens, mask = jnp.concatenate(pieces[::2], axis=1), jnp.concatenate(pieces[1::2], axis=1)
         options = {"start": start, "temperature": temperature}
         logp_BT, entropy_BT = text.logp_BT, None
-        if old_logp == "score":
+        if old_logp == "score" and models.policy is not None:
             stats = models.policy.score_tokens(params["policy"], tokens, mask, **options)
             logp_BT, entropy_BT = stats.logp_BT, stats.entropy_BT
-        reference = models.reference.score_tokens(params["reference"], tokens, mask, **options)
+        reference_BT = jnp.zeros_like(logp_BT)
+        if models.reference is not None:
+            reference_BT = models.reference.score_tokens(params["reference"], tokens, mask, **options).logp_BT
         values_BT, scores, spread = jnp.zeros(text.tokens_BT.shape), jnp.zeros(tokens.shape[0]), None
         if models.critic is not None:
             values_BT = critic_values(models.critic, params["critic"], *pieces, value_bias)
@@ -128,7 +130,7 @@ def read_rollout(
         sft_BT = None
         if models.sft is not None:
             sft_BT = models.sft.score_tokens(params["sft"], tokens, mask, **options).logp_BT
-        return Readings(logp_BT, entropy_BT, reference.logp_BT, values_BT, scores, sft_BT, spread)
+        return Readings(logp_BT, entropy_BT, reference_BT, values_BT, scores, sft_BT, spread)
 
     readings = _by_microbatch(read, (prompts, completion), microbatch, shards(axis_name))
     return readings if scores_B is None else readings._replace(scores_B=scores_B)

@@ -57,19 +57,29 @@ def fixed_models(
     """The models of a round that do not learn; one that is `at_hand` (parameters by the hash of their stage) is not read again.
 
     `further` are the members of an ensemble beside `scorer`; None where the reward is one model. `rest` is what lies under the adapters.
+    With `model.offload_frozen` each goes to the host's memory before the next is read; a reference that is the base is needed and stays.
     """
+    offloaded = setting.config.model.offload_frozen
+    away = sharding.offload if offloaded else lambda params: params
 
     def params_of(done: Done) -> Params:
-        return at_hand[done.hash] if done.hash in at_hand else setting.load(done, head="lm").params
+        if done.hash not in at_hand:
+            return away(setting.load(done, head="lm").params)
+        return at_hand[done.hash] if rest is not None else away(at_hand[done.hash])
 
-    reward, bias = scorer.params, reward_bias(scorer)
+    def member(done: Done) -> tuple[Params, float]:
+        one = setting.load(done, head="scalar")
+        return away(one.params), reward_bias(one)
+
+    reward, bias = away(scorer.params), reward_bias(scorer)
     if further is not None:
-        members = [scorer, *(setting.load(done, head="scalar") for done in further)]
-        reward, bias = tuple(one.params for one in members), tuple(reward_bias(one) for one in members)
+        others = [member(done) for done in further]
+        reward, bias = (reward, *(params for params, _ in others)), (bias, *(its for _, its in others))
     return RoundModels(
         reference=params_of(reference),
         reward=reward,
         reward_bias=bias,
         sft=params_of(sft) if reference.hash != sft.hash else None,
         base=None if rest is None else {"policy": rest},
+        offloaded=offloaded,
     )

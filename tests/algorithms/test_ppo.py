@@ -57,7 +57,7 @@ def test_every_forward_pass_of_scoring_keeps_to_its_size():
 
 def test_prompts_are_checked_before_they_are_placed():
     torn = replace(prompts(), prompt_mask_BL=np.array([[True, True]] * 7 + [[True, False]]))
-    trainer = PPOTrainer(*[None] * 4)._replace(sample=lambda *_: pytest.fail("sampled"))  # type: ignore[arg-type]
+    trainer = PPOTrainer(*[None] * 5)._replace(sample=lambda *_: pytest.fail("sampled"))  # type: ignore[arg-type]
     state = TrainState(jnp.int32(0), {"policy": {}, "critic": {}}, ())
     with pytest.raises(ValueError, match="row 7 is not left-padded"):
         next(train_ppo(trainer, state, RoundModels({}, {}, 0.0), iter([torn]), key=jax.random.key(0)))

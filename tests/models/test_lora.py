@@ -41,7 +41,7 @@ def noisy(learned):
     return jax.tree.map(lambda x: x + 0.2 * jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), learned)
 
 
-def leaves(tree) -> dict[str, jax.Array]:
+def leaves(tree) -> dict[str, Any]:
     return {sharding.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -71,7 +71,7 @@ def test_zero_adapters_change_no_bit(name):
     np.testing.assert_allclose(compiled, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_merged_weights_compute_what_adapters_do(name):
     """(x·A)·B + x·W against x·(W + A·B): a sum in another order, in float32. In the whole text, its statistics, and under the sampler."""
     case, (tokens, mask) = made(name), tiny_models.padded("left")
@@ -169,7 +169,7 @@ def test_a_mesh_takes_the_same_step(axes):
 
 def test_adapters_are_cut_as_their_kernels_are():
     case, mesh = made("llama"), sharding.make_mesh(1, 2, 2)
-    specs: dict[str, Any] = {path: getattr(leaf, "spec") for path, leaf in leaves(sharding.shardings(case.adapted, mesh)).items()}
+    specs = {path: leaf.spec for path, leaf in leaves(sharding.shardings(case.adapted, mesh)).items()}
     for name in TARGETS:
         at = f"backbone/layers_0/{'mlp' if name in ('up', 'gate', 'down') else 'attention'}/{name}"
         rows, columns = specs[f"{at}/kernel"]

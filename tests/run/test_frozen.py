@@ -47,7 +47,13 @@ def finished(tmp_path_factory, tiny_config):
         patch.setattr(models, "halves", halved)
         patch.setattr(Setting, "train", trained)
         config = tiny_config(
-            tmp_path_factory.mktemp("runs"), rounds=1, lora=LORA, ppo__learning_rate=3e-2, ppo__weight_decay=0.0, arms=ARMS
+            tmp_path_factory.mktemp("runs"),
+            rounds=1,
+            lora=LORA,
+            model__offload_frozen=True,
+            ppo__learning_rate=3e-2,
+            ppo__weight_decay=0.0,
+            arms=ARMS,
         )
         return run(config), seen
 
@@ -66,6 +72,8 @@ def test_the_reference_is_the_base_and_no_copy_of_it(finished):
     under = dict((sharding.path_of(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(fixed.base["policy"]))
     for path, leaf in jax.tree_util.tree_leaves_with_path(fixed.reference):
         assert leaf is under[sharding.path_of(path)]
+    kinds = [{leaf.sharding.memory_kind for leaf in jax.tree.leaves(part)} for part in (fixed.reference, fixed.reward)]
+    assert kinds == [{"device"}, {sharding.HOST}] and fixed.offloaded  # the base is needed all the time, the reward model in its turn
     assert jax.tree.leaves(fixed.reference)[0] is jax.tree.leaves(base)[0] and fixed.sft is None
 
 
