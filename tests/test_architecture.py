@@ -16,6 +16,8 @@ ORDER = (
         "hlo_text",
         "hlo",
         "compilation",
+        "cluster",
+        "processes",
         "remote",
         "runlog",
         "checkpoint",
