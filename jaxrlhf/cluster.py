@@ -115,6 +115,19 @@ def _tpu_machine() -> bool:
     return chips and find_spec("libtpu") is not None
 
 
+def check_free(coordinator: str) -> None:
+    """Raise ProcessError where the port is taken: jax may crash where it cannot listen."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a run that has ended left behind is no obstacle
+        try:
+            probe.bind(("", _address(coordinator)[1]))
+        except OSError as error:
+            raise ProcessError(
+                f"process 0 cannot listen at {coordinator} ({error.strerror}): the port is taken, maybe by another run; name another "
+                "one in --coordinator."
+            ) from error
+
+
 def wait_for(coordinator: str, timeout: int) -> None:
     """Until process 0 answers: jax would end this process without an exception if it never does."""
     host, port = _address(coordinator)

@@ -18,7 +18,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from jaxrlhf.cluster import Group, ProcessError, devices_of_task, wait_for, wanted
+from jaxrlhf.cluster import Group, ProcessError, check_free, devices_of_task, wait_for, wanted
 
 HEARTBEAT = 30  # seconds without a sign of life after which jax takes a process for dead, and ends the others
 START_TIMEOUT = 300  # seconds that processes wait for each other at the start
@@ -50,8 +50,8 @@ def start(
 
     if jax.distributed.is_initialized():
         return count() > 1
-    if group.coordinator is not None and group.process_id:
-        wait_for(group.coordinator, timeout)
+    if group.coordinator is not None and group.process_id is not None:
+        check_free(group.coordinator) if group.process_id == 0 else wait_for(group.coordinator, timeout)
     patience = threading.Timer(20, _say, [f"still waiting for the other processes ({timeout} s at most)"])
     patience.daemon = True
     patience.start()
@@ -80,8 +80,6 @@ def start(
 
 def _not_started(group: Group, error: Exception) -> str:
     where = group.coordinator or f"found through {group.cluster}"
-    if "start RPC server" in str(error):
-        return f"process 0 cannot listen at {where}: the port is taken, maybe by another run; name another one in --coordinator."
     if "before any JAX" in str(error) or "backend" in str(error):
         return "JAX was in use before the processes were joined; call jaxrlhf.processes.start() before anything else."
     alone = " A process that is to run alone is started with --num_processes 1." if group.cluster else ""
