@@ -88,16 +88,20 @@ def _not_started(group: Group, error: Exception) -> str:
 
 def count() -> int:
     """How many processes there are."""
-    import jax
-
-    return jax.process_count() if jax.distributed.is_initialized() else 1
+    jax = _joined()
+    return 1 if jax is None else jax.process_count()
 
 
 def index() -> int:
     """The number of this process; 0 is the leader."""
-    import jax
+    jax = _joined()
+    return 0 if jax is None else jax.process_index()
 
-    return jax.process_index() if jax.distributed.is_initialized() else 0
+
+def _joined() -> Any:
+    """The module jax where it has joined this process with others, else None; a process that has not imported it stands alone."""
+    jax = sys.modules.get("jax")
+    return jax if jax is not None and jax.distributed.is_initialized() else None
 
 
 def is_leader() -> bool:
