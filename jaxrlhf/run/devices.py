@@ -50,14 +50,12 @@ def device_of_kind(kind: str) -> Device | None:
     return next((DEVICES[name] for part, name in _KINDS if part in kind.lower()), None)
 
 
-def own_device(memory: float | None, peak: float | None, bandwidth: float | None, given: Device | None) -> Device | None:
+def own_device(memory: float | None, peak: float | None, bandwidth: float | None, given: Device | None) -> Device:
     """`given` with what the user states instead: GiB, TFLOP/s, GB/s. ValueError unless a device of the user's own states all three."""
     stated = (memory, peak, bandwidth)
     for name, value in zip(("--memory", "--peak", "--bandwidth"), stated, strict=True):
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} {value} must be a number above 0.")
-    if all(value is None for value in stated):
-        return given
     if given is None and None in stated:
         raise ValueError("a device of your own needs all of --memory GIB, --peak TFLOPS and --bandwidth GB/S; or name one with --device.")
     base = given or Device("your device", 0, 0, 0, 0, 0)

@@ -18,11 +18,12 @@ from jaxrlhf.algorithms.rounds import SECTIONS_READ
 from jaxrlhf.config import Config
 from jaxrlhf.recipe import arms, to_yaml
 from jaxrlhf.run.devices import Device, device_named, device_of_kind, own_device
-from jaxrlhf.run.plan_compile import Program, bytes_on_device, compile_all
+from jaxrlhf.run.plan_compile import Program, compile_all
 from jaxrlhf.run.plan_counts import Counts, counts_of
 from jaxrlhf.run.plan_memory import Planned, planned
 from jaxrlhf.run.plan_models import subjects_of
 from jaxrlhf.run.plan_phases import Phase, Planner
+from jaxrlhf.run.plan_shapes import bytes_on_device
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ def notes_of(config: Config, updates: set[str], platform: str) -> list[str]:
     own = [name for name in updates if ":" in name]
     if own:
         notes.append(f"what the reward update {own[0]} computes is not known and not in the plan.")
+    if config.model.offload_frozen:
+        notes.append("model.offload_frozen: the temporaries of `score` are those of a program that reads all models at once.")
     if config.refit.when != "round" and updates:
         notes.append(f"refit.when is {config.refit.when!r}: a refit is counted in every round after the first.")
     return notes
@@ -124,7 +127,7 @@ def notes_of(config: Config, updates: set[str], platform: str) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `jaxrlhf plan`, keys of the config apart."""
     parser.add_argument("--devices", type=int, help="plan for so many devices, made up on this machine's CPU; default: those there are")
-    parser.add_argument("--device", help="whose published memory, peak and bandwidth to take: h100, h200, a100, v5p, v5e, …")
+    parser.add_argument("--device", help="whose published memory, peak and bandwidth to take: h100, or several, h100,h200,v5p")
     parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a device of your own, or another amount")
     parser.add_argument("--peak", type=float, metavar="TFLOPS", help="its peak of dense matrix products in model.dtype")
     parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="its memory's bandwidth")
@@ -151,24 +154,34 @@ def start_devices(count: int | None) -> None:
 
 def main(options: argparse.Namespace, config: Config) -> int:
     """Plan every arm of the config, print it, and write what was asked for. `start_devices` has been called."""
-    from jaxrlhf.run.plan_table import as_json, draw, show
+    from jaxrlhf.run.plan_table import as_json, check_figure, draw, show
 
-    device = device_named(options.device) if options.device else device_of_kind(jax.devices()[0].device_kind)
-    device = own_device(options.memory, options.peak, options.bandwidth, device)
+    devices = devices_of(options)
     for name in ("rows", "valid_rows"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name} {getattr(options, name)} must be at least 1.")
+    if options.figure:
+        check_figure(options.figure)
     plans, known = {}, {}
     print(to_yaml(config))
     for name, one in arms(config).items():
         print(f"planning {name}: {len(jax.devices())} × {jax.devices()[0].device_kind}", file=sys.stderr)
         plans[name] = plan(one, rows=options.rows, valid_rows=options.valid_rows, exact=options.exact, known=known, report=progress)
-        show(plans[name], name, device)
+        show(plans[name], name, devices)
     if options.json:
-        Path(options.json).write_text(json.dumps({name: as_json(one, device) for name, one in plans.items()}, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps({name: as_json(one, devices) for name, one in plans.items()}, indent=1) + "\n")
     if options.figure:
-        draw(plans, device, Path(options.figure))
+        draw(plans, devices, Path(options.figure))
     return 0
+
+
+def devices_of(options: argparse.Namespace) -> list[Device]:
+    """The devices to judge by: those named, else the one that is here; none where that is a CPU and nothing is stated of it."""
+    stated = (options.memory, options.peak, options.bandwidth)
+    if options.device:
+        return [own_device(*stated, device_named(name.strip())) for name in options.device.split(",")]
+    here = device_of_kind(jax.devices()[0].device_kind)
+    return [] if here is None and stated == (None, None, None) else [own_device(*stated, here)]
 
 
 def progress(phase: Phase, program: Program) -> None:

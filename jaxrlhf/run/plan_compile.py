@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxrlhf import hlo, sharding
 from jaxrlhf.run.plan_phases import Phase
@@ -118,21 +117,3 @@ def _key(phase: Phase) -> Any:
     """Equal for phases that run one compiled program."""
     leaves, tree = jax.tree.flatten(phase.arguments)
     return phase.function, phase.loop, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-
-
-def bytes_on_device(tree: Any, mesh: Any) -> int:
-    """What one device holds of a tree of shapes that lives where the sharding table says."""
-    leaves = jax.tree.leaves(sharding.template(tree, mesh))
-    return sum(_size(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in leaves)
-
-
-def bytes_of_rows(tree: Any, mesh: Any) -> int:
-    """What one device holds of arrays whose rows are cut over the devices."""
-    return -(-sum(_size(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)) // sharding.data_shards(mesh))
-
-
-def _size(shape: Sequence[int], dtype: Any) -> int:
-    size = 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
-    for length in shape:
-        size *= length
-    return size

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from jaxrlhf import sharding
 from jaxrlhf.config import Config
 from jaxrlhf.run.devices import Device
-from jaxrlhf.run.plan_compile import Program, bytes_of_rows, bytes_on_device
+from jaxrlhf.run.plan_compile import Program
 from jaxrlhf.run.plan_phases import Phase
+from jaxrlhf.run.plan_shapes import bytes_of_rows, bytes_on_device
 
 # Assumptions of every prediction, printed with it.
 USABLE = 0.92  # share of a device's memory: the rest is the runtime's, and lost between buffers
@@ -45,9 +46,9 @@ class Planned:
 def planned(phase: Phase, program: Program, mesh: Any) -> Planned:
     """The phase's memory by part: trees that are held, rows, results, gradients and other temporaries."""
     parts: dict[str, float] = {name: bytes_on_device(tree, mesh) for name, tree in phase.held.items()}
-    gradients = min(sum(parts[name] for name in phase.trains), program.temp)
+    gradients = 0.0 if phase.learned is None else min(bytes_on_device(phase.learned, mesh), program.temp)
     parts |= {"batch": bytes_of_rows(phase.rows, mesh) + program.fresh}
-    parts |= {"gradients": gradients} if phase.trains else {}
+    parts |= {"gradients": gradients} if gradients else {}
     return Planned(phase, program, parts | {"activations": program.temp - gradients, "code": program.code})
 
 
@@ -79,10 +80,10 @@ def _advice(one: Planned, limit: float, config: Config, mesh: Any) -> Iterator[A
                 yield Advice("model.remat full", one.parts["activations"] - kept, f"keeps the layers' inputs, {gib(kept)} GiB")
         elif knob == "mesh.fsdp":
             yield from _cut(one, config, mesh)
-        elif knob == "lora.r" and hasattr(config, "lora") and not config.lora.r:
+        elif knob == "lora.r" and not config.lora.r:
             saved = sum(one.parts.get(name, 0.0) for name in ("optimizer", "gradients"))
             yield Advice("lora.r 16", saved, "optimizer and gradients are of the adapters alone")
-        elif knob == "model.offload_frozen" and hasattr(config.model, "offload_frozen") and not config.model.offload_frozen:
+        elif knob == "model.offload_frozen" and not config.model.offload_frozen:
             frozen = sum(one.parts.get(name, 0.0) for name in ("reference", "reward", "π_SFT"))
             if frozen and one.phase.name.startswith(("update", "sample")):
                 yield Advice("model.offload_frozen true", frozen, "frozen models wait in the host's memory")
@@ -93,7 +94,7 @@ def _smaller(one: Planned, limit: float, knob: str, config: Config, mesh: Any) -
     section, _, name = knob.partition(".")
     own = getattr(config, section)
     value, batch = getattr(own, name), own.batch_size if hasattr(own, "batch_size") else 0
-    shrinks = one.parts["activations"] + (0 if one.phase.trains else one.parts["batch"])
+    shrinks = one.parts["activations"] + (0 if one.phase.learned is not None else one.parts["batch"])
     rest = one.total - shrinks
     wanted = math.inf if rest >= limit else shrinks / (limit - rest)
     factor = 2 ** max(math.ceil(math.log2(wanted)), 1) if math.isfinite(wanted) else None
@@ -105,7 +106,7 @@ def _smaller(one: Planned, limit: float, knob: str, config: Config, mesh: Any) -
                 f"{knob} {value * factor}", shrinks * (1 - 1 / factor), f"now {value}: microbatches of fewer rows, the same result"
             )
         return
-    if name == "batch_size" and one.phase.trains:
+    if name == "batch_size" and one.phase.learned is not None:
         return  # another batch is another training; accumulation keeps it
     now = value or batch
     most = max(now // sharding.data_shards(mesh), 1)
@@ -122,7 +123,8 @@ def _layer_inputs(one: Planned, config: Config, mesh: Any) -> float:
     if one.phase.name.startswith("step") and one.phase.stage == "policy":
         section = config.dpo
     positions = sum(leaf.size for leaf in _token_leaves(one.phase.rows)) / sharding.data_shards(mesh)
-    return len(one.phase.trains) * one.phase.layers * positions * width * item / section.gradient_accumulation_steps
+    models = 2 if "critic" in one.phase.held else 1
+    return models * one.phase.layers * positions * width * item / section.gradient_accumulation_steps
 
 
 def _token_leaves(rows: Any) -> list[Any]:
@@ -142,10 +144,6 @@ def _cut(one: Planned, config: Config, mesh: Any) -> Iterator[Advice]:
     if copies > 1:
         trees = sum(one.parts[name] for name in one.phase.held) + one.parts.get("gradients", 0.0)
         yield Advice("mesh.data 1, mesh.fsdp -1", trees * (1 - 1 / copies), f"parameters and optimizer are cut over {copies} devices")
-
-
-def fits(planned_phases: Sequence[Planned], device: Device) -> bool:
-    return all(one.total <= room(device) for one in planned_phases)
 
 
 def gib(size: float) -> str:

@@ -15,7 +15,7 @@ from jaxrlhf.models.encoder import BertConfig, bert_config_from_hf
 from jaxrlhf.models.encoder_files import encoder_folder, read_sentence_folder
 from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.files import read_json
-from jaxrlhf.models.hub import read_config, read_tokenizer
+from jaxrlhf.models.hub import Loaded, eos_ids, read_config, read_tokenizer
 from jaxrlhf.models.known import KNOWN, known_shape
 from jaxrlhf.models.model import build_model
 from jaxrlhf.models.transformer import DecoderConfig
@@ -34,6 +34,7 @@ class Subjects:
     encoder_note: str  # why the encoder is not planned; "" where it is, or where there is none
     vocab_size: int | None  # ids of the tokenizer, where it could be read
     eos_ids: tuple[int, ...]
+    pad_id: int
 
     def at_depth(self, layers: int) -> Subjects:
         """The same models with so many layers, for compilations that stand for deeper ones."""
@@ -51,13 +52,12 @@ def subjects_of(config: Config, *, uses_encoder: bool) -> Subjects:
     longer than the model has positions."""
     base, tokenizer = _base(config)
     inputs.check_model(config, base, tokenizer)
-    stated = base.hf.get("eos_token_id")
-    eos = stated if isinstance(stated, list) else [0 if stated is None else stated]
+    eos = eos_ids(Loaded(None, None, tokenizer, base)) or (0,)  # type: ignore[arg-type]  # reads the last two alone
     rows = base.vocab_size if tokenizer is None else base.vocab_size + _needs_a_row(tokenizer, base.vocab_size)
     gold = shape_of(config.gold.source or "", "gold.source") if config.gold.kind == "model" else None
     encoder, note = _encoder(config) if uses_encoder else (None, "")
-    ids = None if tokenizer is None else len(tokenizer)
-    return Subjects(base, replace(base, vocab_size=rows), gold, encoder, note, ids, tuple(int(i) for i in eos))
+    ids, pad = (None, 0) if tokenizer is None else (len(tokenizer), pad_id_of(tokenizer))
+    return Subjects(base, replace(base, vocab_size=rows), gold, encoder, note, ids, eos, pad)
 
 
 def _base(config: Config) -> tuple[DecoderConfig, Any]:

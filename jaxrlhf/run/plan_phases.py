@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxrlhf import sharding
-from jaxrlhf.algorithms.ppo import POLICY_UPDATES
+from jaxrlhf.algorithms.ppo import POLICY_UPDATES, as_compiled
 from jaxrlhf.algorithms.preference import REFERENCE, needs_reference, preference_loss, preference_trainer
 from jaxrlhf.algorithms.reward import reward_loss, reward_trainer
 from jaxrlhf.algorithms.rounds import PREFERENCE, SECTIONS_READ, Round
 from jaxrlhf.algorithms.supervised import sft_trainer
 from jaxrlhf.config import Config
 from jaxrlhf.models.encoder import build_bert
+from jaxrlhf.models.lora import adapters
 from jaxrlhf.models.model import build_model
 from jaxrlhf.offline.logprobs import logp_pass
 from jaxrlhf.plugins import plugin
@@ -28,9 +28,10 @@ from jaxrlhf.run.ensemble import spread_of
 from jaxrlhf.run.inputs import gold_limits
 from jaxrlhf.run.plan_counts import Counts
 from jaxrlhf.run.plan_models import KEY, Subjects, models_of, shapes_of
+from jaxrlhf.run.plan_shapes import NUMBER, bools, bytes_on_device, floats, ints, pairs, texts
 from jaxrlhf.scorers.reward_model import score_pass
-from jaxrlhf.steps.state import init_state
-from jaxrlhf.types import Completion, PairBatch, Params, PromptBatch, Rollout, TextBatch
+from jaxrlhf.steps.state import init_state, joined
+from jaxrlhf.types import Completion, Params, PromptBatch, Rollout
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Phase:
 
     `held`: trees of shapes that are in memory while it runs, by name, arguments and others; rows apart. `rows`: the arrays that have
     rows. `calls` in a whole run, None where the number of rows is not known. `tokens` of a call; `loop`: rounds of a loop that may end
-    early (sampling), at most. `layers` of the decoder it runs; 0: no decoder. `steps`: how many times weights are read (for messages).
+    early (sampling), at most. `layers` of the decoder it runs; 0: no decoder.
     """
 
     stage: str
@@ -53,7 +54,7 @@ class Phase:
     layers: int
     knobs: tuple[str, ...]
     loop: int = 1
-    trains: tuple[str, ...] = ()  # names in `held` that have gradients
+    learned: Any = None  # the tree that has gradients, in a training step
 
     @property
     def title(self) -> str:
@@ -99,6 +100,14 @@ class Planner:
     def scalar(self) -> Params:
         return shapes_of(self._models[1])
 
+    def halves(self) -> tuple[Params, Params | None]:
+        """(what learns of the policy, the frozen rest): its adapters and its base, or all of it and None."""
+        lora = self.config.lora
+        if not lora.r:
+            return self.policy, None
+        how = {"r": lora.r, "alpha": lora.alpha, "targets": lora.target_modules}
+        return jax.eval_shape(lambda params, key: adapters(params, key, **how), self.policy, KEY)
+
     @property
     def gold_held(self) -> dict[str, Any]:
         """The gold model, which stays in memory for as long as a stage has texts for it."""
@@ -123,7 +132,7 @@ class Planner:
         held = {"policy": state.params, "optimizer": state.opt_state}
         knobs = ("sft.gradient_accumulation_steps", "sft.batch_size", "model.remat", "mesh.fsdp")
         tokens = section.batch_size * (L + T)
-        return Phase("SFT", "step", step, (state, batch), held, batch, steps, tokens, self._layers, knobs, trains=("policy",))
+        return Phase("SFT", "step", step, (state, batch), held, batch, steps, tokens, self._layers, knobs, learned=state.params)
 
     @property
     def _layers(self) -> int:
@@ -147,7 +156,7 @@ class Planner:
         calls = None if steps is None else steps * fits * members
         knobs = ("reward.gradient_accumulation_steps", "reward.batch_size", "model.remat", "mesh.fsdp")
         tokens = 2 * section.batch_size * (L + self.pairs_width())
-        yield Phase("reward", "step", step, (state, batch), held, batch, calls, tokens, self._layers, knobs, trains=("reward",))
+        yield Phase("reward", "step", step, (state, batch), held, batch, calls, tokens, self._layers, knobs, learned=state.params)
         calls = self.counts.passes(self.counts.reference_rows, section.eval_batch_size, 1)
         calls = None if calls is None else calls * fits * members
         yield self.scoring("reward", "scores of references", params, T, section.eval_batch_size, held, calls, "reward.eval_batch_size")
@@ -181,8 +190,10 @@ class Planner:
         greedy: bool = False, top_k: int = 0, top_p: float = 1.0,
     ) -> Phase:  # fmt: skip
         model, subjects = self._models[0], self.subjects
-        how = {"max_new_tokens": T, "eos_ids": subjects.eos_ids, "pad_id": 0, "vocab_size": subjects.vocab_size}
-        function = sampler(model, self.mesh, **how, greedy=greedy, top_k=top_k, top_p=top_p)
+        function = sampler(
+            model, self.mesh, max_new_tokens=T, eos_ids=subjects.eos_ids, pad_id=subjects.pad_id, greedy=greedy, top_k=top_k, top_p=top_p,
+            vocab_size=subjects.vocab_size,
+        )  # fmt: skip
         batch = (ints(rows, L), bools(rows, L), ints(rows))
         arguments = (held["policy"], batch, KEY, NUMBER)
         # The first token comes from the prompt's own pass.
@@ -270,18 +281,29 @@ class Planner:
         B, (policy, scalar) = section.batch_size, self._models
         spread_coef = spread_of(round.ensemble, config)
         trainer = way.trainer(
-            policy, scalar, section, plugin, eos_ids=self.subjects.eos_ids, pad_id=0, vocab_size=self.subjects.vocab_size,
-            spread_coef=spread_coef, mesh=self.mesh,
+            policy, scalar, as_compiled(section), plugin, eos_ids=self.subjects.eos_ids, pad_id=self.subjects.pad_id,
+            vocab_size=self.subjects.vocab_size, spread_coef=spread_coef, mesh=self.mesh,
         )  # fmt: skip
-        params, controller = {"policy": self.policy}, {"kl_coef": NUMBER}
+        learned, rest = self.halves()
+        params, controller = {"policy": learned}, {"kl_coef": NUMBER}
         if way.critic:
             params, controller = params | {"critic": self.scalar}, controller | {"value_bias": NUMBER}
         members = 1 if spread_coef is None else config.reward.ensemble_size
         reward, bias = (self.scalar, NUMBER) if spread_coef is None else ((self.scalar,) * members, (NUMBER,) * members)
         frozen = {"reference": self.policy, "reward": reward} | ({"sft": self.policy} if moved else {})
         state = jax.eval_shape(lambda p, c: init_state(p, trainer.optimizer, c), params, controller)
-        shown = {"reference": "reference", "reward": "reward", "sft": "π_SFT"}
-        held = {**state.params, "optimizer": state.opt_state, **{shown[name]: tree for name, tree in frozen.items()}}
+        base = None if rest is None else {"policy": rest}
+        models, shown = joined(state.params, base), {"reference": "reference", "reward": "reward", "sft": "π_SFT"}
+        others = {shown[name]: tree for name, tree in frozen.items()}
+        if rest is not None and round.reference == round.policy_start:
+            del others["reference"]  # the base under the adapters is the reference
+        held = {**models, "optimizer": state.opt_state}
+        reading = held | others
+        if config.model.offload_frozen:  # on the device in their turn: the largest counts
+            name = max(others, key=lambda one: bytes_on_device(others[one], self.mesh))
+            reading = held | {f"{name} in its turn": others[name]}
+        else:
+            held = reading
         calls, tokens, layers = self.counts.ppo_updates * times, B * T, self._layers
         knobs = ("ppo.batch_size", "mesh.fsdp")
         how = {"top_k": section.top_k, "top_p": section.top_p}
@@ -289,16 +311,16 @@ class Planner:
         prompts = PromptBatch(ints(B, L), bools(B, L), bools(B), ints(B))
         batch = (prompts, Completion(ints(B, T), bools(B, T), floats(B, T)))
         knobs = ("ppo.forward_batch_size", "model.logits_chunk", "model.offload_frozen", "mesh.fsdp")
-        arguments = ({**state.params, **frozen}, batch, controller, bias)
-        yield Phase("policy", f"score{suffix}", trainer.score, arguments, held, batch, calls, tokens, layers, knobs)
+        arguments = ({**models, **frozen}, batch, controller, bias)
+        yield Phase("policy", f"score{suffix}", trainer.score, arguments, reading, batch, calls, tokens, layers, knobs)
         rollout = Rollout(
             prompts.prompt_BL, prompts.prompt_mask_BL, ints(B, T), bools(B, T), bools(B, T), floats(B, T), floats(B, T), floats(B, T),
             floats(B, T), floats(B, T), floats(B), bools(B),
         )  # fmt: skip
         knobs = ("ppo.gradient_accumulation_steps", "ppo.num_mini_batches", "model.remat", "lora.r", "model.offload_frozen", "mesh.fsdp")
-        trains = ("policy", "critic") if way.critic else ("policy",)
+        arguments = (state, rollout, KEY, *(() if base is None else (base,)))
         yield Phase(
-            "policy", f"update{suffix}", trainer.update, (state, rollout, KEY), held, rollout, calls, tokens, layers, knobs, trains=trains
+            "policy", f"update{suffix}", trainer.update, arguments, held, rollout, calls, tokens, layers, knobs, learned=state.params
         )
 
     def preference(self, round: Round, moved: bool, times: int, suffix: str) -> Iterator[Phase]:
@@ -311,13 +333,15 @@ class Planner:
             name = f"log-probs of pairs{suffix}"
             yield self.logprobs("policy", name, section.eval_batch_size, width, 1.0, held, calls, "dpo.eval_batch_size")
         optimizer, step = preference_trainer(self._models[0], loss, section, max(steps or 1, 1), self.mesh)
-        state = jax.eval_shape(lambda p: init_state(p, optimizer), self.policy)
+        learned, rest = self.halves()
+        state = jax.eval_shape(lambda p: init_state(p, optimizer), learned)
         columns = (*loss.columns, *(REFERENCE if needs_reference(loss) else ()))
         batch = pairs(section.batch_size, L, width, tuple(dict.fromkeys(columns)))
-        held = {"policy": state.params, "optimizer": state.opt_state}
+        held = {"policy": joined(state.params, rest), "optimizer": state.opt_state}
+        arguments = (state, batch, *(() if rest is None else (rest,)))
         knobs = ("dpo.gradient_accumulation_steps", "dpo.batch_size", "model.remat", "lora.r", "mesh.fsdp")
         calls, tokens = None if steps is None else steps * times, 2 * section.batch_size * (L + width)
-        yield Phase("policy", f"step{suffix}", step, (state, batch), held, batch, calls, tokens, self._layers, knobs, trains=("policy",))
+        yield Phase("policy", f"step{suffix}", step, arguments, held, batch, calls, tokens, self._layers, knobs, learned=state.params)
 
     def evaluation(self) -> Iterator[Phase]:
         """At the end of every round and after SFT: two responses a prompt, gold, log-probs under policy and π_SFT, the reward model."""
@@ -339,28 +363,3 @@ class Planner:
             size = config.reward.eval_batch_size if prompts is None else min(config.reward.eval_batch_size, prompts)
             scored = held | {"reward": self.scalar}
             yield self.scoring("evaluation", "reward scores", self.scalar, T, size, scored, calls, "reward.eval_batch_size")
-
-
-NUMBER = jax.ShapeDtypeStruct((), jnp.float32)
-
-
-def ints(*shape: int) -> Any:
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-def bools(*shape: int) -> Any:
-    return jax.ShapeDtypeStruct(shape, jnp.bool_)
-
-
-def floats(*shape: int) -> Any:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def texts(rows: int, L: int, T: int) -> TextBatch:
-    return TextBatch(ints(rows, L), bools(rows, L), ints(rows, T), bools(rows, T), bools(rows), ints(rows))
-
-
-def pairs(rows: int, L: int, T: int, columns: tuple[str, ...]) -> PairBatch:
-    sides = (ints(rows, T), bools(rows, T), ints(rows, T), bools(rows, T))
-    made = {name: floats(rows) for name in columns}
-    return PairBatch(ints(rows, L), bools(rows, L), *sides, floats(rows), bools(rows), ints(rows), made)

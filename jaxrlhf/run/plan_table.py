@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666", "#B3B3B3", "#000000", "#8C510A")
 
 
-def show(plan: Plan, name: str, device: Device | None) -> None:
-    """Print the plan."""
+def show(plan: Plan, name: str, devices: Sequence[Device]) -> None:
+    """Print the plan, with what each of `devices` makes of it."""
     print(f"{name} on {plan.devices} devices ({plan.compiler} compiler); sizes are of one device")
     print("\nmodel                parameters    GiB")
     for model, (parameters, size) in plan.models.items():
@@ -25,13 +25,18 @@ def show(plan: Plan, name: str, device: Device | None) -> None:
     print()
     _memory(plan)
     print()
-    _work(plan, device)
+    _work(plan)
     for note in plan.notes:
         print(f"note: {note}")
-    if device is None:
+    if not devices:
         print("\nGive --device NAME (or --memory, --peak and --bandwidth) to see what fits and how long it takes.")
         return
-    _verdict(plan, device)
+    print(
+        f"\nPredicted, not measured. Assumed: {USABLE:.0%} of the memory is usable, products of matrices reach {OF_PEAK:.0%} of the peak "
+        f"and traffic {OF_BANDWIDTH:.0%} of the bandwidths, and the slowest of the three is the time."
+    )
+    for device in devices:
+        _verdict(plan, device)
 
 
 def _memory(plan: Plan) -> None:
@@ -46,27 +51,28 @@ def _at(one: Planned) -> str:
     return f" (extrapolated from {' and '.join(map(str, one.program.layers))} layers)" if one.program.layers else ""
 
 
-def _work(plan: Plan, device: Device | None) -> None:
-    print(f"{'a call, on one device':38} {'calls':>8} {'TFLOP':>9} {'GB moved':>9} {'GB sent':>8} {'compiled s':>10}", end="")
-    print(f" {'seconds':>9} {'bound by':>9} {'tokens/s':>10}" if device else "")
+def _work(plan: Plan) -> None:
+    print(f"{'a call, on one device':38} {'calls':>8} {'TFLOP':>9} {'GB moved':>9} {'GB sent':>8} {'compiled in s':>14}")
     for one in plan.phases:
         p, calls = one.program, "?" if one.phase.calls is None else f"{one.phase.calls:,}"
-        line = f"{one.phase.title:38} {calls:>8} {p.flops / 1e12:9.4g} {p.traffic / 1e9:9.4g} {p.sent / 1e9:8.3g} {p.seconds:10.1f}"
-        if device:
-            bounds = one.seconds(device, plan.dtype(one))
-            slowest = max(bounds, key=lambda name: bounds[name])
-            line += f" {bounds[slowest]:9.3g} {slowest:>9} {one.phase.tokens / max(bounds[slowest], 1e-12):10,.0f}"
-        print(line)
+        figures = f"{p.flops / 1e12:9.4g} {p.traffic / 1e9:9.4g} {p.sent / 1e9:8.3g} {p.seconds:14.1f}"
+        print(f"{one.phase.title:38} {calls:>8} {figures}")
 
 
 def _verdict(plan: Plan, device: Device) -> None:
-    """What fits, what helps, and how long the run takes."""
+    """How long every phase takes, what does not fit and what helps."""
+    peak = device.peak(plan.config.model.dtype) / 1e12
     print(
-        f"\n{device.name}, published: {device.memory:g} GiB, {device.peak(plan.config.model.dtype) / 1e12:g} TFLOP/s in "
-        f"{plan.config.model.dtype}, {device.bandwidth:g} GB/s, {device.link:g} GB/s to other devices. Predicted, not measured. Assumed: "
-        f"{USABLE:.0%} of the memory is usable, products reach {OF_PEAK:.0%} of the peak, traffic {OF_BANDWIDTH:.0%} of the bandwidths, and "
-        "the slowest of the three is the time."
+        f"\n{device.name}, published: {device.memory:g} GiB, {peak:g} TFLOP/s in {plan.config.model.dtype}, {device.bandwidth:g} GB/s, "
+        f"{device.link:g} GB/s to other devices"
     )
+    print(f"{'':38} {'seconds':>9} {'bound by':>9} {'tokens/s':>11} {'GiB':>7}")
+    for one in plan.phases:
+        bounds = one.seconds(device, plan.dtype(one))
+        slowest = max(bounds, key=lambda name: bounds[name])
+        pace = one.phase.tokens / max(bounds[slowest], 1e-12)
+        fits = "" if one.total <= room(device) else "  does not fit"
+        print(f"{one.phase.title:38} {bounds[slowest]:9.3g} {slowest:>9} {pace:11,.0f} {gib(one.total):>7}{fits}")
     tight = [one for one in plan.phases if one.total > room(device)]
     if not tight:
         print(f"fits: the largest phase needs {gib(max(one.total for one in plan.phases))} of {gib(room(device))} GiB.")
@@ -86,33 +92,44 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} seconds"
 
 
-def as_json(plan: Plan, device: Device | None) -> dict[str, Any]:
+def as_json(plan: Plan, devices: Sequence[Device]) -> dict[str, Any]:
     """All figures: bytes, FLOPs and seconds."""
-    phases = []
-    for one in plan.phases:
-        row: dict[str, Any] = {"stage": one.phase.stage, "phase": one.phase.name, "calls": one.phase.calls, "tokens": one.phase.tokens}
-        row |= {"bytes": one.total, "parts": one.parts, "program": vars(one.program) | {"layers": list(one.program.layers)}}
-        if device is not None:
-            row |= {"seconds": one.seconds(device, plan.dtype(one)), "fits": one.total <= room(device)}
-            row |= {"advice": [vars(tip) for tip in advice(one, device, plan.config, plan.mesh)] if not row["fits"] else []}
-        phases.append(row)
     models = {name: {"parameters": count, "bytes": size} for name, (count, size) in plan.models.items()}
-    whole = {"config": to_mapping(plan.config), "devices": plan.devices, "compiler": plan.compiler, "models": models, "phases": phases}
+    whole = {"config": to_mapping(plan.config), "devices": plan.devices, "compiler": plan.compiler, "models": models}
     whole |= {"notes": plan.notes, "assumed": {"usable": USABLE, "of_peak": OF_PEAK, "of_bandwidth": OF_BANDWIDTH}}
-    if device is None:
-        return whole
+    whole["phases"] = [
+        {"stage": one.phase.stage, "phase": one.phase.name, "calls": one.phase.calls, "tokens": one.phase.tokens, "bytes": one.total}
+        | {"parts": one.parts, "program": vars(one.program) | {"layers": list(one.program.layers)}}
+        for one in plan.phases
+    ]
+    return whole | {"on": [_on(plan, device) for device in devices]}
+
+
+def _on(plan: Plan, device: Device) -> dict[str, Any]:
     seconds, unknown = plan.run_seconds(device)
-    return whole | {"device": device._asdict(), "run_seconds": seconds, "not_counted": unknown}
+    phases = [
+        {
+            "phase": one.phase.title,
+            "seconds": one.seconds(device, plan.dtype(one)),
+            "fits": one.total <= room(device),
+            "advice": [vars(tip) for tip in advice(one, device, plan.config, plan.mesh)] if one.total > room(device) else [],
+        }
+        for one in plan.phases
+    ]
+    return {"device": device._asdict(), "run_seconds": seconds, "not_counted": unknown, "phases": phases}
 
 
-def draw(plans: Mapping[str, Plan], device: Device | None, file: Path) -> None:
-    """A bar a phase, its parts stacked, and the device's memory as a line; one panel a plan."""
+def check_figure(file: str) -> None:
+    """ValueError for a name whose ending is no kind of picture."""
+    if Path(file).suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--figure {file}: no picture of that kind can be written; give a name that ends in .png, .svg or .pdf.")
+
+
+def draw(plans: Mapping[str, Plan], devices: Sequence[Device], file: Path) -> None:
+    """A bar a phase, its parts stacked, and each device's memory as a line; one panel a plan."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    kinds = FigureCanvasAgg(Figure()).get_supported_filetypes()
-    if file.suffix.removeprefix(".") not in kinds:
-        raise ValueError(f"--figure {file}: no picture of that kind can be written; give a name that ends in .png, .svg or .pdf.")
     names = list(dict.fromkeys(part for plan in plans.values() for one in plan.phases for part in one.parts))
     count = max(len(plan.phases) for plan in plans.values())
     canvas = Figure(figsize=(9, 1.6 + len(plans) * (0.8 + 0.28 * count)), layout="constrained")
@@ -120,8 +137,9 @@ def draw(plans: Mapping[str, Plan], device: Device | None, file: Path) -> None:
     for axes, (title, plan) in zip(canvas.subplots(len(plans), squeeze=False)[:, 0], plans.items(), strict=True):
         _bars(axes, plan, names)
         axes.set_title(f"{title}: memory of one of {plan.devices} devices, predicted", fontsize=10)
-        if device is not None:
-            axes.axvline(room(device) / GIB, color="black", linestyle="--", linewidth=1, label=f"usable, {device.name}")
+        for number, device in enumerate(devices):
+            style = {"color": "black", "linestyle": ("--", ":", "-.")[number % 3], "linewidth": 1}
+            axes.axvline(room(device) / GIB, label=f"usable, {device.name}", **style)
     handles, labels = canvas.axes[0].get_legend_handles_labels()
     canvas.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     canvas.savefig(file, dpi=150)

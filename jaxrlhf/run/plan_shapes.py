@@ -1,0 +1,51 @@
+"""Shapes of batches, and how many bytes a tree of shapes takes on one device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf import sharding
+from jaxrlhf.types import PairBatch, TextBatch
+
+NUMBER = jax.ShapeDtypeStruct((), jnp.float32)
+
+
+def bytes_on_device(tree: Any, mesh: Any) -> int:
+    """What one device holds of a tree of shapes that lives where the sharding table says."""
+    leaves = jax.tree.leaves(sharding.template(tree, mesh))
+    return sum(_size(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in leaves)
+
+
+def bytes_of_rows(tree: Any, mesh: Any) -> int:
+    """What one device holds of arrays whose rows are cut over the devices."""
+    return -(-sum(_size(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)) // sharding.data_shards(mesh))
+
+
+def _size(shape: tuple[int, ...], dtype: Any) -> int:
+    return math.prod(shape) * (8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize)
+
+
+def ints(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def bools(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.bool_)
+
+
+def floats(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def texts(rows: int, L: int, T: int) -> TextBatch:
+    return TextBatch(ints(rows, L), bools(rows, L), ints(rows, T), bools(rows, T), bools(rows), ints(rows))
+
+
+def pairs(rows: int, L: int, T: int, columns: tuple[str, ...]) -> PairBatch:
+    sides = (ints(rows, T), bools(rows, T), ints(rows, T), bools(rows, T))
+    made = {name: floats(rows) for name in columns}
+    return PairBatch(ints(rows, L), bools(rows, L), *sides, floats(rows), bools(rows), ints(rows), made)
