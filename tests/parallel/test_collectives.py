@@ -187,6 +187,8 @@ def test_a_tensor_mesh_adds_up_partial_products_and_never_gathers_the_vocabulary
     program = programs["tensor"]
     assert activations(program["sent"], VOCABULARY) == set()
     assert activations([one for one in program["sent"] if one[0] != "all-reduce"]) == set()
+    gathered = shapes(one for one in program["sent"] if one[0] == "all-gather")
+    assert gathered and not any({VOCAB, INNER} & set(shape) for shape in gathered)  # kernels stay cut over tensor
     added = {shape for one in program["sent"] if one[0] == "all-reduce" for shape in activations([one])}
     rows = ROWS // 4
     assert added == {(rows, PROMPT + RESPONSE - 1, WIDTH), (rows, RESPONSE, WIDTH)}
