@@ -139,7 +139,7 @@ def run_sft(phase: Callable[[str], Any]) -> None:
     from jaxrlhf.steps.state import init_state
 
     config, subjects, mesh = setting()
-    model = models_of(config, subjects)[0]
+    model = models_of(config, subjects, mesh)[0]
     with phase("step"):
         params = place(model.init(jax.random.key(0)), mesh)
         optimizer, step = sft_trainer(model, config.sft, 2, mesh)
@@ -164,7 +164,7 @@ def run_reward(phase: Callable[[str], Any]) -> None:
     from jaxrlhf.steps.state import init_state
 
     config, subjects, mesh = setting()
-    model = models_of(config, subjects)[1]
+    model = models_of(config, subjects, mesh)[1]
     loss = reward_loss(config.reward, plugin)
     with phase("step"):
         params = place(model.init(jax.random.key(0)), mesh)
@@ -195,7 +195,7 @@ def run_ppo(phase: Callable[[str], Any]) -> None:
     from jaxrlhf.types import PromptBatch
 
     config, subjects, mesh = setting()
-    policy, scalar = models_of(config, subjects)
+    policy, scalar = models_of(config, subjects, mesh)
     key, B = jax.random.key(0), config.ppo.batch_size
     how = {"eos_ids": subjects.eos_ids, "pad_id": 0, "vocab_size": subjects.vocab_size, "mesh": mesh}
     with phase("sample"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxrlhf import sharding
 from jaxrlhf.config import Config
 from jaxrlhf.data import toy
 from jaxrlhf.data.tokens import pad_id_of
@@ -124,10 +125,17 @@ def _encoder(config: Config) -> tuple[BertConfig | None, str]:
     return bert_config_from_hf(read_json(folder / "config.json")), ""
 
 
-def models_of(config: Config, subjects: Subjects) -> tuple[Model, Model]:
-    """The policy's functions and those of reward model and critic, as the run builds them."""
-    how = {"dtype": config.model.dtype, "remat": config.model.remat, "logits_chunk": config.model.logits_chunk}
-    return build_model(subjects.base, head="lm", **how), build_model(subjects.reward, head="scalar", **how)
+def models_of(config: Config, subjects: Subjects, mesh: Any) -> tuple[Model, Model]:
+    """The policy's functions and those of reward model and critic, as `hub.load` builds them for the devices of `mesh`."""
+    how = {"remat": config.model.remat, "logits_chunk": config.model.logits_chunk, "constrain": sharding.keep_rows(mesh)}
+    dtype = config.model.dtype
+    return build_model(subjects.base, head="lm", dtype=dtype, **how), build_model(subjects.reward, head="scalar", dtype=dtype, **how)
+
+
+def gold_model(config: Config, gold: DecoderConfig, mesh: Any) -> Model:
+    """The functions of the gold model, as its scorer loads it."""
+    how = {"remat": "none", "logits_chunk": None, "constrain": sharding.keep_rows(mesh)}
+    return build_model(gold, head="scalar", dtype=config.gold.dtype, **how)
 
 
 def shapes_of(model: Model) -> Params:

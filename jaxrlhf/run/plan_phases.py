@@ -20,14 +20,13 @@ from jaxrlhf.algorithms.supervised import sft_trainer
 from jaxrlhf.config import Config
 from jaxrlhf.models.encoder import build_bert
 from jaxrlhf.models.lora import adapters
-from jaxrlhf.models.model import build_model
 from jaxrlhf.offline.logprobs import logp_pass
 from jaxrlhf.plugins import plugin
 from jaxrlhf.rollouts.generate import sampler
 from jaxrlhf.run.ensemble import spread_of
 from jaxrlhf.run.inputs import gold_limits
 from jaxrlhf.run.plan_counts import Counts
-from jaxrlhf.run.plan_models import KEY, Subjects, models_of, shapes_of
+from jaxrlhf.run.plan_models import KEY, Subjects, gold_model, models_of, shapes_of
 from jaxrlhf.run.plan_shapes import NUMBER, bools, bytes_on_device, floats, ints, pairs, texts
 from jaxrlhf.scorers.reward_model import score_pass
 from jaxrlhf.steps.state import init_state, joined
@@ -90,7 +89,7 @@ class Planner:
 
     @property
     def _models(self):
-        return models_of(self.config, self.subjects)
+        return models_of(self.config, self.subjects, self.mesh)
 
     @property
     def policy(self) -> Params:
@@ -113,7 +112,7 @@ class Planner:
         """The gold model, which stays in memory for as long as a stage has texts for it."""
         if self.subjects.gold is None:
             return {}
-        return {"gold": shapes_of(build_model(self.subjects.gold, head="scalar", dtype=self.config.gold.dtype))}
+        return {"gold": shapes_of(gold_model(self.config, self.subjects.gold, self.mesh))}
 
     @property
     def _lengths(self) -> tuple[int, int, int]:
@@ -208,7 +207,7 @@ class Planner:
         L, T = limits.max_prompt_length, limits.max_response_length
         batch = texts(rows, L, T)
         sides = (batch.prompt_BL, batch.prompt_mask_BL, batch.response_BT, batch.response_mask_BT)
-        model = build_model(gold, head="scalar", dtype=section.dtype)
+        model = gold_model(self.config, gold, self.mesh)
         held = held | self.gold_held
         calls = self.counts.passes(prompts, rows, samples)
         yield Phase(

@@ -12,6 +12,7 @@ import yaml
 
 from jaxrlhf import sharding
 from jaxrlhf.cli import main
+from jaxrlhf.models.hub import initialise
 from jaxrlhf.models.known import KNOWN, known_shape
 from jaxrlhf.models.model import build_model
 from jaxrlhf.recipe import load_config
@@ -20,7 +21,7 @@ from jaxrlhf.run.devices import DEVICES, device_of_kind, own_device
 from jaxrlhf.run.plan_compile import Program, compiled, extrapolated
 from jaxrlhf.run.plan_counts import counts_of
 from jaxrlhf.run.plan_memory import GIB, Planned, advice, room
-from jaxrlhf.run.plan_models import subjects_of
+from jaxrlhf.run.plan_models import gold_model, models_of, subjects_of
 from jaxrlhf.run.plan_phases import Phase, Planner
 from jaxrlhf.run.plan_shapes import bytes_on_device
 from jaxrlhf.run.run import run
@@ -82,6 +83,21 @@ def test_the_programs_are_those_of_the_run(tmp_path, tiny_config, monkeypatch):
     calls = {one.title: one.calls for one in phases}
     assert (calls["SFT: step"], calls["policy: update (round 1)"], calls["policy: update (from round 2 on)"]) == (3, 3, 3)
     assert (calls["pairs: sample"], calls["evaluation: sample"]) == (2 * 2, 2 * 3)
+
+
+def test_on_a_mesh_the_models_are_those_that_are_loaded(tmp_path, tiny_config):
+    """The same functions, so the same programs: they keep the rows of activations cut where parameters are cut."""
+    mesh = sharding.make_mesh(1, 4, 1)
+    planner = planner_of(tiny_config(tmp_path, model__remat="dots", gold={"kind": "model", "source": "gpt2", "dtype": "bfloat16"}), mesh)
+    loaded = [
+        initialise(shape, key=jax.random.key(0), head=head, dtype="float32", remat="dots", logits_chunk=None, mesh=mesh).model
+        for shape, head in ((planner.subjects.base, "lm"), (planner.subjects.reward, "scalar"))
+    ]
+    assert list(models_of(planner.config, planner.subjects, mesh)) == loaded
+    gold = replace(planner.subjects.base, num_layers=2)
+    assert (
+        gold_model(planner.config, gold, mesh) == initialise(gold, key=jax.random.key(0), head="scalar", dtype="bfloat16", mesh=mesh).model
+    )
 
 
 @pytest.fixture(scope="module")
