@@ -49,11 +49,12 @@ def text_batch(B: int, L: int, T: int) -> TextBatch:
 
 
 def rollout(B: int, L: int, T: int) -> Rollout:
-    text, flat = text_batch(B, L, T), np.full((B, T), -1.0, np.float32)
-    ones = np.ones((B, T), bool)
+    flat: Any = np.full((B, T), -1.0, np.float32)
+    ones: Any = np.ones((B, T), bool)
+    text = text_batch(B, L, T)
     return Rollout(
         text.prompt_BL, text.prompt_mask_BL, text.response_BT, ones, ones, flat, flat, flat, flat, flat, flat[:, 0], text.row_mask_B
-    )  # type: ignore[arg-type]
+    )
 
 
 def sft_step(decoder: Any, case: dict, sizes: tuple[int, int, int]):

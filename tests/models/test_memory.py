@@ -3,6 +3,7 @@
 import math
 import re
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jaxrlhf.types import PairBatch, TextBatch
 CONFIG = config_from_hf({**tiny_models.VARIANTS["llama"], "initializer_range": 0.3, "num_hidden_layers": 2})
 WIDE, _ = config_from_shape({"family": "llama", "hidden_size": 16, "num_layers": 1, "num_heads": 2}, 1_024, max_positions=64)
 B, L, T, CHUNK = 4, 8, 16, 2
-S = jax.ShapeDtypeStruct
+S: Any = jax.ShapeDtypeStruct
 
 
 @cache
