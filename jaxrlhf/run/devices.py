@@ -34,8 +34,10 @@ DEVICES: dict[str, Device] = {
     "v5e": Device("Google TPU v5e", 16, 197, 197, 819, 200, "v5e"),
     "v4": Device("Google TPU v4", 32, 275, 275, 1228, 300, "v4"),
 }
-_KINDS = (("h200", "h200"), ("h100", "h100"), ("a100-sxm4-40gb", "a100-40gb"), ("a100", "a100"), ("l4", "l4"))
-_KINDS += (("tpu v6", "v6e"), ("tpu v5 lite", "v5e"), ("tpu v5e", "v5e"), ("tpu v5", "v5p"), ("tpu v4", "v4"))
+# As jax names them, the whole name: an L40S is no L4, a GH200 no H200, and PCIe boards are slower than SXM ones.
+_KINDS = {"NVIDIA H200": "h200", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA A100-SXM4-40GB": "a100-40gb"}
+_KINDS |= {"NVIDIA L4": "l4", "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU v5 lite": "v5e", "TPU v5e": "v5e"}
+_KINDS |= {"TPU v5": "v5p", "TPU v5p": "v5p", "TPU v4": "v4"}
 
 
 def device_named(name: str) -> Device:
@@ -47,7 +49,7 @@ def device_named(name: str) -> Device:
 
 def device_of_kind(kind: str) -> Device | None:
     """The entry of a device as jax names it (`jax.devices()[0].device_kind`), None for one that is not listed."""
-    return next((DEVICES[name] for part, name in _KINDS if part in kind.lower()), None)
+    return DEVICES[_KINDS[kind]] if kind in _KINDS else None
 
 
 def own_device(memory: float | None, peak: float | None, bandwidth: float | None, given: Device | None) -> Device:

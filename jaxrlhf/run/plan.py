@@ -24,6 +24,7 @@ from jaxrlhf.run.plan_memory import Planned, planned
 from jaxrlhf.run.plan_models import subjects_of
 from jaxrlhf.run.plan_phases import Phase, Planner
 from jaxrlhf.run.plan_shapes import bytes_on_device
+from jaxrlhf.run.run import check_shards
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,10 @@ def _axes(config: Config) -> tuple[int, int, int]:
 
 
 def check_batches(config: Config, counts: Counts, mesh: Any) -> None:
-    """ValueError where a training batch does not divide over the devices."""
+    """ValueError where a training batch does not divide over the devices, as the run refuses it."""
     used = {"sft"} | ({"reward"} if any(one.fits_reward for one in counts.rounds) else set())
     used |= {"dpo" if one.policy_update in ("dpo", "wpo") else "ppo" for one in counts.rounds}
-    for name in sorted(used):
-        sharding.check_batch_size(getattr(config, name).batch_size, sharding.data_shards(mesh), name=f"{name}.batch_size")
+    check_shards(config, sorted(used), sharding.data_shards(mesh))
 
 
 def notes_of(config: Config, updates: set[str], platform: str) -> list[str]:
@@ -114,6 +114,8 @@ def notes_of(config: Config, updates: set[str], platform: str) -> list[str]:
     notes = []
     if platform == "cpu" and "bfloat16" in (config.model.dtype, config.gold.dtype):
         notes.append("compiled for CPUs, which compute bfloat16 in float32: activations here are larger than on an accelerator.")
+    if platform == "cpu" and config.model.remat != "none":
+        notes.append(f"model.remat {config.model.remat} is planned as accelerators compile it; a run on this CPU saves nothing by it.")
     own = [name for name in updates if ":" in name]
     if own:
         notes.append(f"what the reward update {own[0]} computes is not known and not in the plan.")

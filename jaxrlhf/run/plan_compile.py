@@ -14,6 +14,9 @@ from jaxrlhf.run.plan_phases import Phase
 
 DEPTHS = (2, 4)  # layers that are compiled where a deeper model is extrapolated
 DEEP = 8  # beyond so many layers
+# On CPUs only the plan of buffers is of interest, and that is made before LLVM: its optimisations are left out. The barriers that
+# model.remat sets stay, as with the compilers of accelerators: without them a CPU's merges what is computed again with what it repeats.
+ON_CPU: dict[str, str | bool | int | float] = {"xla_backend_optimization_level": 0, "xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,7 @@ def compiled(phase: Phase, mesh: Any) -> Program:
     """Compile the phase as it is, for the devices of `mesh`."""
     start = time.perf_counter()
     lowered = phase.function.lower(*on_devices(phase.arguments, mesh))
-    # On CPUs only the plan of buffers is of interest, and that is made before LLVM: its optimisations are left out.
-    program = lowered.compile(compiler_options={"xla_backend_optimization_level": 0} if _platform(mesh) == "cpu" else None)
+    program = lowered.compile(compiler_options=ON_CPU if _platform(mesh) == "cpu" else None)
     seconds = time.perf_counter() - start
     memory = program.memory_analysis()
     text = hlo.read(program.as_text())

@@ -81,12 +81,14 @@ def _advice(one: Planned, limit: float, config: Config, mesh: Any) -> Iterator[A
         elif knob == "mesh.fsdp":
             yield from _cut(one, config, mesh)
         elif knob == "lora.r" and not config.lora.r:
-            saved = sum(one.parts.get(name, 0.0) for name in ("optimizer", "gradients"))
-            yield Advice("lora.r 16", saved, "optimizer and gradients are of the adapters alone")
+            learning = [one.parts.get(name, 0.0) for name in ("policy", "critic")]  # a critic goes on learning in full
+            saved = sum(one.parts.get(name, 0.0) for name in ("optimizer", "gradients")) * learning[0] / sum(learning)
+            yield Advice("lora.r 16", saved, "the policy's optimizer and gradients are of the adapters alone")
         elif knob == "model.offload_frozen" and not config.model.offload_frozen:
-            frozen = sum(one.parts.get(name, 0.0) for name in ("reference", "reward", "π_SFT"))
-            if frozen and one.phase.name.startswith(("update", "sample")):
-                yield Advice("model.offload_frozen true", frozen, "frozen models wait in the host's memory")
+            frozen = [one.parts.get(name, 0.0) for name in ("reference", "reward", "π_SFT")]
+            saved = sum(frozen) - (max(frozen) if one.phase.name.startswith("score") else 0.0)  # which reads them, one after the other
+            if saved:
+                yield Advice("model.offload_frozen true", saved, "frozen models wait in the host's memory")
 
 
 def _smaller(one: Planned, limit: float, knob: str, config: Config, mesh: Any) -> Iterator[Advice]:
