@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict
 
 _STRICT = ConfigDict(extra="forbid")  # without it a dataclass drops unknown keys in silence
 
@@ -411,7 +411,8 @@ class LogConfig:
     tensorboard: bool = True
     wandb: str | None = None  # project name; nothing is sent anywhere unless it is given
     every: int = 1  # steps between lines of metrics.jsonl
-    recompiles: Literal["warn", "error", "off"] = "warn"  # what a program does that is compiled after the first step of a loop
+    # What a program does that is compiled after the first step of a loop. YAML reads a bare `off` as False.
+    recompiles: Annotated[Literal["warn", "error", "off"], BeforeValidator(lambda given: "off" if given is False else given)] = "warn"
 
 
 @dataclass(frozen=True)

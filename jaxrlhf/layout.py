@@ -51,7 +51,10 @@ class Replicas:
 
     def __post_init__(self):
         if self.mesh.size != self.mesh.shape["data"]:
-            raise ValueError("pmap copies the model to every device: mesh.fsdp and mesh.tensor must be 1; set them, or mesh.engine jit.")
+            raise ValueError(
+                f"fsdp={self.mesh.shape['fsdp']}, tensor={self.mesh.shape['tensor']}: pmap copies the model to every device, so "
+                "mesh.fsdp and mesh.tensor must be 1; set them, or mesh.engine jit."
+            )
         if jax.process_count() > 1:
             raise ValueError(f"pmap runs in one process and there are {jax.process_count()}; set mesh.engine jit.")
 

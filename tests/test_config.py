@@ -12,7 +12,7 @@ from jaxrlhf.config import Config
 from jaxrlhf.recipe import ConfigError, all_keys, from_mapping, to_mapping, to_yaml
 
 PACKAGE = Path(__file__).parents[1] / "jaxrlhf"
-CLASSES = [c for c in vars(sections).values() if dataclasses.is_dataclass(c)]
+CLASSES = [c for c in vars(sections).values() if dataclasses.is_dataclass(c) and c.__module__ == sections.__name__]
 
 
 def read_names() -> set[str]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxrlhf.recipe import ConfigError, all_keys, arms, find_recipe, from_mapping, load_config, override
+from jaxrlhf.recipe import ConfigError, all_keys, arms, find_recipe, from_mapping, load_config, override, to_mapping
 
 TOY = {"pairs": {"source": "sample"}, "gold": {"kind": "toy"}}
 
@@ -151,6 +151,16 @@ def test_files(tmp_path):
     with pytest.raises(ConfigError, match=r"no recipe at .*quikstart.yaml. Did you mean quickstart.yaml\?"):
         load_config(tmp_path / "quikstart.yaml")
     assert find_recipe("quickstart.yaml").name == "quickstart.yaml"
+
+
+def test_off_is_a_word_and_not_the_truth_value_that_yaml_makes_of_it(tmp_path):
+    task = "pairs: {source: sample}\ngold: {kind: toy}\n"
+    (tmp_path / "off.yaml").write_text(task + "log: {recompiles: off}\n")
+    config = load_config(tmp_path / "off.yaml")
+    assert config.log.recompiles == "off" and from_mapping(to_mapping(config)) == config
+    (tmp_path / "on.yaml").write_text(task + "log: {recompiles: on}\n")
+    with pytest.raises(ConfigError, match=r"log\.recompiles is True: Input should be 'warn', 'error' or 'off'"):
+        load_config(tmp_path / "on.yaml")
 
 
 def test_all_keys_reach_every_depth():

@@ -321,7 +321,7 @@ def taken_over(setting: Setting, state: TrainState, previous: Done, restarts: tu
         found = checkpoints.restore(sharding.template(state, setting.mesh))
     if found is None:
         raise FileNotFoundError(f"{previous.folder} holds no training state to go on from; delete it to train that round again.")
-    old = found[0]
+    old = sharding.as_placed(found[0], setting.mesh)
     opt_state = state.opt_state if restart_optimizer else restarted_schedules(old.opt_state)
     if restart_critic:
         return replace(state, opt_state=opt_state)
