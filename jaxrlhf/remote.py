@@ -132,9 +132,7 @@ def fetch_folder(url: str, folder: Path, *, last: str, wanted: Callable[[str], b
             wrong = _fetch(url, partial, {name: facts for name, facts in files.items() if wanted(name)})
             if wrong is None:
                 (partial / last).write_bytes(content)
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(partial, folder)
+                _take_place(partial, folder, last)
                 return True
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -144,6 +142,17 @@ def fetch_folder(url: str, folder: Path, *, last: str, wanted: Callable[[str], b
                 f"if it stays so, remove {url}, which is then made again."
             )
     return False
+
+
+def _take_place(partial: Path, folder: Path, last: str) -> None:
+    """Rename, and leave a folder of the same content as it is: another process of this machine has fetched it, and may be reading."""
+    try:
+        os.replace(partial, folder)
+    except OSError:  # not empty
+        if (folder / last).exists() and (folder / last).read_bytes() == (partial / last).read_bytes():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
 
 
 def _fetch(url: str, folder: Path, files: Mapping[str, Any]) -> str | None:
@@ -218,6 +227,8 @@ def _same_file(file: Path, other: Path) -> None:
     """A second name for a file, or a copy where the file system has none."""
     try:
         os.link(file, other)
+    except FileExistsError:  # another process was first
+        return
     except OSError:
         shutil.copyfile(file, other)
 

@@ -237,6 +237,7 @@ def watched() -> int | None:
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
+        os.setsid()  # Ctrl-C would reach it twice: from the terminal, and from the one that watches
         os.environ[LAUNCHED] = "1"
         _die_with_parent()
         return None

@@ -1,10 +1,12 @@
 """The launcher and the watcher, on processes that are no runs."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -79,6 +81,30 @@ def test_a_process_that_jax_ends_has_a_watcher():
     assert done.returncode == 128 + signal.SIGABRT
     assert "ended: signal 6, SIGABRT. jax ends a process when another one of its group is gone" in done.stderr
     assert "Start all processes again with the same command" in done.stderr
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_watched_process_once():
+    """The terminal sends it to both; a second one would cut short what the first one began."""
+    code = (
+        "import sys, time; from jaxrlhf.run.launch import watched; status = watched(); count, end = 0, time.monotonic() + 1\n"
+        "if status is not None: sys.exit(status)\n"
+        "print('ready', flush=True)\n"
+        "while time.monotonic() < end:\n"
+        "    try: time.sleep(0.05)\n"
+        "    except KeyboardInterrupt: count += 1\n"
+        "print('interrupted', count, flush=True)"
+    )
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.pop("JAXRLHF_LAUNCHED", None)
+        os.execv(sys.executable, [sys.executable, "-c", code])
+    said = b""
+    with suppress(OSError):  # the end
+        while part := os.read(terminal, 1000):
+            said += part
+            if part.endswith(b"ready\r\n"):
+                os.write(terminal, b"\x03")
+    assert os.waitpid(pid, 0)[1] == 0 and b"interrupted 1" in said
 
 
 @pytest.mark.parametrize(

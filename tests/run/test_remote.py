@@ -131,6 +131,19 @@ def test_a_file_that_is_not_the_recorded_one_is_not_taken(tmp_path, machine):
         RemoteStore("bucket://s").find(sft())
 
 
+def test_what_another_process_of_this_machine_has_fetched_is_left_to_it(tmp_path, machine):
+    """Several processes of a machine fetch a stage at once: the one that comes last does not take it from those that read it."""
+    RemoteStore("bucket://s").build(sft(), made("weights"))
+    machine("two")
+    url, folder = f"bucket://s/{sft().hash}", RemoteStore("bucket://s").root / sft().hash
+    assert remote.fetch_folder(url, folder, last="stage.json")
+    reading = folder.stat().st_ino
+    assert remote.fetch_folder(url, folder, last="stage.json") and folder.stat().st_ino == reading
+    (folder / "stage.json").write_text("{}")  # something else
+    assert remote.fetch_folder(url, folder, last="stage.json") and json.loads((folder / "stage.json").read_text())["files"]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
 def test_the_last_to_finish_is_kept(tmp_path, machine):
     """No locks between machines: both build, and what is there at the end is whole."""
     store = RemoteStore("bucket://s")
