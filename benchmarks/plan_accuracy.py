@@ -2,7 +2,7 @@
 
     python benchmarks/plan_accuracy.py [--json FILE]
 
-SFT, reward training and PPO at one middle size (34 million parameters, float32), each in a process of its own that runs what the stage
+SFT, reward training and PPO at one middle size (67 million parameters, float32), each in a process of its own that runs what the stage
 runs: the same initialisation, trainer and passes. On a CPU the peak of anonymous resident memory (RssAnon, looked at every 2 ms) is
 compared, from before the stage's first compiled call to the end of each of its phases; on a GPU `peak_bytes_in_use` of the allocator, which
 starts at the process. A first process fills a cache of compiled programs, so that the compiler's own memory is not in the figures.
@@ -11,6 +11,7 @@ starts at the process. A first process fills a cache of compiled programs, so th
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -28,7 +29,7 @@ CONFIG: dict[str, Any] = {
     "name": "plan-accuracy", "method": "ppo", "rounds": 1,
     "data": {"train": "rows.jsonl", "limits": {"max_prompt_length": 96, "max_response_length": 32}},
     "tokenizer": {"vocab_size": 8192},
-    "model": {"shape": {"family": "gpt_neox", "hidden_size": 768, "num_layers": 3, "num_heads": 12}},
+    "model": {"shape": {"family": "gpt_neox", "hidden_size": 1024, "num_layers": 4, "num_heads": 16}},
     "sft": {"batch_size": 16, "loss_on": "all", "max_steps": 2},
     "reward": {"batch_size": 8, "max_steps": 2, "eval_batch_size": 16},
     "ppo": {"total_episodes": 16, "batch_size": 16, "response_length": 32, "num_ppo_epochs": 1, "old_logp": "sampler"},
@@ -113,9 +114,13 @@ def filled(tree: Any, mesh: Any, seed: int = 0) -> Any:
 def measured(stage: str) -> dict[str, float]:
     """Phase → bytes of the largest rise since before the stage's first compiled call."""
     import jax
-    import jax.numpy as jnp
+    import numpy as np
 
-    jax.block_until_ready(jnp.zeros(8) + 1)  # the runtime's own threads and pools
+    from jaxrlhf import sharding
+    from jaxrlhf.algorithms import ppo, reward, supervised  # noqa: F401  # modules are loaded before anything is compared
+
+    found_setting = setting()
+    jax.block_until_ready(sharding.place(np.zeros(8), found_setting[2]))  # the runtime's own threads and pools
     gc.collect()
     watcher = Watcher()
     before, found = watcher.now(), {}
@@ -124,12 +129,21 @@ def measured(stage: str) -> dict[str, float]:
     def phase(name: str) -> Iterator[None]:
         yield
         found[name] = watcher.peak() - before
+        give_back()
+        watcher.peak()
 
-    {"sft": run_sft, "reward": run_reward, "ppo": run_ppo}[stage](phase)
+    {"sft": run_sft, "reward": run_reward, "ppo": run_ppo}[stage](phase, *found_setting)
     return found
 
 
-def run_sft(phase: Callable[[str], Any]) -> None:
+def give_back() -> None:
+    """Let the C library return what is free to the system, so that the next phase is not measured with the last one's memory."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def run_sft(phase: Callable[[str], Any], config: Any, subjects: Any, mesh: Any) -> None:
     import jax
 
     from jaxrlhf.algorithms.supervised import own_copy, sft_trainer
@@ -138,7 +152,6 @@ def run_sft(phase: Callable[[str], Any]) -> None:
     from jaxrlhf.sharding import place
     from jaxrlhf.steps.state import init_state
 
-    config, subjects, mesh = setting()
     model = models_of(config, subjects, mesh)[0]
     with phase("step"):
         params = place(model.init(jax.random.key(0)), mesh)
@@ -150,7 +163,7 @@ def run_sft(phase: Callable[[str], Any]) -> None:
         jax.block_until_ready((state, metrics))
 
 
-def run_reward(phase: Callable[[str], Any]) -> None:
+def run_reward(phase: Callable[[str], Any], config: Any, subjects: Any, mesh: Any) -> None:
     import jax
     import numpy as np
 
@@ -163,7 +176,6 @@ def run_reward(phase: Callable[[str], Any]) -> None:
     from jaxrlhf.sharding import place
     from jaxrlhf.steps.state import init_state
 
-    config, subjects, mesh = setting()
     model = models_of(config, subjects, mesh)[1]
     loss = reward_loss(config.reward, plugin)
     with phase("step"):
@@ -181,7 +193,7 @@ def run_reward(phase: Callable[[str], Any]) -> None:
             jax.block_until_ready(score_pass(model, mesh)(state.params, sides, np.float32(0)))
 
 
-def run_ppo(phase: Callable[[str], Any]) -> None:
+def run_ppo(phase: Callable[[str], Any], config: Any, subjects: Any, mesh: Any) -> None:
     import jax
     import jax.numpy as jnp
 
@@ -194,7 +206,6 @@ def run_ppo(phase: Callable[[str], Any]) -> None:
     from jaxrlhf.steps.state import init_state
     from jaxrlhf.types import PromptBatch
 
-    config, subjects, mesh = setting()
     policy, scalar = models_of(config, subjects, mesh)
     key, B = jax.random.key(0), config.ppo.batch_size
     how = {"eos_ids": subjects.eos_ids, "pad_id": 0, "vocab_size": subjects.vocab_size, "mesh": mesh}

@@ -27,7 +27,7 @@ from jaxrlhf.run.ensemble import spread_of
 from jaxrlhf.run.inputs import gold_limits
 from jaxrlhf.run.plan_counts import Counts
 from jaxrlhf.run.plan_models import KEY, Subjects, gold_model, models_of, shapes_of
-from jaxrlhf.run.plan_shapes import NUMBER, bools, bytes_on_device, floats, ints, pairs, texts
+from jaxrlhf.run.plan_shapes import BIAS, NUMBER, bools, bytes_on_device, floats, ints, pairs, texts
 from jaxrlhf.scorers.reward_model import score_pass
 from jaxrlhf.steps.state import init_state, joined
 from jaxrlhf.types import Completion, Params, PromptBatch, Rollout
@@ -221,7 +221,7 @@ class Planner:
         L, rows = self._lengths[0], sharding.rows_at_once(batch_size, batch_size, self.mesh)
         batch = texts(rows, L, width)
         function = logp_pass(self._models[0], temperature, self.mesh)
-        knobs = (knob, "model.logits_chunk", "mesh.fsdp")
+        knobs = (knob, "mesh.fsdp")
         return Phase(stage, name, function, (held["policy"], batch), held, batch, calls, rows * (L + width), self._layers, knobs)
 
     def update(self, round: Round) -> Iterator[Phase]:
@@ -288,7 +288,7 @@ class Planner:
         if way.critic:
             params, controller = params | {"critic": self.scalar}, controller | {"value_bias": NUMBER}
         members = 1 if spread_coef is None else config.reward.ensemble_size
-        reward, bias = (self.scalar, NUMBER) if spread_coef is None else ((self.scalar,) * members, (NUMBER,) * members)
+        reward, bias = (self.scalar, BIAS) if spread_coef is None else ((self.scalar,) * members, (BIAS,) * members)
         frozen = {"reference": self.policy, "reward": reward} | ({"sft": self.policy} if moved else {})
         state = jax.eval_shape(lambda p, c: init_state(p, trainer.optimizer, c), params, controller)
         base = None if rest is None else {"policy": rest}
@@ -304,19 +304,19 @@ class Planner:
         else:
             held = reading
         calls, tokens, layers = self.counts.ppo_updates * times, B * T, self._layers
-        knobs = ("ppo.batch_size", "mesh.fsdp")
+        knobs = ("model.offload_frozen", "mesh.fsdp")  # another ppo.batch_size would be another training
         how = {"top_k": section.top_k, "top_p": section.top_p}
         yield replace(self._sample("policy", f"sample{suffix}", B, L, T, held, calls, knobs, **how), held=held)
         prompts = PromptBatch(ints(B, L), bools(B, L), bools(B), ints(B))
         batch = (prompts, Completion(ints(B, T), bools(B, T), floats(B, T)))
-        knobs = ("ppo.forward_batch_size", "model.logits_chunk", "model.offload_frozen", "mesh.fsdp")
+        knobs = ("ppo.forward_batch_size", "model.offload_frozen", "mesh.fsdp")
         arguments = ({**models, **frozen}, batch, controller, bias)
         yield Phase("policy", f"score{suffix}", trainer.score, arguments, reading, batch, calls, tokens, layers, knobs)
         rollout = Rollout(
             prompts.prompt_BL, prompts.prompt_mask_BL, ints(B, T), bools(B, T), bools(B, T), floats(B, T), floats(B, T), floats(B, T),
             floats(B, T), floats(B, T), floats(B), bools(B),
         )  # fmt: skip
-        knobs = ("ppo.gradient_accumulation_steps", "ppo.num_mini_batches", "model.remat", "lora.r", "model.offload_frozen", "mesh.fsdp")
+        knobs = ("ppo.gradient_accumulation_steps", "model.remat", "lora.r", "model.offload_frozen", "mesh.fsdp")
         arguments = (state, rollout, KEY, *(() if base is None else (base,)))
         yield Phase(
             "policy", f"update{suffix}", trainer.update, arguments, held, rollout, calls, tokens, layers, knobs, learned=state.params

@@ -12,6 +12,7 @@ from jaxrlhf import sharding
 from jaxrlhf.types import PairBatch, TextBatch
 
 NUMBER = jax.ShapeDtypeStruct((), jnp.float32)
+BIAS = jax.ShapeDtypeStruct((), jnp.float32, weak_type=True)  # a number of Python's
 
 
 def bytes_on_device(tree: Any, mesh: Any) -> int:
