@@ -114,7 +114,7 @@ def _compiled(make: Callable[..., Callable], mesh: Devices, out: Any, donated: t
         return _Mapped(make(axis_name="data"), grid, out, donated)
     if by_hand(mesh) or apart:
         return _OnMesh(_apart(make(axis_name="data"), grid, out), grid, out, donated)
-    return _OnMesh(make(axis_name=None), grid, out, donated)
+    return _OnMesh(_together(make(axis_name=None), grid), grid, out, donated)
 
 
 def _row_specs(batch: Any, grid: Mesh) -> Any:
@@ -129,10 +129,22 @@ def _apart(function: Callable, grid: Mesh, out: Any) -> Callable:
     """The function on every device's own rows."""
     specs = jax.tree.map(lambda kind: WHOLE if kind == "state" else kind, out, is_leaf=_is_kind)
 
+    @functools.wraps(function)  # messages about compilations name the function and its arguments
     def run(first: Any, batch: Any, *rest: Any) -> Any:
         into = (WHOLE, _row_specs(batch, grid), *(WHOLE for _ in rest))
         # Each device's rows are its own business, and sums are spelled out: there is nothing for the check of replication to see.
         return jax.shard_map(function, mesh=grid, in_specs=into, out_specs=specs, check_vma=False)(first, batch, *rest)
+
+    return run
+
+
+def _together(function: Callable, grid: Mesh) -> Callable:
+    """The function as it is, once its batch has been looked at."""
+
+    @functools.wraps(function)
+    def run(first: Any, batch: Any, *rest: Any) -> Any:
+        _row_specs(batch, grid)
+        return function(first, batch, *rest)
 
     return run
 
@@ -176,11 +188,17 @@ class _Mapped:
         self._function, self._grid, self._out, self._donated = function, grid, out, donated
         self._mapped: dict[Any, Any] = {}
         where = NamedSharding(grid, ROWS)
-        self._cut = jax.jit(lambda tree: jax.tree.map(self._deal, tree), out_shardings=where)
+        self._cut = jax.jit(lambda leaves: [self._deal(leaf) for leaf in leaves], out_shardings=where)
         self._join = jax.jit(lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree), out_shardings=where)
 
     def _deal(self, leaf: Any) -> Any:
         return leaf.reshape(self._grid.size, -1, *leaf.shape[1:])
+
+    def _dealt(self, batch: Any) -> Any:
+        """The batch with a device axis before its rows; scalars as they are."""
+        leaves, kind = jax.tree.flatten(batch)
+        cut = iter(self._cut([leaf for leaf in leaves if np.ndim(leaf)]))
+        return jax.tree.unflatten(kind, [next(cut) if np.ndim(leaf) else leaf for leaf in leaves])
 
     def _for(self, batch: Any, rest: tuple) -> Any:
         specs, kind = jax.tree.flatten(_row_specs(batch, self._grid), is_leaf=_is_kind)
@@ -193,11 +211,11 @@ class _Mapped:
         return self._mapped[key]
 
     def __call__(self, first: Any, batch: Any, /, *rest: Any) -> Any:
-        made = self._for(batch, rest)(first, self._cut(batch), *rest)
+        made = self._for(batch, rest)(first, self._dealt(batch), *rest)
         if self._out == ROWS:
             return self._join(made)
         return (self._join(made[0]), made[1]) if self._out[0] == ROWS else made
 
     def lower(self, first: Any, batch: Any, /, *rest: Any) -> Any:
-        dealt = jax.eval_shape(lambda tree: jax.tree.map(self._deal, tree), batch)
+        dealt = jax.tree.map(lambda leaf: jax.eval_shape(self._deal, leaf) if np.ndim(leaf) else leaf, batch)
         return self._for(batch, rest).lower(first, dealt, *rest)

@@ -1,3 +1,4 @@
+import functools
 import logging
 import os
 import socket
@@ -12,6 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxrlhf import sharding
+from jaxrlhf.config import MeshConfig
 from jaxrlhf.models import build_model, config_from_shape
 from jaxrlhf.types import TrainState
 
@@ -198,6 +200,7 @@ import sys, jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 from jaxrlhf import sharding
+from jaxrlhf.config import MeshConfig
 from jaxrlhf.models import build_model, config_from_shape
 mesh = sharding.make_mesh(2, 2, 1)
 tree = sharding.place({"q": {"kernel": np.arange(32.0).reshape(8, 4)}}, mesh)
@@ -266,3 +269,60 @@ def test_rows_picked_at_run_time_are_dealt_out_again(caplog):
     assert sharding.keep_rows(None) is None and sharding.keep_rows(sharding.make_mesh(1, devices=jax.devices()[:1])) is None
     assert sharding.keep_rows(sharding.make_mesh(4)) is None  # there every device has its own rows, and nothing is left to the compiler
     assert sharding.keep_rows(sharding.make_mesh(2, 2, 1)) is keep
+
+
+def test_the_engine_is_chosen_by_the_config():
+    four = sharding.mesh_of(MeshConfig(fsdp=2))
+    assert dict(four.shape) == {"data": 2, "fsdp": 2, "tensor": 1}  # type: ignore[union-attr]
+    replicas = sharding.mesh_of(MeshConfig(engine="pmap"))
+    assert replicas == sharding.Replicas(sharding.make_mesh()) and sharding.data_shards(replicas) == 4
+    with pytest.raises(ValueError, match=r"mesh\.fsdp and mesh\.tensor must be 1"):
+        sharding.mesh_of(MeshConfig(engine="pmap", tensor=2))
+    with pytest.raises(ValueError, match=r"mesh\.engine 'smap' is unknown; use jit or pmap"):
+        sharding.mesh_of(MeshConfig(engine="smap"))  # type: ignore[arg-type]
+
+
+EVERY_KIND = [lambda: None, sharding.make_mesh, lambda: sharding.make_mesh(2, 2, 1), lambda: sharding.Replicas(sharding.make_mesh())]
+
+
+@pytest.mark.parametrize("devices", EVERY_KIND, ids=["one", "data", "fsdp", "pmap"])
+def test_a_step_is_lowered_from_shapes_alone(params, devices):
+    shapes = jax.eval_shape(lambda: (make_state(params), jax.tree.map(jnp.asarray, BATCH)))
+    compiled = sharding.step(make_step, devices()).lower(*shapes).compile()
+    assert compiled.memory_analysis() is not None and "HloModule" in compiled.as_text()
+
+
+@pytest.mark.parametrize("devices", EVERY_KIND, ids=["one", "data", "fsdp", "pmap"])
+def test_a_pass_returns_rows_and_metrics_of_the_global_batch(devices):
+    def make(axis_name=None):
+        def run(scale, batch, shift):
+            total = batch["x"].sum() if axis_name is None else jax.lax.psum(batch["x"].sum(), axis_name)
+            return {"y": batch["x"] * scale["s"] + shift}, {"total": total}
+
+        return run
+
+    mesh = devices()
+    batch, scale = sharding.place_batch({"x": np.arange(8.0, dtype=np.float32)}, mesh), sharding.place({"s": np.float32(2)}, mesh)
+    rows, metrics = sharding.rows_and_metrics(make, mesh)(scale, batch, np.float32(1))
+    assert rows["y"].tolist() == [2.0 * n + 1 for n in range(8)] and float(metrics["total"]) == 28
+    alone = sharding.rows(lambda scale, batch: batch["x"] * scale["s"], mesh)
+    assert alone(scale, batch).tolist() == [2.0 * n for n in range(8)]
+    assert mesh is None or alone(scale, batch).sharding.shard_shape((8,)) == (2,)
+    if mesh is not None:
+        with pytest.raises(ValueError, match="batch_size 6 does not divide over 4 data shards; try 4"):
+            alone({"s": np.float32(2)}, {"x": np.zeros(6, np.float32)})
+
+
+def test_keys_and_values_are_cut_over_rows_and_heads():
+    """Two key-value heads over two tensor shards; over four, which do not divide them, they are whole."""
+    config, _ = config_from_shape(
+        {"family": "qwen3", "hidden_size": 16, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2}, 32, max_positions=8
+    )
+    for axes, shape in (((1, 2, 2), (2, 1, 8, 4)), ((1, 1, 4), (4, 2, 8, 4))):
+        mesh = sharding.make_mesh(*axes)
+        model = build_model(config, constrain=sharding.keep_rows(mesh))
+        params = sharding.place(model.init(jax.random.key(0)), mesh)
+        tokens, mask = sharding.place_batch((np.ones((4, 6), np.int32), np.ones((4, 6), bool)), mesh)
+        _, cache = jax.jit(functools.partial(model.prefill, length=8))(params, tokens, mask)
+        _, cache = jax.jit(model.decode)(params, tokens[:, 0], cache)
+        assert cache.keys[0].sharding.shard_shape(cache.keys[0].shape) == cache.values[0].sharding.shard_shape((4, 2, 8, 4)) == shape
