@@ -75,7 +75,7 @@ def test_after_a_batch_of_every_width_nothing_compiles(bert):
     how = {"encoder": bert, "backend": "flax", "batch_size": 8, "max_length": 16}
     embed_texts(["good " * (4 * width - 2) for width in (1, 2, 3, 4) for _ in range(8)], **how)
     compiled = encode._cache_size()  # type: ignore[attr-defined]
-    assert compiled == 4
+    assert compiled >= 4  # those of this file's other tests may be there too
     for count in (5, 17, 64):  # fewer than a batch, a batch and a rest, many
         embed_texts([f"{'bad ' * (7 * n % 23)}{n}" for n in range(count)], **how)
     assert encode._cache_size() == compiled  # type: ignore[attr-defined]
