@@ -18,6 +18,7 @@ from jaxrlhf.data.tokens import tokenizer_fingerprint
 from jaxrlhf.models.families import config_from_hf
 from jaxrlhf.models.files import MAX_SHARD_BYTES, Tensor, TensorReader, finished_folder, read_json, shards_of, write_json, write_shards
 from jaxrlhf.models.heads import check_head, with_head
+from jaxrlhf.models.lora import merged
 from jaxrlhf.models.model import build_model
 from jaxrlhf.models.names import CLASSES, SCORE, Entry, is_ignored, layout, leaf, lm_head_names, prefix_of
 from jaxrlhf.models.reading import read_params
@@ -64,7 +65,8 @@ def load(
     folder = resolve(source)
     config = read_config(folder)
     params = _read_params(folder, config, head, key, mesh)
-    model = build_model(config, head=head, dtype=dtype or "float32", remat=remat, logits_chunk=logits_chunk)
+    how = {"remat": remat, "logits_chunk": logits_chunk, "constrain": sharding.keep_rows(mesh)}
+    model = build_model(config, head=head, dtype=dtype or "float32", **how)
     return Loaded(model, params, read_tokenizer(folder), config)
 
 
@@ -86,7 +88,8 @@ def initialise(
     logits_chunk: int | None = None,
 ) -> Loaded:
     """A model from scratch, with random parameters; the other arguments as `load` takes them."""
-    model = build_model(config, head=head, dtype=dtype or "float32", remat=remat, logits_chunk=logits_chunk)
+    how = {"remat": remat, "logits_chunk": logits_chunk, "constrain": sharding.keep_rows(mesh)}
+    model = build_model(config, head=head, dtype=dtype or "float32", **how)
     return Loaded(model, sharding.create(model.init, mesh, key), tokenizer, config)
 
 
@@ -248,8 +251,9 @@ def save(loaded: Loaded, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD
 
     A scalar head becomes `…ForSequenceClassification` with one label and a pad token that is not EOS, because transformers finds the
     last token by it: the tokenizer's own, else a spare row of the vocabulary, else one appended row. All fields of the config that was
-    read are kept. The folder appears whole or not at all; one of the same name is replaced. Tensors are gathered, written and forgotten
-    one by one. Of several processes all call this, because gathering is collective; the first one writes.
+    read are kept. The folder appears whole or not at all; one of the same name is replaced. Tensors are merged with their adapters where
+    there are any (models/lora.py), gathered, written and forgotten one by one. Of several processes all call this, because gathering is
+    collective; the first one writes.
     """
     folder = Path(folder)
     params, config, tokenizer = loaded.params, loaded.config, loaded.tokenizer
@@ -280,16 +284,22 @@ def save(loaded: Loaded, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD
 
 
 def _tensor(entry: Entry, params: Params, more_rows: int) -> Tensor:
-    """One tensor of the file; the embedding gets `more_rows` (0 or 1) rows that are the mean of the others."""
+    """One tensor of the file, adapters merged into it; the embedding gets `more_rows` (0 or 1) rows that are the mean of the others."""
     leaves = [leaf(params, path) for path in entry.paths]
     shape = entry.shape([part.shape for part in leaves])
     grows = more_rows > 0 and entry.paths[0] == _EMBEDDING
 
     def make() -> np.ndarray:
-        made = entry.fuse(tuple(sharding.gather(part) for part in leaves))
+        made = entry.fuse(tuple(sharding.gather(_merged_leaf(params, path)) for path in entry.paths))
         return np.concatenate([made, made.mean(axis=0, keepdims=True)]) if grows else made
 
     return Tensor(entry.name, (shape[0] + more_rows, *shape[1:]) if grows else shape, np.dtype(leaves[0].dtype), make)
+
+
+def _merged_leaf(params: Params, path: tuple[str, ...]) -> Array:
+    """A leaf of an ordinary model: of an adapted kernel, what it and its adapter come to."""
+    around = leaf(params, path[:-1])
+    return merged(around)["kernel"] if path[-1] == "kernel" and "lora_a" in around else around[path[-1]]
 
 
 def _with_pad(loaded: Loaded, rows: int) -> tuple[Any, int]:

@@ -10,10 +10,9 @@ from jaxrlhf import sharding
 from jaxrlhf.algorithms.ppo import RoundModels
 from jaxrlhf.config import Config
 from jaxrlhf.models.hub import Loaded, reward_bias
-from jaxrlhf.models.lora import adapters, merged
+from jaxrlhf.models.lora import adapters
 from jaxrlhf.run.setting import Setting
 from jaxrlhf.run.stages import Done
-from jaxrlhf.steps.state import joined
 from jaxrlhf.types import Params
 
 
@@ -33,11 +32,6 @@ def halves(setting: Setting, policy: Loaded, key: jax.Array) -> Halves:
     return Halves(learned, sharding.place(rest, setting.mesh))
 
 
-def whole(learned: Params, rest: Params | None) -> Params:
-    """The parameters of an ordinary model: adapters merged into their kernels."""
-    return learned if rest is None else merged(joined(learned, rest))
-
-
 def lora_slice(config: Config) -> dict[str, Any]:
     """What a policy stage depends on because of LoRA; nothing where it is off, so that those stages keep their hashes."""
     section = config.lora
@@ -47,17 +41,19 @@ def lora_slice(config: Config) -> dict[str, Any]:
 def fixed_models(
     setting: Setting,
     at_hand: dict[str, Params],
-    scorer: Loaded,
-    further: tuple[Done, ...] | None,
+    rewards: tuple[Done, ...],
+    bias: float,
     *,
+    ensemble: bool,
     reference: Done,
     sft: Done,
     rest: Params | None,
 ) -> RoundModels:
     """The models of a round that do not learn; one that is `at_hand` (parameters by the hash of their stage) is not read again.
 
-    `further` are the members of an ensemble beside `scorer`; None where the reward is one model. `rest` is what lies under the adapters.
-    With `model.offload_frozen` each goes to the host's memory before the next is read; a reference that is the base is needed and stays.
+    The first of `rewards`, whose bias is `bias`, is at hand; the others are the further members of an ensemble. `rest` is what lies under
+    the adapters. `at_hand` is used up: a caller that holds its models nowhere else has none in memory that the round does not need. With
+    `model.offload_frozen` each goes to the host's memory before the next is read; a reference that is the base is needed and stays.
     """
     offloaded = setting.config.model.offload_frozen
     away = sharding.offload if offloaded else lambda params: params
@@ -65,20 +61,21 @@ def fixed_models(
     def params_of(done: Done) -> Params:
         if done.hash not in at_hand:
             return away(setting.load(done, head="lm").params)
-        return at_hand[done.hash] if rest is not None else away(at_hand[done.hash])
+        params = at_hand.pop(done.hash)
+        return params if rest is not None else away(params)
 
     def member(done: Done) -> tuple[Params, float]:
         one = setting.load(done, head="scalar")
         return away(one.params), reward_bias(one)
 
-    reward, bias = away(scorer.params), reward_bias(scorer)
-    if further is not None:
-        others = [member(done) for done in further]
-        reward, bias = (reward, *(params for params, _ in others)), (bias, *(its for _, its in others))
+    for hash in at_hand.keys() - {rewards[0].hash, reference.hash, sft.hash}:
+        del at_hand[hash]
+    first = away(at_hand.pop(rewards[0].hash))
+    others = [member(done) for done in rewards[1:]] if ensemble else []
     return RoundModels(
         reference=params_of(reference),
-        reward=reward,
-        reward_bias=bias,
+        reward=(first, *(params for params, _ in others)) if ensemble else first,
+        reward_bias=(bias, *(its for _, its in others)) if ensemble else bias,
         sft=params_of(sft) if reference.hash != sft.hash else None,
         base=None if rest is None else {"policy": rest},
         offloaded=offloaded,

@@ -42,12 +42,12 @@ from jaxrlhf.plugins import plugin, source_of
 from jaxrlhf.run import inputs
 from jaxrlhf.run.data import updated_pairs, valid_pairs
 from jaxrlhf.run.ensemble import numbered, spread_of
-from jaxrlhf.run.frozen import fixed_models, halves, lora_slice, whole
+from jaxrlhf.run.frozen import fixed_models, halves, lora_slice
 from jaxrlhf.run.lineage import policy_lineage, reward_lineage, write_lineage
 from jaxrlhf.run.setting import Setting
 from jaxrlhf.run.stages import Done, Stage
 from jaxrlhf.scorers.reward_model import score_responses
-from jaxrlhf.steps.state import init_state, restarted_schedules
+from jaxrlhf.steps.state import init_state, joined, restarted_schedules
 from jaxrlhf.types import Params, PromptBatch, TextBatch, TrainState
 
 OF_ENSEMBLES = ("ensemble_size", "spread_coef")  # of config.reward, but nothing that one reward model depends on
@@ -262,9 +262,10 @@ def policy_stage(
         learned, rest = halves(setting, policy, rng.stream(key, "adapters"))
         state = first_state(learned, scorer if way.critic else None, trainer.optimizer, kl_coef)
         state = taken_over(setting, sharding.place(state, setting.mesh), previous, restarts)
-        further = rewards[1:] if spread_coef is not None else None
-        fixed = fixed_models(setting, {start.hash: policy.params}, scorer, further, reference=reference, sft=sft, rest=rest)
+        at_hand, bias = {start.hash: policy.params, rewards[0].hash: scorer.params}, reward_bias(scorer)
         policy, scorer, learned = policy._replace(params=None), scorer._replace(params=None), None  # what is not fixed is in memory once
+        models = {"reference": reference, "sft": sft, "rest": rest}
+        fixed = fixed_models(setting, at_hand, rewards, bias, ensemble=spread_coef is not None, **models)
         updates, table = num_updates(section), prompt_table(setting, folder, tokenizer)
         before = 0 if section.round_prompts == "same" else (number - 1) * updates
 
@@ -275,7 +276,7 @@ def policy_stage(
 
         tokens = section.batch_size * section.response_length
         state = setting.train(folder, "policy", state, loop, steps=updates, tokens=tokens, round=number)
-        add_model(policy._replace(params=whole(state.params["policy"], rest)), folder)
+        add_model(policy._replace(params=joined(state.params["policy"], rest)), folder)
         prompt_length = float(np.asarray(table.prompt_mask_BL).sum(axis=1).mean())
         result = {"updates": updates, "episodes": updates * section.batch_size, "kl_coef": float(state.controller["kl_coef"])}
         return result | {"prompt_length": prompt_length}  # mean tokens of a prompt: with the metrics, what the FLOPs are counted from

@@ -18,12 +18,12 @@ from jaxrlhf.data.batches import batches
 from jaxrlhf.models.hub import Loaded
 from jaxrlhf.plugins import plugin, source_of
 from jaxrlhf.run.data import updated_pairs
-from jaxrlhf.run.frozen import halves, lora_slice, whole
+from jaxrlhf.run.frozen import halves, lora_slice
 from jaxrlhf.run.lineage import policy_lineage, write_lineage
 from jaxrlhf.run.models import add_model, placed
 from jaxrlhf.run.setting import Setting
 from jaxrlhf.run.stages import Done, Stage
-from jaxrlhf.steps.state import init_state
+from jaxrlhf.steps.state import init_state, joined
 from jaxrlhf.types import PairBatch, TrainState
 
 TEMPERATURE = 1.0  # of the log-probs on both sides of the ratio: the pair step scores the policy at 1
@@ -61,7 +61,7 @@ def preference_stage(setting: Setting, round: Round, *, sft: Done, start: Done, 
 
         tokens = 2 * section.batch_size * (table.prompt_BL.shape[1] + table.chosen_BT.shape[1])
         state = setting.train(folder, "policy", state, loop, steps=steps, tokens=tokens, round=number)
-        add_model(policy._replace(params=whole(state.params, rest)), folder)
+        add_model(policy._replace(params=joined(state.params, rest)), folder)
         return {"steps": steps, "pairs": n}
 
     slice_ = {

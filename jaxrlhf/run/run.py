@@ -164,7 +164,7 @@ def walk_through(setting: Setting, until: str | None) -> None:
     for number in range(1, num_rounds(method, config.rounds) + 1):
         round = _next_round(setting, method, track, number, pairs)
         if track.decision is not None and not track.decision.record["result"]["due"]:
-            summary.note(not_due(number, track.decision.record["result"]))
+            summary.note(not_due(number, track.decision.record["result"], adapters=config.lora.r > 0))
         update = _reward(setting, round, track, pairs)
         if until == "reward":
             return
@@ -234,11 +234,12 @@ def not_the_sampler(config: Config) -> list[str]:
     return reasons
 
 
-def not_due(number: int, decision: dict[str, Any]) -> str:
-    """Why round `number` has no refit."""
+def not_due(number: int, decision: dict[str, Any], *, adapters: bool) -> str:
+    """Why round `number` has no refit, and what it goes on with: not the moments of adapters that the last round has merged."""
     value = "not to be had" if decision["value"] is None else f"{decision['value']:.3g}"
     what = f"{decision['when']} is {value}, the threshold {decision['threshold']:.3g}"
-    return f"round {number}: no refit was due ({what}); it goes on with the reward model, reference, optimizer and critic of the last one."
+    kept = "reward model, reference and critic" if adapters else "reward model, reference, optimizer and critic"
+    return f"round {number}: no refit was due ({what}); it goes on with the {kept} of the last one."
 
 
 class Summary:

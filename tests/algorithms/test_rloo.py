@@ -111,8 +111,10 @@ def test_it_learns_without_a_critic():
 
 
 def test_a_mesh_learns_the_same():
-    one, _, _ = trained(updates=2)
-    four, _, _ = trained(updates=2, mesh=sharding.make_mesh(4))
+    """Also where a prompt's sixteen responses lie on two devices of eight rows each."""
+    config = replace(CONFIG, rloo_k=16)
+    one, _, _ = trained(config, updates=2)
+    four, _, _ = trained(config, updates=2, mesh=sharding.make_mesh(4))
     np.testing.assert_allclose(one.params["policy"]["logits"], four.params["policy"]["logits"], rtol=1e-4, atol=1e-6)
 
 

@@ -1,5 +1,6 @@
 """Adapters: nothing at zero, a thin update when merged, and alone in gradients, moments and donated memory, on every kind of mesh."""
 
+import weakref
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import tiny_models
 
 from jaxrlhf import sharding
 from jaxrlhf.losses import PAIR_LOSSES, bind
-from jaxrlhf.models import build_model, config_from_hf
+from jaxrlhf.models import build_model, config_from_hf, hub
 from jaxrlhf.models.lora import TARGETS, adapters, merged
 from jaxrlhf.steps.pair import make_pair_step
 from jaxrlhf.steps.state import init_state, joined
@@ -82,6 +83,25 @@ def test_merged_weights_compute_what_adapters_do(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected)
     np.testing.assert_allclose(found[3], found[0][:, -1], atol=2e-5)  # sampling with a cache sees the adapters too
     assert np.abs(found[0] - case.model.apply(case.params, tokens, mask).logits)[mask].max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox-old-spelling"])
+def test_saving_merges_a_tensor_at_a_time(name, tmp_path, monkeypatch):
+    """The kernels of one tensor (q, k and v are one here), and no second model beside the adapted one."""
+    case, alive, original = made(name), [], hub.merged
+    adapted = joined(noisy(case.learned), case.frozen)
+
+    def watched(part):
+        alive[:] = [ref for ref in alive if ref() is not None]
+        assert len(alive) <= 2
+        out = original(part)
+        alive.append(weakref.ref(out["kernel"]))
+        return out
+
+    monkeypatch.setattr(hub, "merged", watched)
+    hub.save(hub.Loaded(case.model, adapted, None, case.config), tmp_path / "model")
+    assert len(alive) <= 3
+    jax.tree.map(np.testing.assert_array_equal, hub.load(tmp_path / "model").params, merged(adapted))
 
 
 def test_the_rest_is_the_model_itself():
