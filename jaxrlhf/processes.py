@@ -15,10 +15,16 @@ import socket
 import sys
 import threading
 import time
+from base64 import b64decode, b64encode
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxrlhf.cluster import Group, ProcessError, check_free, devices_of_task, wait_for, wanted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
 
 HEARTBEAT = 30  # seconds without a sign of life after which jax takes a process for dead, and ends the others
 START_TIMEOUT = 300  # seconds that processes wait for each other at the start
@@ -29,6 +35,7 @@ PERIOD = 2.0  # seconds between two looks at the others
 SILENT = 12.0  # seconds without a word after which a process is said to be silent
 AGAIN = "Start all processes again with the same command: the run goes on from its last checkpoint."
 _PIECE = 500_000  # characters of a value that travel in one message
+_ROWS = 16384  # of a table that travel at a time
 
 _numbers = itertools.count()  # of agreements and barriers, which all processes pass in the same order
 _watch: _Watch | None = None
@@ -75,7 +82,18 @@ def start(
     if count() == 1:
         return False
     _watch = _Watch()
+    sys.excepthook = _told_to_others(sys.excepthook)
     return True
+
+
+def _told_to_others(shown: Callable[..., Any]) -> Callable[..., None]:
+    """What becomes of an exception that nobody has caught: it is shown, and ends the others too."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        shown(kind, error, trace)
+        leave(1, f"{kind.__name__}: {error}")
+
+    return hook
 
 
 def _not_started(group: Group, error: Exception) -> str:
@@ -134,6 +152,35 @@ def agree(value: Any, what: str = "a value") -> Any:
     return told["value"]
 
 
+def agree_on_columns(columns: dict[str, np.ndarray] | None, what: str) -> dict[str, np.ndarray]:
+    """`agree` for arrays by name, to the bit; None from the others. For what lies on a disk that they may not see."""
+    if count() == 1 and columns is not None:
+        return columns
+    import numpy as np
+
+    packed = {name: (x.dtype.str, x.shape, b64encode(x.tobytes()).decode()) for name, x in (columns or {}).items()}
+    told = agree(packed, what).items()
+    return {name: np.frombuffer(b64decode(text), dtype).reshape(shape).copy() for name, (dtype, shape, text) in told}
+
+
+def agree_on_rows(rows_ND: np.ndarray | None, what: str) -> np.ndarray:
+    """The leader's float32 [N, D] in every process, where that is too much for `agree`: from device to device, a block at a time."""
+    if count() == 1 and rows_ND is not None:
+        return rows_ND
+    import numpy as np
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    n, width = agree(None if rows_ND is None else list(rows_ND.shape), what)
+    given = np.zeros((0, width), np.float32) if rows_ND is None else rows_ND
+    blocks = []
+    for start in range(0, n, _ROWS):
+        block = np.zeros((min(_ROWS, n - start), width), np.float32)
+        here = given[start : start + _ROWS]
+        block[: len(here)] = here
+        blocks.append(np.asarray(broadcast_one_to_all(block)))
+    return np.concatenate([np.zeros((0, width), np.float32), *blocks])
+
+
 def barrier(name: str) -> None:
     """Return once all processes are here. All call it, in the same order."""
     if count() > 1:
@@ -181,11 +228,14 @@ def together() -> bool:
 
 
 def leave(status: int, message: str | None = None) -> None:
-    """End this process of a group, and with it the others, who are told `message`. Returns where the process stands alone."""
+    """End this process of a group, and with it the others, who are told `message` (None: it ends because of another). Returns where the
+    process stands alone."""
     if _watch is None:
         return
     if message is not None:
         _watch.tell(message)
+    else:
+        _watch.heard()
     _end(status)
 
 
@@ -233,8 +283,7 @@ class _Watch:
                 return
             if failed and not self._stopped.is_set():
                 _say(failed)
-                with suppress(self._lost):
-                    self._client.key_value_set(f"jaxrlhf/heard/{self._me}", "")
+                self.heard()
                 _end(STATUS_OF_OTHERS)
             if self._stopped.wait(self._period):
                 return
@@ -243,13 +292,23 @@ class _Watch:
         self._stopped.set()
 
     def tell(self, message: str) -> None:
-        """Let the others know that this process ends because of `message`; what they read goes with the leader, which waits for them."""
+        """Let the others know that this process ends because of `message`."""
         self.stop()
-        deadline = time.monotonic() + 2 * self._period + 1
         with suppress(self._lost):
             self._client.key_value_set(f"jaxrlhf/failed/{self._me}", message)
-            while self._me == 0 and time.monotonic() < deadline and len(self._client.key_value_dir_get("jaxrlhf/heard/")) < self._count - 1:
-                time.sleep(0.1)
+            self._until_all_heard()
+
+    def heard(self) -> None:
+        """Let the leader know that this process ends because another one did."""
+        with suppress(self._lost):
+            self._client.key_value_set(f"jaxrlhf/heard/{self._me}", "", allow_overwrite=True)
+            self._until_all_heard()
+
+    def _until_all_heard(self) -> None:
+        """What the others read goes with the leader, which waits until all know, but the one that failed."""
+        deadline = time.monotonic() + 2 * self._period + 1
+        while self._me == 0 and time.monotonic() < deadline and len(self._client.key_value_dir_get("jaxrlhf/heard/")) < self._count - 1:
+            time.sleep(0.1)
 
     def gone(self) -> str | None:
         """Why another process is gone, in a sentence; None as long as all are there."""

@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -138,24 +140,84 @@ me = processes.index()
 told = processes.agree({"numbers": [1, 2.5, None], "text": "ü" * 300_000} if me == 0 else "ignored", "first")
 assert told == {"numbers": [1, 2.5, None], "text": "ü" * 300_000} and processes.count() == 2 and processes.is_leader() == (me == 0)
 processes.barrier("both here")
-try:
-    processes.agree(me, f"place {me}")
-except processes.ProcessError as error:
-    processes.leave(1, str(error))
+
+# Each process has a disk of its own; what was kept before lies on the leader's alone.
+import pathlib
+import numpy as np
+from jaxrlhf.algorithms.frft import _kept_on_disk
+from jaxrlhf.offline import vectors
+from jaxrlhf.offline.logprobs import cached_pair_logps
+disk = pathlib.Path(sys.argv[1]) / str(me)
+calls = []
+def compute():
+    calls.append(me)
+    return {name: np.array([-0.1, 1e-7], np.float32) for name in ("chosen_logp", "rejected_logp")}
+for again in (False, True):
+    found = cached_pair_logps(disk / "logps", ["a", "b"], {"model": "m"}, compute)
+    assert found["chosen_logp"].tobytes() == compute()["chosen_logp"].tobytes() and found["rejected_logp"].dtype == np.float32
+    assert _kept_on_disk(disk / "texts.json", lambda: calls.append(me) or ["ü", "b"]) == ["ü", "b"]
+assert len(calls) == 4 and (disk / "logps").exists() == (disk / "texts.json").exists() == (me == 0), calls
+
+class Encoder:
+    def embed(self, texts, report):
+        calls.append(len(texts))
+        return np.array([[len(text), ord(text[0])] for text in texts], np.float32)
+
+identity = dict.fromkeys(vectors.EncoderIdentity._fields, "x") | {"backend": "flax"}
+vectors.encoder_identity = lambda *a, **k: vectors.EncoderIdentity(**identity)
+vectors.open_encoder = lambda *a, **k: Encoder()
+processes._ROWS = 2
+for texts, computed in ((["a", "bb", "a", "ccc", "d"], 4), (["ccc", "ee"], 1), (["bb"], 0)):
+    calls.clear()
+    got = vectors.embed_cached(texts, folder=disk / "vectors", mesh="all processes")
+    assert got.vectors.tolist() == [[len(text), ord(text[0])] for text in texts] and len(got) == len(texts), got.vectors
+    assert got.embedded == computed and sum(calls) == computed and (disk / "vectors").exists() == (me == 0)
+
+processes.agree(me, f"place {me}")  # a script that does not catch it
 processes.barrier("only the leader comes here")
 """
 
 
-def test_a_group_agrees_and_ends_together():
-    """A process that is at another place than the leader says so and ends; the leader, which waits for it, is told and ends too."""
+def test_a_group_agrees_and_ends_together(tmp_path):
+    """What the leader has on its disk the others hear from it. A process that is at another place says so and ends; the leader, which
+    waits for it, is told and ends too."""
     port = free_port()
     started = [
-        subprocess.Popen([sys.executable, "-c", GROUP], env=environment_of(n, 2, 1, port), stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", GROUP, str(tmp_path)], env=environment_of(n, 2, 1, port), stderr=subprocess.PIPE, text=True)
         for n in (0, 1)
     ]
     said = [process.communicate(timeout=50)[1] for process in started]
     assert [process.returncode for process in started] == [processes.STATUS_OF_OTHERS, 1]
-    assert "process 1 of 2 (pid " in said[0] and "ended: process 1 is at 'place 1' and process 0 at 'place 0'" in said[0]
+    assert "process 1 of 2 (pid " in said[0] and "ended: ProcessError: process 1 is at 'place 1' and process 0 at 'place 0'" in said[0]
+
+
+def test_the_leader_that_ends_because_of_another_goes_last():
+    """What the others read goes with it: it waits until all but the one that failed know."""
+
+    class Client:
+        def __init__(self):
+            self.keys = {}
+
+        def key_value_set(self, key, value, allow_overwrite=False):
+            self.keys[key] = value
+
+        def key_value_dir_get(self, folder):
+            return [(key, value) for key, value in self.keys.items() if key.startswith(folder)]
+
+    def ended(me, count):
+        watch = object.__new__(processes._Watch)
+        watch._client, watch._me, watch._count, watch._period, watch._lost = client, me, count, 2.0, OSError
+        started = time.monotonic()
+        watch.heard()
+        return time.monotonic() - started
+
+    client = Client()
+    later = threading.Timer(0.5, lambda: client.key_value_set("jaxrlhf/heard/1", ""))
+    later.start()
+    assert 0.4 < ended(0, 3) < 3
+    later.join()
+    client.keys.clear()
+    assert ended(1, 3) < 0.3 and ended(0, 2) < 0.3
 
 
 def test_whose_error_it_is(monkeypatch):

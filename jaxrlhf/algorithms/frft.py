@@ -84,12 +84,13 @@ def similarities(context: RoundContext, pairs: Pairs) -> Compared:
         **{name: getattr(section, name) for name in ("rule", "n", "threshold", "compare", "k", "embed", "dedupe")},
     )
     folder = context.columns / f"similarities-{context.fingerprint(header)}"
-    if not processes.agree(folder.exists(), f"similarities {folder.name}"):
+    leads = processes.is_leader()
+    if not processes.agree(leads and folder.exists(), f"similarities {folder.name}"):
         found = _compare(context, pairs, asked, answers)
-        if processes.is_leader():
+        if leads:
             write_similarities(folder, pairs.ids, found, header, overwrite=True)
-        processes.barrier("similarities written")
-    return Compared(asked, answers, read_similarities(pairs.ids, folder, expect=header))
+    columns = read_similarities(pairs.ids, folder, expect=header) if leads else None
+    return Compared(asked, answers, processes.agree_on_columns(columns, f"columns of {folder.name}"))
 
 
 def _compare(context: RoundContext, pairs: Pairs, asked: Asked, answers: list[str]) -> dict[str, np.ndarray]:
@@ -157,15 +158,15 @@ def _vectors(context: RoundContext, what: str, prompts: list[str], responses: li
 
 def _kept_on_disk(path: Path, make: Callable[[], list[str]]) -> list[str]:
     """A list of texts, made once."""
-    if not processes.agree(path.exists(), f"texts {path.name}"):
+    leads = processes.is_leader()
+    if not processes.agree(leads and path.exists(), f"texts {path.name}"):
         texts = make()
-        if not processes.is_leader():
-            return texts
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
-        os.replace(partial, path)
-    return json.loads(path.read_text(encoding="utf-8"))
+        if leads:
+            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
+            os.replace(partial, path)
+    return processes.agree(json.loads(path.read_text(encoding="utf-8")) if leads else None, f"the texts of {path.name}")
 
 
 def _asked(context: RoundContext, pairs: Pairs) -> Asked:

@@ -92,12 +92,12 @@ def cached_pair_logps(
 
     Raises ColumnError where the folder holds columns of another data set, model, tokenizer or temperature.
     """
-    if not processes.agree(folder.exists(), f"columns {folder.name}"):
+    leads = processes.is_leader()
+    if not processes.agree(leads and folder.exists(), f"columns {folder.name}"):
         columns = compute()
-        if processes.is_leader():
+        if leads:
             _write(folder, ids, columns, header)
-        processes.barrier("columns written")
-    return join_columns(ids, folder, NAMES, expect=header)
+    return processes.agree_on_columns(join_columns(ids, folder, NAMES, expect=header) if leads else None, f"log-probs of {folder.name}")
 
 
 def _write(folder: Path, ids: list[str], columns: dict[str, np.ndarray], header: dict[str, Any]) -> None:

@@ -109,24 +109,28 @@ def embed_cached(
     check_texts(texts)
     keys = [text_key(text) for text in texts]
     identity = encoder_identity(encoder, backend=backend, pooling=pooling, max_length=max_length, dtype=dtype)
-    store, by_key = _Store(Path(folder) / identity.key, identity), dict(zip(keys, texts, strict=True))
-    embedded = 0
-    if not processes.agree(processes.is_leader() and store.read().keys() >= by_key.keys(), "vectors: all there"):
-        with _lock(store.folder) if processes.is_leader() else nullcontext():
-            # All know of the same shards now, and so miss the same texts: the process we waited for may have computed some.
-            index = processes.agree(store.index() if processes.is_leader() else None, "vectors: the shards there are")
-            known = store.read(index)
-            missing = sorted(((key, text) for key, text in by_key.items() if key not in known), key=_order)
+    store, leads, embedded = _Store(Path(folder) / identity.key, identity), processes.is_leader(), 0
+    texts_in_order = sorted(dict(zip(keys, texts, strict=True)).items(), key=_order)
+    if not processes.agree(leads and store.read().keys() >= set(keys), "vectors: all there"):
+        with _lock(store.folder) if leads else nullcontext():
+            index = store.index() if leads else {}
+            known = store.read(index) if leads else {}  # the process we waited for may have computed some
+            unknown = [n for n, (key, _) in enumerate(texts_in_order) if key not in known]
+            missing = [texts_in_order[n] for n in processes.agree(unknown, "vectors: the texts that are missing")]
             embedded = len(missing)
             # A mesh goes over all processes; what does not use it the leader computes alone.
             together = mesh is not None and identity.backend == "flax"
-            if missing and (processes.is_leader() or together):
+            if missing and (leads or together):
                 opened = open_encoder(identity, pooling=pooling, batch_size=batch_size, mesh=mesh)
                 store.add(index, missing, opened.embed, shard_rows, progress)
-            processes.barrier("vectors written")
+    if not leads:  # the folder may be on a disk that only the leader sees
+        return Embeddings(identity, store.folder, np.arange(len(keys)), (processes.agree_on_rows(None, "vectors"),), embedded)
     known = store.read()
     rows = np.fromiter((known[key] for key in keys), np.int64, len(keys))
-    return Embeddings(identity, store.folder, rows, store.shards(), embedded)
+    found = Embeddings(identity, store.folder, rows, store.shards(), embedded)
+    if processes.count() > 1:
+        processes.agree_on_rows(found.vectors, "vectors")
+    return found
 
 
 def text_key(text: str) -> bytes:

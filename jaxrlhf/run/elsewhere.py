@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,34 @@ def store_of(config: Config) -> Store:
 
 
 def check_places(config: Config) -> None:
-    """Raise RemoteError where the run's URLs cannot be written: before anything is built."""
+    """Raise RemoteError where the run's URLs cannot be written, or several processes do not see one store: before anything is built."""
     for url in (config.output, config.store or ""):
         if remote.is_url(url) and processes.is_leader():
             remote.check_writable(url)
+    store = store_of(config)
+    if not isinstance(store, RemoteStore):
+        check_seen_by_all(store.root)
+
+
+def check_seen_by_all(folder: Path, patience: float = 10.0) -> None:
+    """Raise RemoteError in a process that does not see in `folder` what the leader puts there. `patience`: seconds a file may take."""
+    if processes.count() == 1:
+        return
+    name = f".seen-by-all-{os.getpid()}-{time.time_ns()}"
+    if processes.is_leader():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    name, deadline = processes.agree(name, "the store"), time.monotonic() + patience
+    while not (folder.is_dir() and name in os.listdir(folder)):
+        if time.monotonic() > deadline:
+            raise remote.RemoteError(
+                f"process {processes.index()} does not see {folder} of process 0: several processes need an output and a store that all "
+                "of them see, on a shared file system or at gs://."
+            )
+        time.sleep(0.2)
+    processes.barrier("the store is seen by all")
+    if processes.is_leader():
+        (folder / name).unlink()
 
 
 class RemoteStore(Store):

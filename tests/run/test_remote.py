@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import remote
+from jaxrlhf import processes, remote
 from jaxrlhf.checkpoint import Checkpoints
 from jaxrlhf.data.sources import iter_rows, source_files
 from jaxrlhf.remote import RemoteError
-from jaxrlhf.run.elsewhere import RemoteStore
+from jaxrlhf.run.elsewhere import RemoteStore, check_seen_by_all
 from jaxrlhf.run.stages import Stage, StageError
 from jaxrlhf.types import TrainState
 
@@ -345,6 +345,20 @@ def test_a_store_that_cannot_be_written_ends_the_run_before_it_begins(tiny_confi
 
     with pytest.raises(RemoteError, match="nosuch://b"):
         run(tiny_config("nosuch://b/runs"), until="sft")
+
+
+def test_processes_that_do_not_see_one_store_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "index", lambda: 1)
+    monkeypatch.setattr(processes, "agree", lambda value, what: ".seen-by-all-7")
+    passed = []
+    monkeypatch.setattr(processes, "barrier", passed.append)
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(RemoteError, match=f"process 1 does not see {folder} of process 0: .* on a shared file system or at gs://"):
+            check_seen_by_all(folder, patience=0.1)
+    (tmp_path / ".seen-by-all-7").touch()
+    check_seen_by_all(tmp_path)
+    assert len(passed) == 1 and (tmp_path / ".seen-by-all-7").exists()  # the leader's to remove
 
 
 def test_a_record_of_another_stage_is_still_refused(tmp_path, machine):
