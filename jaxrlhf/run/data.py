@@ -236,9 +236,11 @@ def report_of(folder: Path) -> dict[str, Any]:
 
 
 def read_by_plugins(config: Config) -> dict[str, Any]:
-    """The config less what names a run and where it is kept, logged and computed."""
+    """The config less what names a run and where it is kept, logged and computed; no adapters where there are none."""
     elsewhere = ("name", "output", "store", "standalone", "arms", "method", "row", "rounds", "refit", "mesh", "checkpoint", "log")
-    return {name: value for name, value in asdict(config).items() if name not in elsewhere}
+    elsewhere += () if config.lora.r else ("lora",)
+    read = {name: value for name, value in asdict(config).items() if name not in elsewhere}
+    return read | {"model": {name: value for name, value in read["model"].items() if name not in inputs.OF_MEMORY}}
 
 
 def updated_pairs(update: Done | None, pairs: Done) -> tuple[Pairs, np.ndarray]:
