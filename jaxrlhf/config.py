@@ -252,6 +252,7 @@ class PPOConfig(OptimizerConfig):
     missing_eos_score: float | None = None  # replaces the score (−1 in the papers)
     critic_warmup_updates: int = 0  # rollouts in which only the critic learns
     critic_learning_rate: float | None = None
+    generation_batch_size: int | None = None  # responses sampled at once, which share a KV cache; None: all. Memory, not results
     forward_batch_size: int | None = None  # rows a forward pass of scoring takes at once; None: all
 
 

@@ -305,8 +305,10 @@ def _warm_ups(config: Config) -> Iterator[str]:
 def _at_odds(config: Config) -> Iterator[str]:
     """Settings that contradict each other."""
     ppo, data = config.ppo, config.data
-    if ppo.forward_batch_size is not None and ppo.batch_size % ppo.forward_batch_size:
-        yield f"ppo.batch_size {ppo.batch_size} does not divide into passes of ppo.forward_batch_size {ppo.forward_batch_size}."
+    for name in ("forward_batch_size", "generation_batch_size"):
+        size = getattr(ppo, name)
+        if size is not None and ppo.batch_size % size:
+            yield f"ppo.batch_size {ppo.batch_size} does not divide into passes of ppo.{name} {size}."
     margin = "reward.use_margin is set" if config.reward.use_margin else "reward.loss is 'bradley_terry_margin'"
     if (config.reward.use_margin or config.reward.loss == "bradley_terry_margin") and config.pairs.source == "sample":
         yield f"{margin}, but sampled pairs (pairs.source: sample) have no margins; take the loss without."

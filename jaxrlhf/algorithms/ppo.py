@@ -62,6 +62,11 @@ def as_compiled(config: PPOConfig) -> PPOConfig:
     return replace(config, kl_coef=0.0, kl_coef_previous=None, round_prompts="fresh")
 
 
+def passes_of(config: PPOConfig) -> int:
+    """In how many parts a rollout batch is sampled."""
+    return 1 if config.generation_batch_size is None else -(-config.batch_size // config.generation_batch_size)
+
+
 def check_rloo(config: PPOConfig) -> None:
     """Raise ValueError unless a rollout batch is made of whole groups of `rloo_k` ≥ 2 responses."""
     k, rows = config.rloo_k, config.batch_size
@@ -181,6 +186,7 @@ def _trainer(
             pad_id=pad_id,
             check_padding=False,  # train_ppo has looked at the host's copy
             mesh=mesh,
+            passes=passes_of(config),
         )
 
     reading = {"temperature": config.temperature, "old_logp": config.old_logp, "microbatch": config.forward_batch_size}

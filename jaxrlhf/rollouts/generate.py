@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from jaxrlhf import rng, sharding
 from jaxrlhf.rollouts.draw import draw_token
+from jaxrlhf.rollouts.passes import in_passes
 from jaxrlhf.types import Array, Completion, Model, Params
 
 
@@ -33,6 +34,7 @@ def generate(
     pad_id: int | None = None,
     check_padding: bool = True,
     mesh: Any = None,
+    passes: int = 1,
 ) -> Completion:
     """Up to `max_new_tokens` tokens after every left-padded prompt: `Completion(tokens_BT, mask_BT, logp_BT)`.
 
@@ -47,6 +49,8 @@ def generate(
     - `vocab_size` (the tokenizer's length) bars ids that only pad the embedding.
     - `mesh` (`sharding.mesh_of`): the devices that params (`sharding.place`) and prompts (`sharding.place_batch`) live on. Where every
       device has the whole model it samples its own rows and waits for no other.
+    - `passes`: the rows are sampled in so many parts, one after the other, and the KV cache is of one part: memory, not results. The
+      rows of every device must divide by it.
     - The check for left-padding reads the mask on the host, so it waits for a mask that is on a device. Loops call
       `check_left_padded` before they place a batch, and give `check_padding=False` here.
 
@@ -66,21 +70,24 @@ def generate(
     greedy = temperature == 0
     compiled = sampler(
         model, mesh, max_new_tokens=int(max_new_tokens), eos_ids=eos_ids, pad_id=int(pad_id), greedy=greedy,
-        top_k=0 if greedy else int(top_k), top_p=1.0 if greedy else float(top_p), vocab_size=vocab_size,
+        top_k=0 if greedy else int(top_k), top_p=1.0 if greedy else float(top_p), vocab_size=vocab_size, passes=passes,
     )  # fmt: skip
     return compiled(params, (_int32(prompts_BL), mask_BL, _int32(index_B)), key, np.float32(1.0 if greedy else temperature))
 
 
 @lru_cache(maxsize=64)
-def sampler(model: Model, mesh: Any, **how: Any) -> sharding.Compiled:
+def sampler(model: Model, mesh: Any, *, passes: int = 1, **how: Any) -> sharding.Compiled:
     """`sample` compiled for the devices of `mesh`: (params, (prompts_BL, mask_BL, index_B), key, temperature) → Completion; `.lower` too.
 
-    `how`: the keyword arguments of `sample`. Equal arguments share compilations.
+    `passes` as in `generate`; `how`: the keyword arguments of `sample`. Equal arguments share compilations.
     """
 
     def of_rows(params: Params, batch: tuple[Array, Array, Array], key: Array, temperature: Array) -> Completion:
-        prompts_BL, mask_BL, index_B = batch
-        return sample(model, params, prompts_BL, mask_BL, key, index_B, temperature, **how)
+        def of_part(part: tuple[Array, Array, Array]) -> Completion:
+            prompts_BL, mask_BL, index_B = part
+            return sample(model, params, prompts_BL, mask_BL, key, index_B, temperature, **how)
+
+        return in_passes(of_part, batch, passes)
 
     return sharding.rows(of_rows, mesh)
 

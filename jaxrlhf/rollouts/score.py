@@ -13,6 +13,7 @@ from jaxrlhf.losses import kl_estimate
 from jaxrlhf.losses.ensemble import ensemble_score
 from jaxrlhf.losses.masked import masked_fill
 from jaxrlhf.rollouts.credit import CreditRule, global_mean
+from jaxrlhf.rollouts.passes import in_passes
 from jaxrlhf.steps.accumulate import shards
 from jaxrlhf.steps.pair import response_scores
 from jaxrlhf.steps.ppo import critic_values
@@ -232,7 +233,4 @@ def _by_microbatch(read, rows, size: int | None, devices: int):
         fits = max(d for d in range(1, max(size, 1) + 1) if count * devices % d == 0)
         raise ValueError(f"microbatch {size} does not divide {count * devices} rows; try {fits}.")
     size = max(d for d in range(1, max(size // devices, 1) + 1) if count % d == 0)
-    if size == count:
-        return read(rows)
-    chunks = jax.tree.map(lambda x: x.reshape(size, count // size, *x.shape[1:]).swapaxes(0, 1), rows)
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(count, *x.shape[2:]), jax.lax.map(read, chunks))
+    return in_passes(read, rows, count // size)

@@ -282,7 +282,7 @@ def policy_stage(
         return result | {"prompt_length": prompt_length}  # mean tokens of a prompt: with the metrics, what the FLOPs are counted from
 
     again = number > 1 and section.round_prompts == "same"  # round 1 has the same prompts either way
-    unread = way.unread if again else (*way.unread, "round_prompts")
+    unread = (*way.unread, "generation_batch_size") + (() if again else ("round_prompts",))
     read = {k: v for k, v in asdict(replace(section, kl_coef=kl_coef, kl_coef_previous=None)).items() if k not in unread}
     slice_ = {
         "ppo": read | {"plugin": source_of(section.loss)},

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from jaxrlhf import sharding
-from jaxrlhf.algorithms.ppo import POLICY_UPDATES, as_compiled
+from jaxrlhf.algorithms.ppo import POLICY_UPDATES, as_compiled, passes_of
 from jaxrlhf.algorithms.preference import REFERENCE, needs_reference, preference_loss, preference_trainer
 from jaxrlhf.algorithms.reward import reward_loss, reward_trainer
 from jaxrlhf.algorithms.rounds import PREFERENCE, SECTIONS_READ, Round
@@ -186,12 +186,12 @@ class Planner:
 
     def _sample(
         self, stage: str, name: str, rows: int, L: int, T: int, held: dict[str, Any], calls: int | None, knobs: tuple[str, ...], *,
-        greedy: bool = False, top_k: int = 0, top_p: float = 1.0,
+        greedy: bool = False, top_k: int = 0, top_p: float = 1.0, passes: int = 1,
     ) -> Phase:  # fmt: skip
         model, subjects = self._models[0], self.subjects
         function = sampler(
             model, self.mesh, max_new_tokens=T, eos_ids=subjects.eos_ids, pad_id=subjects.pad_id, greedy=greedy, top_k=top_k, top_p=top_p,
-            vocab_size=subjects.vocab_size,
+            vocab_size=subjects.vocab_size, passes=passes,
         )  # fmt: skip
         batch = (ints(rows, L), bools(rows, L), ints(rows))
         arguments = (held["policy"], batch, KEY, NUMBER)
@@ -304,8 +304,8 @@ class Planner:
         else:
             held = reading
         calls, tokens, layers = self.counts.ppo_updates * times, B * T, self._layers
-        knobs = ("model.offload_frozen", "mesh.fsdp")  # another ppo.batch_size would be another training
-        how = {"top_k": section.top_k, "top_p": section.top_p}
+        knobs = ("ppo.generation_batch_size", "model.offload_frozen", "mesh.fsdp")  # another ppo.batch_size would be another training
+        how = {"top_k": section.top_k, "top_p": section.top_p, "passes": passes_of(section)}
         yield replace(self._sample("policy", f"sample{suffix}", B, L, T, held, calls, knobs, **how), held=held)
         prompts = PromptBatch(ints(B, L), bools(B, L), bools(B), ints(B))
         batch = (prompts, Completion(ints(B, T), bools(B, T), floats(B, T)))

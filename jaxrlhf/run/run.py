@@ -107,6 +107,8 @@ def check_shards(config: Config, sections: Sequence[str], shards: int) -> None:
         section = getattr(config, name)
         parts = section.gradient_accumulation_steps * (config.ppo.num_mini_batches if name == "ppo" else 1)
         sharding.check_batch_size(section.batch_size, shards, name=f"{name}.batch_size", parts=parts)
+        if name == "ppo" and section.generation_batch_size is not None:
+            sharding.check_batch_size(section.generation_batch_size, shards, name="ppo.generation_batch_size")
 
 
 def _run_one(config: Config, until: str | None, log: RunLog | None) -> None:

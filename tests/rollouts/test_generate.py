@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from jaxrlhf import sharding
 from jaxrlhf.rollouts.generate import check_left_padded, generate, sample, token_uniforms
 from jaxrlhf.types import Model
 
@@ -107,6 +108,21 @@ def test_a_row_depends_on_its_global_number_alone():
     assert np.array_equal(part.tokens_BT, whole[order])
     longer = run(16, max_new_tokens=9)
     assert np.array_equal(longer.tokens_BT[:, :6], whole)
+
+
+@pytest.mark.parametrize("mesh", [None, sharding.make_mesh(2, devices=jax.devices()[:2])])
+def test_rows_in_passes_are_the_rows_at_once(mesh):
+    """Same texts and log-probs, and the cache of a pass has its own rows only."""
+    tokens, mask = prompts(8)
+    whole = run(8)
+    trace = []
+    rows = sharding.place_batch((tokens, mask, np.arange(8, dtype=np.int32)), mesh)
+    options = {"max_new_tokens": 6, "eos_ids": (EOS,), "index_B": rows[2], "mesh": mesh}
+    parts = generate(bigram(trace), sharding.place(PARAMS, mesh), *rows[:2], KEY, passes=2, **options)
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    assert {shape[0] for _, shape, _ in trace} == {4 if mesh is None else 2}
+    with pytest.raises(ValueError, match=r"rows do not divide into 3 passes"):
+        generate(MODEL, PARAMS, tokens, mask, KEY, max_new_tokens=6, eos_ids=(EOS,), passes=3)
 
 
 def test_uniforms_by_the_definition():
