@@ -36,6 +36,7 @@ def test_memory_and_devices_change_no_stage(hashes):
         {"model__remat": "full"},
         {"model__logits_chunk": 3},
         {"model__offload_frozen": True},
+        {"ppo__generation_batch_size": 4},
         {"mesh": {"engine": "pmap"}},
         {"mesh": {"fsdp": 2}},
         {"log": {"recompiles": "off"}},
