@@ -78,7 +78,7 @@ class Checkpoints:
         A step that is already there is left as it is: the same step is the same state. Raises CheckpointError where the disk is full or
         an earlier save failed.
         """
-        if step in self._manager.all_steps():
+        if processes.agree(step in self._manager.all_steps(), f"checkpoint {step}"):  # saving is something that all do or none
             return
         items = _items(state)
         self._check_room(items)

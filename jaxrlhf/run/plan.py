@@ -113,7 +113,7 @@ def notes_of(config: Config, updates: set[str], platform: str) -> list[str]:
     """What the figures do not hold."""
     notes = []
     if platform == "cpu" and "bfloat16" in (config.model.dtype, config.gold.dtype):
-        notes.append("compiled for CPUs, which compute bfloat16 in float32: activations here are larger than on an accelerator.")
+        notes.append("compiled for CPUs, which compute bfloat16 in float32: activations and GB moved are larger here than elsewhere.")
     if platform == "cpu" and config.model.remat != "none":
         notes.append(f"model.remat {config.model.remat} is planned as accelerators compile it; a run on this CPU saves nothing by it.")
     own = [name for name in updates if ":" in name]
