@@ -141,8 +141,13 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def shardings(tree: Any, mesh: Mesh | Replicas) -> Any:
-    """The sharding of every leaf of a tree of parameters or optimizer state (arrays or ShapeDtypeStructs), by the table."""
-    mesh = mesh.mesh if isinstance(mesh, Replicas) else mesh
+    """The sharding of every leaf of a tree of parameters or optimizer state (arrays or ShapeDtypeStructs), by the table.
+
+    Of `Replicas` it is spelled as `jax.pmap` spells that of its results: a state that comes from a step compiles nothing anew.
+    """
+    if isinstance(mesh, Replicas):
+        line = Mesh(mesh.mesh.devices.ravel(), ("data",), axis_types=(AxisType.Auto,))
+        return jax.tree.map(lambda leaf: NamedSharding(line, WHOLE), tree)
     return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, _spec(path_of(path), np.shape(leaf), mesh)), tree)
 
 
@@ -169,11 +174,11 @@ def struct(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
 
 def template(tree: Any, mesh: Devices) -> Any:
     """ShapeDtypeStructs with shardings: what `checkpoint.restore` needs to put every leaf where it belongs, on any mesh."""
-    (single, device), grid = only_device(mesh), grid_of(mesh)
-    if single or grid is None:
+    single, device = only_device(mesh)
+    if single or mesh is None:
         where = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
         return jax.tree.map(lambda leaf: struct(leaf, where), tree)
-    return jax.tree.map(struct, tree, shardings(tree, grid))
+    return jax.tree.map(struct, tree, shardings(tree, mesh))
 
 
 def _dtype(leaf: Any) -> Any:

@@ -93,10 +93,10 @@ def place(tree: Any, mesh: Devices) -> Any:
     The arrays handed in stay valid unless a later step that donates its input is given the very same buffers (device_put does not copy
     what already lives in the right place).
     """
-    (single, device), grid = only_device(mesh), grid_of(mesh)
-    if single or grid is None:
+    single, device = only_device(mesh)
+    if single or mesh is None:
         return jax.device_put(tree, device)
-    return jax.tree.map(_put, tree, shardings(tree, grid))
+    return jax.tree.map(_put, tree, shardings(tree, mesh))
 
 
 def as_placed(tree: Any, mesh: Devices) -> Any:
@@ -175,8 +175,8 @@ def build(shapes: Any, mesh: Devices, read: Callable[[str, tuple[slice, ...]], n
 
     A process asks for what its own devices hold, each slice once however many of them hold it, and no whole is ever put together.
     """
-    (single, device), grid = only_device(mesh), grid_of(mesh)
-    if single or grid is None:
+    single, device = only_device(mesh)
+    if single or mesh is None:
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: _sent(read(path_of(path), tuple(slice(0, size) for size in leaf.shape)), [device])[0], shapes
         )
@@ -193,7 +193,7 @@ def build(shapes: Any, mesh: Devices, read: Callable[[str, tuple[slice, ...]], n
         ]
         return jax.make_array_from_single_device_arrays(leaf.shape, where, parts)
 
-    return jax.tree_util.tree_map_with_path(fill, shapes, shardings(shapes, grid))
+    return jax.tree_util.tree_map_with_path(fill, shapes, shardings(shapes, mesh))
 
 
 def _sent(part: np.ndarray, devices: list[Any]) -> list[jax.Array]:
@@ -203,10 +203,10 @@ def _sent(part: np.ndarray, devices: list[Any]) -> list[jax.Array]:
 
 def create(make: Callable[..., Any], mesh: Devices, *args: Any) -> Any:
     """The parameters that `make(*args)` computes, each device computing its own part by the table; the same bits on any mesh."""
-    (single, device), grid = only_device(mesh), grid_of(mesh)
-    if single or grid is None:
+    single, device = only_device(mesh)
+    if single or mesh is None:
         return jax.device_put(make(*args), device)
-    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, *args), grid))(*replicate(args, mesh))
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, *args), mesh))(*replicate(args, mesh))
 
 
 def gather(tree: Any) -> Any:
