@@ -1,4 +1,4 @@
-"""How a step is compiled: one pure step, three ways, chosen by the devices it is given.
+"""How a step is compiled: one pure step, under jit on one device, jit over a mesh, or pmap, as the devices it is given say.
 
 - one device (None, or a mesh of one): plain `jax.jit`;
 - a mesh of `data` alone: every device computes its own rows under `jax.shard_map`, and gradients are added up once an optimizer step;

@@ -1,6 +1,7 @@
 """Published shapes of base models, by hub id: enough to plan a run without fetching anything.
 
-Each entry is what config.json of that repository says of sizes and wiring; tests hold the parameter counts against the published ones.
+Each entry has the published sizes and wiring, from which memory and work follow; tests hold the parameter counts against the published
+ones. What neither depends on (rope scaling, the longest context) is left out or taken from the family.
 """
 
 from __future__ import annotations
