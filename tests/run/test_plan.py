@@ -283,6 +283,11 @@ def test_rows_that_nobody_states_are_not_counted():
     assert (counts.sft_steps, counts.evaluation_prompts) == (912, 6_447)
 
 
+def test_a_method_that_updates_once_is_counted_once(tmp_path, tiny_config):
+    rounds = counts_of(tiny_config(tmp_path, method="frft", rounds=3)).rounds
+    assert [one.reward_update for one in rounds] == [None, "nearest", None] and [one.fits_reward for one in rounds] == [True, True, False]
+
+
 def test_start_devices_refuses_none():
     with pytest.raises(ValueError, match="--devices 0 must be at least 1"):
         planning.start_devices(0)
