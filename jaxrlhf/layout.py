@@ -104,7 +104,16 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
         sizes[free[0]] = len(devices) // fixed
     elif fixed != len(devices):
         raise ValueError(f"mesh {shown} wants {fixed} devices and there are {len(devices)}; make one axis -1, or pass `devices`.")
-    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_arranged(devices, tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(devices: list[Any], sizes: tuple[int, ...]) -> np.ndarray:
+    """The devices in the shape of the mesh: in their order, and on TPUs so that neighbours on an axis are neighbours on the torus."""
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(sizes)
+    from jax.experimental import mesh_utils
+
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def data_shards(mesh: Devices) -> int:

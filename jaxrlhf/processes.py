@@ -281,6 +281,9 @@ class _Watch:
                 failed = self._failed()
             except self._lost:  # jax ends this process now
                 return
+            except Exception as error:  # a fault of this watch must not make it deaf
+                _say(f"could not look after the other processes ({error!r}); trying again.")
+                failed = None
             if failed and not self._stopped.is_set():
                 _say(failed)
                 self.heard()

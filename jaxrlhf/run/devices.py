@@ -15,7 +15,6 @@ class Device(NamedTuple):
     float32: float  # TFLOP/s of matrix products at jax's default precision: TF32 on GPUs, one bfloat16 pass on TPUs
     bandwidth: float  # GB/s of its memory
     link: float  # GB/s to other devices of a host or slice, one direction; 0: not known
-    topology: str | None = None  # what its own compiler calls a slice of it, for compilation without the device; None: it cannot
 
     def peak(self, dtype: str) -> float:
         """FLOP/s of matrix products in `dtype`."""
@@ -29,10 +28,10 @@ DEVICES: dict[str, Device] = {
     "a100": Device("NVIDIA A100 80GB SXM", 80, 312, 156, 2039, 300),
     "a100-40gb": Device("NVIDIA A100 40GB SXM", 40, 312, 156, 1555, 300),
     "l4": Device("NVIDIA L4", 24, 121, 60, 300, 0),
-    "v6e": Device("Google TPU v6e", 32, 918, 918, 1640, 448, "v6e"),
-    "v5p": Device("Google TPU v5p", 95, 459, 459, 2765, 600, "v5p"),
-    "v5e": Device("Google TPU v5e", 16, 197, 197, 819, 200, "v5e"),
-    "v4": Device("Google TPU v4", 32, 275, 275, 1228, 300, "v4"),
+    "v6e": Device("Google TPU v6e", 32, 918, 918, 1640, 448),
+    "v5p": Device("Google TPU v5p", 95, 459, 459, 2765, 600),
+    "v5e": Device("Google TPU v5e", 16, 197, 197, 819, 200),
+    "v4": Device("Google TPU v4", 32, 275, 275, 1228, 300),
 }
 # As jax names them, the whole name: an L40S is no L4, a GH200 no H200, and PCIe boards are slower than SXM ones.
 _KINDS = {"NVIDIA H200": "h200", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA A100-SXM4-40GB": "a100-40gb"}

@@ -52,6 +52,10 @@ def check_places(config: Config) -> None:
     store = store_of(config)
     if not isinstance(store, RemoteStore):
         check_seen_by_all(store.root)
+    elif processes.count() > 1 and store.url.split("://")[0] not in remote.DIRECT:
+        raise remote.RemoteError(
+            f"{store.url}: several processes write their checkpoints to gs:// or to a file system that all of them see; name such a store."
+        )
 
 
 def check_seen_by_all(folder: Path, patience: float = 10.0) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -91,6 +92,11 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(
             f"--processes {options.processes} and --devices_per_process {options.devices_per_process}: both are at least 1 "
             "(the second may be left out)."
+        )
+    if options.processes > 1 and options.devices_per_process is None and shutil.which("nvidia-smi"):
+        raise ValueError(
+            f"--processes {options.processes} on a machine with GPUs: each process would take all of them; say how many each has with "
+            "--devices_per_process."
         )
     command = [sys.executable, "-m", "jaxrlhf.cli", *options.command]
     return launch(command, options.processes, options.devices_per_process, grace=options.grace)

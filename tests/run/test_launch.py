@@ -2,6 +2,7 @@
 
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,3 +119,9 @@ def test_ctrl_c_in_a_terminal_reaches_the_watched_process_once():
 def test_what_cannot_be_launched(words, message, capsys):
     assert cli.main(["launch", *words]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_on_a_machine_with_gpus_their_share_is_asked_for(capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert cli.main(["launch", "--processes", "2", "run", "c.yaml"]) == 1
+    assert "say how many each has with --devices_per_process" in capsys.readouterr().err
