@@ -67,8 +67,8 @@ def plan(
 ) -> Plan:
     """Compile every program of a run for `devices` (default: those of this process) and read what it needs.
 
-    `rows` and `valid_rows` are those of data.train and of what is held out, where the config does not say. Models deeper than 8 layers are
-    compiled with 2 and 4 and extrapolated, unless `exact`. `known` keeps programs for other configs on the same devices.
+    `rows` and `valid_rows` are those of data.train and of what is held out, where the config does not say. Training steps of more than
+    8 layers are compiled with 2 and 4 and extrapolated, unless `exact`. `known` keeps programs for other configs on the same devices.
     `report(phase, program)` is called as programs are compiled. Raises ValueError and FileNotFoundError where the config cannot work or a
     model's shape is not known.
     """
@@ -135,7 +135,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="its memory's bandwidth")
     parser.add_argument("--rows", type=int, help="rows of data.train, for the number of steps; nothing is read")
     parser.add_argument("--valid_rows", type=int, help="rows held out, for the evaluations")
-    parser.add_argument("--exact", action="store_true", help="compile deep models whole; default: 2 and 4 layers, extrapolated")
+    parser.add_argument(
+        "--exact", action="store_true", help="compile the training steps of deep models whole; default: 2 and 4 layers, extrapolated"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
     parser.add_argument("--figure", metavar="FILE", help="draw memory by part, a bar a phase (png, svg, pdf)")
 

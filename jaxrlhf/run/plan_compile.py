@@ -97,15 +97,17 @@ def compile_all(
     """The programs of all phases; equal ones are compiled once, and what is `known` is not compiled again. `shallow(n)` gives the same
     phases with n layers.
 
-    A decoder of more than DEEP layers is compiled at DEPTHS and extrapolated, unless `exact`. `report` is called with every program that
-    was compiled.
+    The training steps of a decoder of more than DEEP layers are compiled at DEPTHS and extrapolated, unless `exact`: what they keep for
+    the backward pass grows by the layer. Passes keep nothing, and compile faster: they are compiled whole. `report` is called with every
+    program that was compiled.
     """
-    by_depth = {} if exact or all(one.layers <= DEEP for one in phases) else {depth: shallow(depth) for depth in DEPTHS}
+    deep = [one.layers > DEEP and one.learned is not None and not exact for one in phases]
+    by_depth = {depth: shallow(depth) for depth in DEPTHS} if any(deep) else {}
     found = []
     for number, phase in enumerate(phases):
         key = _key(phase)
         if key not in known:
-            if by_depth and phase.layers > DEEP:
+            if deep[number]:
                 parts = [compiled(by_depth[depth][number], mesh) for depth in DEPTHS]
                 known[key] = extrapolated(phase.layers, DEPTHS, parts)
             else:

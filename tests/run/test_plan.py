@@ -18,6 +18,7 @@ from jaxrlhf.models.known import KNOWN, known_shape
 from jaxrlhf.models.model import build_model
 from jaxrlhf.recipe import load_config
 from jaxrlhf.run import plan as planning
+from jaxrlhf.run import plan_compile
 from jaxrlhf.run.devices import DEVICES, device_of_kind, own_device
 from jaxrlhf.run.plan_compile import Program, compiled, extrapolated
 from jaxrlhf.run.plan_counts import counts_of
@@ -183,6 +184,20 @@ def test_deep_models_follow_from_shallow_ones(tmp_path, tiny_config):
     assert told.layers == (2, 4) and exact.layers == ()
     assert told.flops == pytest.approx(exact.flops, rel=1e-3)
     assert told.temp == pytest.approx(exact.temp, rel=0.05)
+
+
+def test_steps_of_deep_models_are_extrapolated_and_passes_are_not(monkeypatch):
+    """What a pass needs does not grow by the layer: extrapolated, it was up to 1.7 times what it is."""
+    monkeypatch.setattr(plan_compile, "compiled", lambda phase, mesh: replace(PROGRAM, temp=10 * phase.layers))
+    phases = [phase_of(function=1, layers=16), phase_of(function=2, layers=16, learned=None), phase_of(function=3, layers=8)]
+
+    def at(depth):
+        return [replace(one, layers=min(one.layers, depth)) for one in phases]
+
+    found = plan_compile.compile_all(phases, at, None, {}, exact=False, report=lambda phase, program: None)
+    assert [one.layers for one in found] == [(2, 4), (), ()] and [one.temp for one in found] == [160, 160, 80]
+    exact = plan_compile.compile_all(phases, at, None, {}, exact=True, report=lambda phase, program: None)
+    assert [one.layers for one in exact] == [(), (), ()]
 
 
 def phase_of(**changes):
