@@ -166,6 +166,8 @@ def main(options: argparse.Namespace, config: Config) -> int:
             raise ValueError(f"--{name} {getattr(options, name)} must be at least 1.")
     if options.figure:
         check_figure(options.figure)
+    if options.json and not Path(options.json).parent.is_dir():
+        raise ValueError(f"--json {options.json}: there is no folder {Path(options.json).parent}; make it first.")
     plans, known = {}, {}
     print(to_yaml(config))
     for name, one in arms(config).items():

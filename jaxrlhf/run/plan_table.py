@@ -18,7 +18,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6
 
 def show(plan: Plan, name: str, devices: Sequence[Device]) -> None:
     """Print the plan, with what each of `devices` makes of it."""
-    print(f"{name} on {plan.devices} devices ({plan.compiler} compiler); sizes are of one device")
+    print(f"{name} on {plan.devices} device{'s' * (plan.devices > 1)} ({plan.compiler} compiler); sizes are of one device")
     print("\nmodel                parameters    GiB")
     for model, (parameters, size) in plan.models.items():
         print(f"{model:16} {parameters:14,} {gib(size):>6}")
@@ -124,6 +124,8 @@ def check_figure(file: str) -> None:
     """ValueError for a name whose ending is no kind of picture."""
     if Path(file).suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--figure {file}: no picture of that kind can be written; give a name that ends in .png, .svg or .pdf.")
+    if not Path(file).parent.is_dir():
+        raise ValueError(f"--figure {file}: there is no folder {Path(file).parent}; make it first.")
 
 
 def draw(plans: Mapping[str, Plan], devices: Sequence[Device], file: Path) -> None:
