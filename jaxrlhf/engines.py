@@ -68,6 +68,12 @@ def keep_rows(mesh: Devices) -> Callable[..., Any] | None:
     return keep
 
 
+def held_rows(mesh: Devices) -> dict[str, Any]:
+    """What a model has to know of a mesh (`models.model.build_model`): `constrain`, and over how many devices the compiler cuts rows."""
+    keep = keep_rows(mesh)
+    return {"constrain": keep, "row_shards": 1 if keep is None else data_shards(mesh)}
+
+
 class Compiled(Protocol):
     """A function that compiles on its first call with new shapes."""
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxrlhf.engines import Compiled, keep_rows, rows, rows_and_metrics, step
+from jaxrlhf.engines import Compiled, held_rows, keep_rows, rows, rows_and_metrics, step
 from jaxrlhf.layout import (
     AXES,
     BATCH_AXES,
@@ -47,6 +47,7 @@ __all__ = [
     "create",
     "data_shards",
     "gather",
+    "held_rows",
     "keep_rows",
     "make_mesh",
     "mesh_of",

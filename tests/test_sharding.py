@@ -320,7 +320,7 @@ def test_keys_and_values_are_cut_over_rows_and_heads():
     )
     for axes, shape in (((1, 2, 2), (2, 1, 8, 4)), ((1, 1, 4), (4, 2, 8, 4))):
         mesh = sharding.make_mesh(*axes)
-        model = build_model(config, constrain=sharding.keep_rows(mesh))
+        model = build_model(config, **sharding.held_rows(mesh))
         params = sharding.place(model.init(jax.random.key(0)), mesh)
         tokens, mask = sharding.place_batch((np.ones((4, 6), np.int32), np.ones((4, 6), bool)), mesh)
         _, cache = jax.jit(functools.partial(model.prefill, length=8))(params, tokens, mask)

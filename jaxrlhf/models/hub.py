@@ -65,7 +65,7 @@ def load(
     folder = resolve(source)
     config = read_config(folder)
     params = _read_params(folder, config, head, key, mesh)
-    how = {"remat": remat, "logits_chunk": logits_chunk, "constrain": sharding.keep_rows(mesh)}
+    how = {"remat": remat, "logits_chunk": logits_chunk} | sharding.held_rows(mesh)
     model = build_model(config, head=head, dtype=dtype or "float32", **how)
     return Loaded(model, params, read_tokenizer(folder), config)
 
@@ -88,7 +88,7 @@ def initialise(
     logits_chunk: int | None = None,
 ) -> Loaded:
     """A model from scratch, with random parameters; the other arguments as `load` takes them."""
-    how = {"remat": remat, "logits_chunk": logits_chunk, "constrain": sharding.keep_rows(mesh)}
+    how = {"remat": remat, "logits_chunk": logits_chunk} | sharding.held_rows(mesh)
     model = build_model(config, head=head, dtype=dtype or "float32", **how)
     return Loaded(model, sharding.create(model.init, mesh, key), tokenizer, config)
 

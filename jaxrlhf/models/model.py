@@ -14,7 +14,7 @@ from jaxrlhf.models.heads import check_head, init_lm_head, init_scalar_head, lm_
 from jaxrlhf.models.transformer import REMAT, Backbone, Cache, DecoderConfig, with_room
 from jaxrlhf.types import Model, Outputs, Params, TokenStats
 
-# score_tokens holds at most this many float32 logits at a time (256 MB) unless told otherwise.
+# score_tokens holds at most this many float32 logits at a time on a device (256 MB), or one position of its rows, unless told otherwise.
 LOGITS_AT_ONCE = 2**26
 
 
@@ -26,6 +26,7 @@ def build_model(
     remat: str = "none",
     logits_chunk: int | None = None,
     constrain: Callable[..., Any] | None = None,
+    row_shards: int = 1,
 ) -> Model:
     """The functions of `types.Model` for a decoder.
 
@@ -34,16 +35,23 @@ def build_model(
     no more than rounding: `remat` is what the backward pass computes again ("none"; "dots": all but the products with kernels; "full":
     whole layers), and `logits_chunk` the number of positions whose logits `score_tokens` holds at a time (None: LOGITS_AT_ONCE decides).
 
-    `constrain` (`sharding.keep_rows(mesh)`) holds hidden states, keys and values to the devices that their rows belong to.
+    `constrain` holds hidden states, keys and values to the devices that their rows belong to, and `row_shards` is how many devices the rows
+    of a program are cut over by the compiler: both from `sharding.held_rows(mesh)`.
 
     Raises ValueError for a head or a `remat` that is not known, and a `logits_chunk` below 1.
     """
-    return _build(config, head, dtype, remat, logits_chunk, constrain)
+    return _build(config, head, dtype, remat, logits_chunk, constrain, row_shards)
 
 
 @functools.lru_cache(maxsize=64)
 def _build(
-    config: DecoderConfig, head: str, dtype: str, remat: str, logits_chunk: int | None, constrain: Callable[..., Any] | None
+    config: DecoderConfig,
+    head: str,
+    dtype: str,
+    remat: str,
+    logits_chunk: int | None,
+    constrain: Callable[..., Any] | None,
+    row_shards: int,
 ) -> Model:
     check_head(head)
     if remat not in REMAT:
@@ -96,7 +104,10 @@ def _build(
         # The state at position t−1 predicts token t, so the last token is never an input.
         states, _ = hidden(params, tokens_BL[:, :-1], mask_BL[:, :-1], start=start - 1)
         chunk = logits_chunk if chunk is None else chunk
-        return chunked_stats(params, states, tokens_BL[:, start:], temperature, chunk, config.vocab_size)
+        if chunk is None:
+            of_a_device = -(-tokens_BL.shape[0] // row_shards) * config.vocab_size
+            chunk = max(1, LOGITS_AT_ONCE // of_a_device)
+        return chunked_stats(params, states, tokens_BL[:, start:], temperature, chunk)
 
     return Model(init, apply, prefill, decode, score_tokens)
 
@@ -113,16 +124,12 @@ def token_stats(logits: Array, tokens: Array, temperature: float | Array) -> Tok
     return TokenStats(chosen, -jnp.sum(jnp.exp(logp) * logp, axis=-1), jax.nn.logsumexp(2.0 * logp, axis=-1))
 
 
-def chunked_stats(
-    params: Params, states_BTd: Array, tokens_BT: Array, temperature: float | Array, chunk: int | None, vocab_size: int
-) -> TokenStats:
+def chunked_stats(params: Params, states_BTd: Array, tokens_BT: Array, temperature: float | Array, chunk: int) -> TokenStats:
     """`token_stats` over `chunk` positions at a time, so that [B, T, V] in float32 never exists, in the backward pass either.
 
-    `chunk=None` chooses the largest that keeps at most LOGITS_AT_ONCE logits alive; a chunk of T or more is one product, its logits
-    saved for the backward pass.
+    A chunk of T or more is one product, its logits saved for the backward pass.
     """
     B, T, d = states_BTd.shape
-    chunk = max(1, LOGITS_AT_ONCE // (B * vocab_size)) if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"chunk {chunk} must be at least 1, or None.")
     if chunk >= T:

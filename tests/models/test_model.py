@@ -73,6 +73,20 @@ def test_logits_of_all_positions_never_exist_when_they_are_many(monkeypatch):
     assert temporary_bytes() < everything / 2
 
 
+def test_the_logits_at_once_are_those_of_a_device(monkeypatch):
+    """With its rows cut over four devices a program may hold four times the logits: chunks of 8 positions, not of 2."""
+    config, _ = config_from_shape({"family": "llama", "hidden_size": 8, "num_layers": 1, "num_heads": 2}, 100, max_positions=64)
+    monkeypatch.setattr(model_file, "LOGITS_AT_ONCE", 2 * 4 * 100)
+    chunks = []
+    monkeypatch.setattr(model_file, "chunked_stats", lambda params, states, tokens, temperature, chunk: chunks.append(chunk))
+    for shards in (1, 4):
+        model = build_model(config, row_shards=shards)
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        tokens, mask = jax.ShapeDtypeStruct((4, 33), jnp.int32), jax.ShapeDtypeStruct((4, 33), bool)
+        jax.eval_shape(lambda *args, model=model: model.score_tokens(*args, start=1), params, tokens, mask)
+    assert chunks == [2, 8]
+
+
 def test_unused_statistics_cost_nothing():
     config, _ = config_from_shape({"family": "llama", "hidden_size": 8, "num_layers": 1, "num_heads": 2}, 2_000, max_positions=64)
     model = build_model(config)
