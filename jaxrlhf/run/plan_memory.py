@@ -75,9 +75,11 @@ def _advice(one: Planned, limit: float, config: Config, mesh: Any) -> Iterator[A
         if knob.endswith(("gradient_accumulation_steps", "batch_size")):
             yield from _smaller(one, limit, knob, config, mesh)
         elif knob == "model.remat" and config.model.remat == "none":
-            kept = _layer_inputs(one, config, mesh)
+            kept = _layer_inputs(one, config, mesh) + one.parts["activations"] / one.phase.layers
             if one.parts["activations"] > kept:
-                yield Advice("model.remat full", one.parts["activations"] - kept, f"keeps the layers' inputs, {gib(kept)} GiB")
+                yield Advice(
+                    "model.remat full", one.parts["activations"] - kept, f"keeps the layers' inputs and one layer, {gib(kept)} GiB"
+                )
         elif knob == "mesh.fsdp":
             yield from _cut(one, config, mesh)
         elif knob == "lora.r" and not config.lora.r:

@@ -78,7 +78,9 @@ def _verdict(plan: Plan, device: Device) -> None:
     if not tight:
         print(f"fits: the largest phase needs {gib(max(one.total for one in plan.phases))} of {gib(room(device))} GiB.")
     for one in tight:
-        print(f"DOES NOT FIT: {one.phase.title} needs {gib(one.total)} GiB, {gib(one.total - room(device))} more than {gib(room(device))}.")
+        needs = f"{one.phase.title} needs {gib(one.total)} GiB, {gib(one.total - room(device))} more than {gib(room(device))}"
+        at_most = plan.compiler == "cpu" and plan.config.model.dtype == "bfloat16" and one.total - one.parts["activations"] < room(device)
+        print(f"MAY NOT FIT: {needs}, at most: a CPU's activations are those of float32." if at_most else f"DOES NOT FIT: {needs}.")
         for tip in advice(one, device, plan.config, plan.mesh):
             print(f"  {tip.setting}: saves about {gib(tip.saves)} GiB ({tip.why})")
     seconds, unknown = plan.run_seconds(device)

@@ -62,6 +62,7 @@ def check_same(config: Config) -> None:
     """Raise ConfigError in a process whose config is not the leader's."""
     if processes.agree(to_yaml(config), "the config") != to_yaml(config):
         raise ConfigError(f"process {processes.index()} has another config than process 0; start all with the same command and recipe.")
+    processes.barrier("the same config")  # or process 0 would begin what cannot go on
 
 
 def check(config: Config) -> None:

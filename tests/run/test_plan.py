@@ -220,6 +220,7 @@ def test_advice_is_the_least_that_fits(tmp_path, tiny_config):
     found = by_name["sft.gradient_accumulation_steps"]
     assert found.setting == "sft.gradient_accumulation_steps 4" and found.saves == 90.0 * GIB
     assert one.total - found.saves <= room(DEVICES["h100"]) < one.total - 60.0 * GIB
+    assert by_name["model.remat"].saves == 90.0 * GIB  # one of four layers is there while it is computed again
     few = tiny_config(tmp_path, sft__batch_size=2)
     assert "sft.gradient_accumulation_steps 2" in {tip.setting for tip in advice(one, DEVICES["h100"], few, None)}
     whole = sharding.make_mesh(4, 1, 1)
