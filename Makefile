@@ -15,7 +15,8 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 VENV := .venv
 PARITY := .venv-parity
-PYTEST := -m pytest -n $(JOBS) --dist loadfile
+# In the order of the tree: by number of tests, the files with few and long ones would come last, and one process would wait.
+PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # $(call environment,FOLDER,WHAT TO INSTALL FIRST,EXTRAS)
 define environment

@@ -136,7 +136,7 @@ def test_ppo_builds(two_layers):
     controller = {"kl_coef": number, "value_bias": number}
     both = {"policy": params, "critic": head}
     rollout, _ = jax.eval_shape(
-        trainer.score, {**both, "reference": params, "reward": head, "sft": params}, prompts, completion, controller, number
+        trainer.score, {**both, "reference": params, "reward": head, "sft": params}, (prompts, completion), controller, number
     )
     assert rollout.advantages_BT.shape == (B, T) and rollout.scores_B.shape == (B,)
     state = jax.eval_shape(lambda p, c: init_state(p, trainer.optimizer, c), both, controller)

@@ -16,7 +16,7 @@ from jaxrlhf.data.tables import read_table
 from jaxrlhf.evaluation.report_arms import Arm, collect
 from jaxrlhf.evaluation.report_costs import share_of_corrections
 from jaxrlhf.evaluation.report_samples import samples_of
-from jaxrlhf.recipe import ConfigError, load_config
+from jaxrlhf.recipe import load_config
 from jaxrlhf.run.run import not_the_sampler, run
 from jaxrlhf.run.stages import read_record
 from jaxrlhf.run.table import read_summaries
@@ -309,10 +309,10 @@ def test_held_out_pairs(finished, store, tiny_config):
     assert other["pairs"] == found["pairs"] and other["r1-reward"] == found["r1-reward"]
 
 
-def test_one_of_several_processes_is_refused(tmp_path, tiny_config, monkeypatch):
+def test_pmap_in_one_of_several_processes_is_refused(tmp_path, tiny_config, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ConfigError, match=r"process 0 of 2, and a run is one process, which uses all devices .* start it once"):
-        run(tiny_config(tmp_path))
+    with pytest.raises(ValueError, match=r"pmap.* one process.* 2"):
+        run(tiny_config(tmp_path, mesh={"engine": "pmap"}))
     assert not list(tmp_path.iterdir())
 
 
