@@ -109,7 +109,8 @@ def launch(command: Sequence[str], processes: int, devices: int | None = None, *
     interrupted = False
     with _terminations():
         try:
-            members += [Member(number, command, environment_of(number, processes, devices, port)) for number in range(processes)]
+            with _uninterrupted():
+                members += [Member(number, command, environment_of(number, processes, devices, port)) for number in range(processes)]
             first = _first_to_fail(members)
         except KeyboardInterrupt:
             interrupted, first = True, None
@@ -124,7 +125,8 @@ def launch(command: Sequence[str], processes: int, devices: int | None = None, *
         return 130
     if first is None:
         return 0
-    print(f"\njaxrlhf: {told(first, len(members))} The others are being ended.", file=sys.stderr, flush=True)
+    gone = told(first, len(members))
+    print(f"\njaxrlhf: {gone}{'' if gone.endswith(chr(10)) else ' '}The others are being ended.", file=sys.stderr, flush=True)
     started = time.monotonic()
     forced = end(members, grace)
     for member in members:
@@ -226,6 +228,20 @@ def _terminations() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the end of the block: a process that was started in it is known to whoever ends them all."""
+    waiting: list[int] = []
+    before = {number: signal.signal(number, lambda given, frame: waiting.append(given)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if waiting:
+        raise KeyboardInterrupt
 
 
 def watched() -> int | None:
