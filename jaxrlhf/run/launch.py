@@ -257,14 +257,18 @@ def watched() -> int | None:
         return None
     sys.stdout.flush()
     sys.stderr.flush()
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # what comes now waits until there is somebody to pass it on to
     child = os.fork()
     if child == 0:
         os.setsid()  # Ctrl-C would reach it twice: from the terminal, and from the one that watches
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.environ[LAUNCHED] = "1"
         _die_with_parent()
         return None
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ends:
         signal.signal(number, lambda given, frame: os.kill(child, given))
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status < 0:
         aborted = " jax ends a process when another one of its group is gone, and names it above." if -status == signal.SIGABRT else ""
