@@ -1,32 +1,25 @@
-"""What a stage depends on: the knobs of memory and the devices are no part of it, and adapters are of the policy's alone."""
+"""What a stage depends on: a golden of every row's hashes; memory and the devices are no part of it, adapters are the policy's alone."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from jaxrlhf.run.run import walk_through
-from jaxrlhf.run.setting import Setting
-from jaxrlhf.run.stages import Done
-from jaxrlhf.runlog import RunLog
+sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
+from make_stage_hashes import hashes_of, stage_hashes
 
 
 @pytest.fixture
-def hashes(tmp_path, tiny_config, monkeypatch):
+def hashes(tmp_path, tiny_config):
     """The hash of every stage of a first round, of which none is built."""
+    return lambda **changes: hashes_of(tiny_config(tmp_path, **changes), tmp_path, until="ppo")
 
-    def of(**changes) -> dict[str, str]:
-        found: dict[str, str] = {}
 
-        def build(self, stage, fn, **how):
-            found[stage.name] = stage.hash
-            return Done(stage.name, Path("nowhere"), stage.hash, {"result": {}})
-
-        monkeypatch.setattr(Setting, "build", build)
-        config = tiny_config(tmp_path, **changes)
-        walk_through(Setting(config, None, tmp_path, RunLog(None), None), "ppo")  # type: ignore[arg-type]
-        return found
-
-    return of
+def test_the_hashes_of_every_row_are_what_they_were(tmp_path):
+    """A run of an earlier version goes on only where these are the same: a change is meant and in the changelog, or it is a fault."""
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "stage_hashes.json").read_text())
+    assert stage_hashes(tmp_path) == golden
 
 
 def test_memory_and_devices_change_no_stage(hashes):
