@@ -25,10 +25,6 @@ from jaxrlhf.runlog import RunLog
 TRIGGERS = ("kl", "ess", "accuracy")
 RESULT = {"due": True, "forced": False, "rounds": 1, "value": 1.0, "threshold": 1.0, "when": "kl"}
 RESULT |= {"accuracy_valid": None, "pairs": 1, "update": ""}
-    "accuracy_valid": None,
-    "pairs": 1,
-    "update": "",
-}
 
 
 @contextmanager
