@@ -225,7 +225,8 @@ def _without_config(command: str, argv: list[str]) -> int | None:
 
 def _config_of(command: str, path: str, overrides: list[str]) -> Any:
     """The recipe at `path` with what the command line overrides."""
-    from jaxrlhf.recipe import ConfigError, contradictions, load_config
+    from jaxrlhf.config.checks import contradictions
+    from jaxrlhf.recipe import ConfigError, load_config
 
     config = load_config(path)
     if overrides:

@@ -12,12 +12,12 @@ from jaxrlhf.config import Config
 from jaxrlhf.recipe import ConfigError, all_keys, from_mapping, to_mapping, to_yaml
 
 PACKAGE = Path(__file__).parents[1] / "jaxrlhf"
-CLASSES = [c for c in vars(sections).values() if dataclasses.is_dataclass(c) and c.__module__ == sections.__name__]
+CLASSES = [c for c in vars(sections).values() if dataclasses.is_dataclass(c)]
 
 
 def read_names() -> set[str]:
-    """Every attribute that is read anywhere in the package but in config.py."""
-    trees = (ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py") if path.name != "config.py")
+    """Every attribute that is read anywhere in the package but in the sections of config/."""
+    trees = (ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py") if path.parent.name != "config" or path.name == "checks.py")
     nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load))
     return {node.attr for node in nodes}
 

@@ -1,0 +1,47 @@
+"""The frozen dataclasses of a run. YAML and command line become these before anything is compiled.
+
+Argument names are TRL's where the meaning is equal. Every default of the library stands here and nowhere else.
+"""
+
+from jaxrlhf.config.data import (
+    DataConfig,
+    GoldConfig,
+    LimitsConfig,
+    ModelConfig,
+    ModelShape,
+    PairsConfig,
+    Sources,
+    TokenizerConfig,
+    ToyTask,
+)
+from jaxrlhf.config.run import CheckpointConfig, Config, EvaluationConfig, LogConfig, MeshConfig
+from jaxrlhf.config.training import DPOConfig, LoraConfig, OptimizerConfig, PPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.config.updates import EncoderConfig, FilterConfig, RefitConfig, SynthesizeConfig, WeightsConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DPOConfig",
+    "DataConfig",
+    "EncoderConfig",
+    "EvaluationConfig",
+    "FilterConfig",
+    "GoldConfig",
+    "LimitsConfig",
+    "LogConfig",
+    "LoraConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "ModelShape",
+    "OptimizerConfig",
+    "PPOConfig",
+    "PairsConfig",
+    "RefitConfig",
+    "RewardConfig",
+    "SFTConfig",
+    "Sources",
+    "SynthesizeConfig",
+    "TokenizerConfig",
+    "ToyTask",
+    "WeightsConfig",
+]

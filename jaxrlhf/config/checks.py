@@ -1,0 +1,213 @@
+"""Settings that contradict each other or cannot be right: one sentence each, before anything is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from jaxrlhf.config.run import Config
+
+# The only whole numbers that may be 0: none of it, or switched off.
+_MAY_BE_ZERO = ("seed", "sft_seed", "warmup_steps", "max_steps", "top_k", "bucket", "critic_warmup_updates", "length_turn", "r")
+
+
+def _too_small(section: Any, prefix: str = "") -> Iterator[str]:
+    """Every count of the config is a positive number, but for those that may be 0."""
+    for field in dataclasses.fields(section):
+        key, value = f"{prefix}{field.name}", getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            if field.name != "mesh":  # its −1 means all the rest; the mesh itself says what is wrong with its axes
+                yield from _too_small(value, f"{key}.")
+        elif isinstance(value, int) and not isinstance(value, bool) and isinstance(field.default, int | None):
+            least = 0 if field.name in _MAY_BE_ZERO else 1
+            if value < least:
+                yield f"{key} is {value}; it must be at least {least}."
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """Combinations that cannot work, each with the way out."""
+    faults = list(_too_small(config)) + list(_out_of_range(config))
+    yield from faults
+    if not faults:  # what follows divides by them
+        yield from _at_odds(config)
+
+
+def _out_of_range(config: Config) -> Iterator[str]:
+    """Single numbers that mean nothing."""
+    shape = config.model.shape
+    if config.model.source is None and shape.hidden_size % shape.num_heads:
+        fits = max(shape.hidden_size // shape.num_heads, 1) * shape.num_heads
+        yield f"model.shape.hidden_size {shape.hidden_size} does not divide over num_heads {shape.num_heads}; try {fits}."
+    ppo, weights, pairs = config.ppo, config.weights, config.pairs
+    if ppo.temperature <= 0:
+        yield f"ppo.temperature is {ppo.temperature}; greedy sampling does not explore, give a number above 0."
+    if not 0 < ppo.top_p <= 1:
+        yield f"ppo.top_p is {ppo.top_p}; it is the probability kept, 0 < top_p ≤ 1, and 1 keeps every token."
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(ppo, name) <= 1:
+            yield f"ppo.{name} is {getattr(ppo, name)}; it must lie in [0, 1]."
+    if pairs.temperature <= 0:
+        yield f"pairs.temperature is {pairs.temperature}; greedy sampling gives the same response twice, give a number above 0."
+    if not 0 <= pairs.label_flip < 0.5:
+        yield f"pairs.label_flip is {pairs.label_flip}; it must lie in [0, 0.5), beyond that labels say the opposite."
+    yield from _outside_of_training(config)
+    yield from _outside_of_updates(config)
+    yield from _outside_of_triggers(config)
+    if config.evaluation.temperature < 0:
+        yield f"evaluation.temperature is {config.evaluation.temperature}; it must be at least 0, which is greedy."
+    if not 0 <= weights.alpha < 1:
+        yield f"weights.alpha is {weights.alpha}; the relative ratio needs 0 ≤ alpha < 1."
+    if weights.temperature <= 0:
+        yield f"weights.temperature is {weights.temperature}; log-probs need a temperature above 0."
+    if weights.eta != "ess" and not weights.eta >= 0:
+        yield f"weights.eta is {weights.eta}; below 0 it prefers pairs the policy would never say, give at least 0 (no correction) or ess."
+    if weights.eta == "ess" and not 0 < weights.ess_target <= 1:
+        yield f"weights.ess_target is {weights.ess_target}; it is the share of pairs that should count, 0 < ess_target ≤ 1."
+
+
+# Numbers of the optimizers and of PPO that must be above 0 where they are given, and those that may be 0 (none of it).
+_POSITIVE = ("learning_rate", "critic_learning_rate", "adam_epsilon", "max_grad_norm", "kl_target")
+
+
+_POSITIVE += ("cliprange", "cliprange_high", "cliprange_value", "beta", "wpo_clip")
+
+_NOT_NEGATIVE = (
+    "weight_decay",
+    "kl_coef",
+    "kl_coef_previous",
+    "vf_coef",
+    "center_rewards_coefficient",
+    "missing_eos_penalty",
+    "spread_coef",
+)
+
+
+def _outside_of_training(config: Config) -> Iterator[str]:
+    """The numbers of SFT, reward training and PPO. `not x > 0`, and not `x <= 0`: NaN is a fault too."""
+    for part in ("sft", "reward", "ppo", "dpo"):
+        section = getattr(config, part)
+        for key, value in dataclasses.asdict(section).items():
+            if value is None:
+                continue
+            if key in _POSITIVE and not value > 0:
+                yield f"{part}.{key} is {value}; it must be above 0."
+            elif key in _NOT_NEGATIVE and not value >= 0:
+                yield f"{part}.{key} is {value}; it must be at least 0."
+            elif key.startswith("adam_beta") and not 0 <= value < 1:
+                yield f"{part}.{key} is {value}; it must lie in [0, 1)."
+    dual = config.ppo.dual_clip
+    if dual is not None and not dual > 1:
+        yield f"ppo.dual_clip is {dual}; it bounds a ratio from above and must be above 1 (3 is usual), or left out."
+
+
+def _outside_of_updates(config: Config) -> Iterator[str]:
+    """The numbers of the filter and of synthetic pairs."""
+    chosen, made, smoothing = config.filter, config.synthesize, config.dpo.label_smoothing
+    if not 0 <= smoothing < 0.5:
+        yield f"dpo.label_smoothing is {smoothing}; it must lie in [0, 0.5), beyond that labels say the opposite."
+    if chosen.threshold is not None and not -1 <= chosen.threshold <= 1:
+        yield f"filter.threshold is {chosen.threshold}; it is a cosine, which lies in [-1, 1]."
+    if chosen.temperature < 0:
+        yield f"filter.temperature is {chosen.temperature}; it must be at least 0, which is greedy."
+    if not 0 < chosen.top_p <= 1:
+        yield f"filter.top_p is {chosen.top_p}; it must lie in (0, 1], and 1 keeps every token."
+    if made.temperature <= 0:
+        yield f"synthesize.temperature is {made.temperature}; greedy sampling gives the same response every time, give a number above 0."
+    if not 0 < made.confidence <= 1:
+        yield f"synthesize.confidence is {made.confidence}; it is the share of a prompt's responses in one cluster, 0 < confidence ≤ 1."
+    if not -1 <= made.similarity <= 1:
+        yield f"synthesize.similarity is {made.similarity}; it is a cosine, which lies in [-1, 1]."
+    if made.num_samples < 2:
+        yield f"synthesize.num_samples is {made.num_samples}; a pair needs at least 2 responses to a prompt."
+
+
+def _outside_of_triggers(config: Config) -> Iterator[str]:
+    """The thresholds at which a refit is due."""
+    refit = config.refit
+    if not refit.kl_budget > 0:
+        yield f"refit.kl_budget is {refit.kl_budget}; it is in nats a response and must be above 0, refit.when: round refits every round."
+    if not 0 < refit.ess_floor <= 1:
+        yield f"refit.ess_floor is {refit.ess_floor}; it is a share of the pairs, 0 < ess_floor ≤ 1."
+    if not refit.accuracy_drop >= 0:
+        yield f"refit.accuracy_drop is {refit.accuracy_drop}; it is how far the accuracy falls and must be at least 0."
+
+
+def _warm_ups(config: Config) -> Iterator[str]:
+    """Warm-ups that would never end. An SFT or reward training without max_steps is as long as its data, which is not known here."""
+    ppo = config.ppo
+    for name, section in (("sft", config.sft), ("reward", config.reward), ("dpo", config.dpo)):
+        if section.max_steps and section.warmup_steps >= section.max_steps:
+            yield (
+                f"{name}.warmup_steps {section.warmup_steps} leaves nothing of {name}.max_steps {section.max_steps}; "
+                "the learning rate would only rise, lower it."
+            )
+    updates = ppo.total_episodes // ppo.batch_size
+    if ppo.critic_warmup_updates >= updates:
+        yield (
+            f"ppo.critic_warmup_updates {ppo.critic_warmup_updates} leaves the policy none of the {updates} updates of a round "
+            "(total_episodes / batch_size); lower it."
+        )
+    steps = max(updates - ppo.critic_warmup_updates, 0) * ppo.num_ppo_epochs * ppo.num_mini_batches
+    if 0 < steps <= ppo.warmup_steps:
+        yield f"ppo.warmup_steps {ppo.warmup_steps} leaves nothing of the policy's {steps} optimizer steps of a round; lower it."
+
+
+def _at_odds(config: Config) -> Iterator[str]:
+    """Settings that contradict each other."""
+    ppo, data = config.ppo, config.data
+    for name in ("forward_batch_size", "generation_batch_size"):
+        size = getattr(ppo, name)
+        if size is not None and ppo.batch_size % size:
+            yield f"ppo.batch_size {ppo.batch_size} does not divide into passes of ppo.{name} {size}."
+    margin = "reward.use_margin is set" if config.reward.use_margin else "reward.loss is 'bradley_terry_margin'"
+    if (config.reward.use_margin or config.reward.loss == "bradley_terry_margin") and config.pairs.source == "sample":
+        yield f"{margin}, but sampled pairs (pairs.source: sample) have no margins; take the loss without."
+    if config.weights.reference_compat and config.weights.alpha == 0:
+        yield "weights.reference_compat is a floor inside the relative ratio; with weights.alpha 0 there is none, unset it."
+    if config.pairs.source == "data" and config.pairs.label_flip:
+        yield "pairs.label_flip is for sampled pairs; the labels of pairs.source: data are taken as they are, set it to 0."
+    if ppo.missing_eos_penalty is not None and ppo.missing_eos_score is not None:
+        yield "ppo.missing_eos_penalty subtracts and ppo.missing_eos_score replaces; set at most one of them."
+    if ppo.total_episodes >= ppo.batch_size:
+        yield from _warm_ups(config)
+    else:
+        yield f"ppo.total_episodes {ppo.total_episodes} is less than one batch of {ppo.batch_size}; raise it or lower ppo.batch_size."
+    parts = ppo.num_mini_batches * ppo.gradient_accumulation_steps
+    if ppo.batch_size % parts:
+        fits = max(ppo.batch_size // parts, 1) * parts
+        yield f"ppo.batch_size {ppo.batch_size} does not divide into num_mini_batches × gradient_accumulation_steps = {parts}; try {fits}."
+    for name, section in (("sft", config.sft), ("reward", config.reward), ("dpo", config.dpo)):
+        if section.batch_size % section.gradient_accumulation_steps:
+            parts = section.gradient_accumulation_steps
+            yield f"{name}.batch_size {section.batch_size} does not divide by gradient_accumulation_steps {parts}."
+    if config.filter.n is None and config.filter.threshold is None:
+        yield "filter.n and filter.threshold are both null, which would keep every pair; give one of them."
+    if config.filter.rule == "half-half" and config.filter.n is None:
+        yield "filter.rule is 'half-half', which fills each half up to filter.n / 2; give filter.n."
+    if config.filter.k > 1 and config.filter.compare == "own":
+        yield f"filter.k is {config.filter.k}, but filter.compare 'own' has one generation a pair; set filter.compare: nearest, or k: 1."
+    if config.filter.k > config.filter.num_prompts:
+        yield f"filter.k {config.filter.k} is more than the {config.filter.num_prompts} generations of filter.num_prompts; lower it."
+    when = config.refit.when
+    if when == "accuracy" and config.gold.kind == "none":
+        yield "refit.when is 'accuracy', which gold measures, but gold.kind is 'none'; name a gold scorer, or refit by kl or ess."
+    if when in ("kl", "accuracy") and config.evaluation.temperature == 0:
+        yield (
+            f"refit.when is {when!r}, which is measured on samples of the policy, but evaluation.temperature 0 is greedy; "
+            "give a temperature above 0, or refit by ess."
+        )
+    if config.gold.kind in ("model", "function") and not config.gold.source:
+        wanted = "folder" if config.gold.kind == "model" else "module:attribute"
+        yield f"gold.kind is {config.gold.kind!r} but gold.source is empty; name the {wanted}."
+    if config.gold.kind == "toy" and data.train != "toy":
+        yield (
+            f"gold.kind is 'toy' but data.train is {data.train!r}; the toy gold reads toy posts only. "
+            "Set gold.kind: none, model or function."
+        )
+    if config.pairs.source == "sample" and config.gold.kind == "none":
+        yield "pairs.source is 'sample' but gold.kind is 'none'; sampled pairs need a gold scorer to label them."
+    if data.train == "toy" and config.pairs.source == "data":
+        yield "data.train is 'toy', which has no ready-made pairs; set pairs.source: sample and gold.kind: toy."
+    if not 0 < data.valid_fraction < 1 and data.valid is None:
+        yield f"data.valid_fraction is {data.valid_fraction}; without data.valid it must lie between 0 and 1."

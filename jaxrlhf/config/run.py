@@ -1,0 +1,96 @@
+"""The config of a whole run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from jaxrlhf.config.data import STRICT, DataConfig, GoldConfig, ModelConfig, PairsConfig, TokenizerConfig
+from jaxrlhf.config.training import DPOConfig, LoraConfig, PPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.config.updates import EncoderConfig, FilterConfig, RefitConfig, SynthesizeConfig, WeightsConfig
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Taken at the end of every round over all evaluation prompts."""
+
+    __pydantic_config__ = STRICT
+
+    num_prompts: int = 500
+    temperature: float = 1.0
+    batch_size: int = 128
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices by axis; −1: all the others."""
+
+    __pydantic_config__ = STRICT
+
+    engine: Literal["jit", "pmap"] = "jit"  # pmap: one replica a device, so fsdp and tensor are 1; in one process
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    __pydantic_config__ = STRICT
+
+    every: int = 500  # steps of a stage; a stopped stage goes on from its last checkpoint
+    keep: int = 1
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    __pydantic_config__ = STRICT
+
+    tensorboard: bool = True
+    wandb: str | None = None  # project name; nothing is sent anywhere unless it is given
+    every: int = 1  # steps between lines of metrics.jsonl
+    # What a program does that is compiled after the first step of a loop. YAML reads a bare `off` as False.
+    recompiles: Annotated[Literal["warn", "error", "off"], BeforeValidator(lambda given: "off" if given is False else given)] = "warn"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run: one method, or several arms that share every stage whose inputs are equal."""
+
+    __pydantic_config__ = STRICT
+
+    name: str = "run"
+    seed: int = 0
+    sft_seed: int | None = None  # seed of the text and of π_SFT; None: `seed`. Where it is given, the seeds of a sweep share both
+    method: str = "ocrm"  # a row of algorithms.rounds.METHODS, or module:attribute of one
+    row: dict[str, Any] = field(default_factory=dict)  # columns of that row (algorithms.rounds.Method) to change: {reference: previous}
+    rounds: int = 3
+    output: str = "runs"
+    store: str | None = None  # finished stages; None: <output>/.stages
+    standalone: bool = False  # copy stages into the run folder instead of linking them
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)  # name → overrides with dotted keys, each a run of its own
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    gold: GoldConfig = field(default_factory=GoldConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    synthesize: SynthesizeConfig = field(default_factory=SynthesizeConfig)
+    refit: RefitConfig = field(default_factory=RefitConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def text_seed(self) -> int:
+        """The seed of everything up to π_SFT."""
+        return self.seed if self.sft_seed is None else self.sft_seed
