@@ -75,7 +75,7 @@ def prepare(way: str) -> dict[str, tuple[Callable[[], Any], int | None]]:
     mesh = devices_of(way)
     decoder, _ = config_from_shape(SHAPE, VOCABULARY, max_positions=L + T)
     # The checkout compared with may be of before models could hold the layout of their activations.
-    held: dict[str, Any] = sharding.held_rows(mesh) if hasattr(sharding, "held_rows") else {}
+    held: dict[str, Any] = sharding.row_constraints(mesh) if hasattr(sharding, "row_constraints") else {}
     policy, scalar = (build_model(decoder, head=head, **held) for head in ("lm", "scalar"))
     config = PPOConfig(batch_size=B, num_ppo_epochs=EPOCHS, num_mini_batches=MINIBATCHES, response_length=T)
     trainer = ppo_trainer(policy, scalar, config, plugin, eos_ids=(VOCABULARY,), pad_id=0, vocab_size=None, mesh=mesh)

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf import processes
-from jaxrlhf.cluster import check_alone
+from jaxrlhf import distributed
+from jaxrlhf.distributed import cluster, watchdog
+from jaxrlhf.distributed.cluster import check_alone
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell every user that torch is missing
 
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         message = "stopped; the same command goes on from the last finished stage, or from a checkpoint inside one."
         print(f"\n{message}", file=sys.stderr)
-        processes.leave(130, message)
+        distributed.abort(130, message)
         return 130
     except Exception as error:
         return _failed(error)
@@ -66,20 +67,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _failed(error: Exception) -> int:
     """The exit status after an error, said plainly; one that is not written for users is raised again, with its traceback."""
-    if (cause := processes.because_of_another(error)) is not None:
+    if (cause := distributed.failure_elsewhere(error)) is not None:
         print(f"jaxrlhf: {cause}", file=sys.stderr)
-        processes.leave(processes.STATUS_OF_OTHERS)
+        distributed.abort(watchdog.STATUS_OF_OTHERS)
     if os.environ.get("JAXRLHF_TRACEBACK") or not _is_plain(error):
-        if processes.together():
+        if distributed.is_grouped():
             traceback.print_exception(error)
-            processes.leave(1, f"{type(error).__name__}: {error}")
+            distributed.abort(1, f"{type(error).__name__}: {error}")
         raise error
     message = str(error.args[0] if isinstance(error, KeyError) else error)  # str() would quote a KeyError's
     print(f"jaxrlhf: {message}", file=sys.stderr)
     for note in getattr(error, "__notes__", []):
         if "JAX_TRACEBACK_FILTERING" not in note:  # jax's, about a traceback that is not shown
             print(f"  {note}", file=sys.stderr)
-    processes.leave(1, message)
+    distributed.abort(1, message)
     return 1
 
 
@@ -112,23 +113,23 @@ def _run(command: str, argv: list[str]) -> int:
     if (status := _without_config(command, argv)) is not None:
         return status
     group, overrides = _group_of(argv[1:])
-    if processes.wanted(**group):
+    if cluster.requested_group(**group):
         from jaxrlhf.run.launch import watched
 
         if (status := watched()) is not None:
             return status
     config = _config_of(command, argv[0], overrides)
-    processes.start(**group)
+    distributed.start(**group)
     _cache_compilations()
-    from jaxrlhf.remote import is_url, join
     from jaxrlhf.run.report import write_report
     from jaxrlhf.run.run import run
     from jaxrlhf.run.table import read_summaries, show
+    from jaxrlhf.storage.remote import is_url, join
 
-    if not processes.is_leader():
+    if not distributed.is_leader():
         logging.getLogger().setLevel(logging.ERROR)  # the leader says it
     folder = run(config, until=None if command == "run" else command)
-    if not processes.is_leader():
+    if not distributed.is_leader():
         pass
     elif command == "run":
         show(read_summaries(folder))
@@ -139,7 +140,7 @@ def _run(command: str, argv: list[str]) -> int:
     else:
         for stage in sorted((folder / "stages").glob("*")) if not config.arms else sorted(folder.glob("*/stages/*")):
             print(stage)
-    processes.finish()
+    distributed.finish()
     return 0
 
 
@@ -274,7 +275,7 @@ def _overruled(config: Any, overrides: list[str]) -> Iterator[str]:
 
 
 def _cache_compilations() -> None:
-    from jaxrlhf.compilation import cache_compilations
+    from jaxrlhf.sharding.compile_cache import cache_compilations
 
     cache_compilations()
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from jaxrlhf import sharding
-from jaxrlhf.checkpoint import CheckpointError, Checkpoints
+from jaxrlhf.storage.checkpoint import CheckpointError, Checkpoints
 from jaxrlhf.types import TrainState, replace
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))

@@ -14,12 +14,13 @@ import jaxrlhf
 from jaxrlhf import cli, plugins, sharding
 from jaxrlhf.algorithms.reward import score_pairs
 from jaxrlhf.data.tables import read_pair_table, read_table
+from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.plugins import source_of
 from jaxrlhf.recipe import load_config
 from jaxrlhf.run.data import _read_by
 from jaxrlhf.run.inputs import gold_identity
-from jaxrlhf.run.stages import read_record
-from jaxrlhf.runlog import read
+from jaxrlhf.sharding import mesh
+from jaxrlhf.storage.record import read_record
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = {name: text for name, text in re.findall(r"^`([\w.]+)`\n```\w+\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)}
@@ -44,7 +45,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(made)
         patch.setattr(sys, "path", [*sys.path])
-        patch.setattr(sharding, "make_mesh", lambda *axes: make(*axes, devices=jax.devices()[:1]))
+        patch.setattr(mesh, "make_mesh", lambda *axes: make(*axes, devices=jax.devices()[:1]))
         yield made
     forget()
 

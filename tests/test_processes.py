@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from jaxrlhf import cli, cluster, processes
-from jaxrlhf.cluster import ENVIRONMENT, Group, ProcessError, devices_of_task, wanted
+from jaxrlhf import cli, distributed
+from jaxrlhf.distributed import ProcessError, cluster, group, watchdog
+from jaxrlhf.distributed.cluster import ENVIRONMENT, Group, devices_of_task, requested_group
 from jaxrlhf.run.launch import environment_of, free_port
 
 SLURM = {
@@ -61,15 +62,15 @@ def test_a_process_stands_alone_and_pays_nothing():
 def test_where_the_others_are_found(monkeypatch, environment, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert wanted() == expected
+    assert requested_group() == expected
 
 
 def test_a_tpu_machine_may_be_one_of_a_pod(monkeypatch):
     monkeypatch.setattr(cluster, "_tpu_machine", lambda: True)
-    assert wanted() == Group(None, None, None, "TPU pod")
-    assert wanted(num_processes=1) is None
+    assert requested_group() == Group(None, None, None, "TPU pod")
+    assert requested_group(num_processes=1) is None
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    assert wanted() is None
+    assert requested_group() is None
 
 
 @pytest.mark.parametrize(
@@ -86,13 +87,13 @@ def test_a_tpu_machine_may_be_one_of_a_pod(monkeypatch):
 )
 def test_what_cannot_be_is_refused(given, message):
     with pytest.raises(ProcessError, match=message):
-        wanted(**given)
+        requested_group(**given)
 
 
 def test_a_number_in_the_environment_is_one(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT["num_processes"], "two")
     with pytest.raises(ProcessError, match="num_processes \\(from JAX_NUM_PROCESSES\\) is 'two'"):
-        wanted()
+        requested_group()
 
 
 @pytest.mark.parametrize("command", ["sweep", "embed", "nearest", "evaluate", "report", "generate", "launch"])
@@ -114,13 +115,13 @@ def test_a_task_alone_on_its_node_has_all_its_gpus(monkeypatch):
 def test_processes_that_cannot_meet(monkeypatch):
     port = free_port()
     with pytest.raises(ProcessError, match=f"process 0 does not answer at 127.0.0.1:{port} for 1 s .*refused"):
-        processes.start(f"127.0.0.1:{port}", 2, 1, timeout=1)
+        distributed.start(f"127.0.0.1:{port}", 2, 1, timeout=1)
     with pytest.raises(ProcessError, match="JAX was in use before"):
         import jax
 
         jax.devices()
-        processes.start(f"127.0.0.1:{port}", 2, 0, timeout=1)
-    assert not processes.together()
+        distributed.start(f"127.0.0.1:{port}", 2, 0, timeout=1)
+    assert not distributed.is_grouped()
 
 
 def test_a_taken_port_is_named():
@@ -129,7 +130,7 @@ def test_a_taken_port_is_named():
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ProcessError, match=f"process 0 cannot listen at {address} .*: the port is taken"):
-            processes.start(address, 2, 0, timeout=5)
+            distributed.start(address, 2, 0, timeout=5)
 
 
 GROUP = """
@@ -187,7 +188,7 @@ def test_a_group_agrees_and_ends_together(tmp_path):
         for n in (0, 1)
     ]
     said = [process.communicate(timeout=50)[1] for process in started]
-    assert [process.returncode for process in started] == [processes.STATUS_OF_OTHERS, 1]
+    assert [process.returncode for process in started] == [watchdog.STATUS_OF_OTHERS, 1]
     assert "process 1 of 2 (pid " in said[0] and "ended: ProcessError: process 1 is at 'place 1' and process 0 at 'place 0'" in said[0]
 
 
@@ -205,7 +206,7 @@ def test_the_leader_that_ends_because_of_another_goes_last():
             return [(key, value) for key, value in self.keys.items() if key.startswith(folder)]
 
     def ended(me, count):
-        watch = object.__new__(processes._Watch)
+        watch = object.__new__(watchdog.Watchdog)
         watch._client, watch._me, watch._count, watch._period, watch._lost = client, me, count, 2.0, OSError
         started = time.monotonic()
         watch.heard()
@@ -227,14 +228,14 @@ def test_whose_error_it_is(monkeypatch):
         pass
 
     class Gone:
-        def gone(self):
+        def lost_peer(self):
             return "process 1 ended"
 
     broken = JaxRuntimeError("Connection closed by peer")
-    assert processes.because_of_another(broken) is None  # nobody else is there
-    monkeypatch.setattr(processes, "_watch", Gone())
-    assert processes.because_of_another(broken) == "process 1 ended"
-    assert processes.because_of_another(ValueError("batch_size 3")) is None
+    assert distributed.failure_elsewhere(broken) is None  # nobody else is there
+    monkeypatch.setattr(group, "_watchdog", Gone())
+    assert distributed.failure_elsewhere(broken) == "process 1 ended"
+    assert distributed.failure_elsewhere(ValueError("batch_size 3")) is None
     caused = RuntimeError("cannot write checkpoint")
     caused.__cause__ = broken
-    assert processes.because_of_another(caused) == "process 1 ended"
+    assert distributed.failure_elsewhere(caused) == "process 1 ended"

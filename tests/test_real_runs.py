@@ -61,7 +61,7 @@ def hh(real_data, tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         said: list[str] = []
-        from jaxrlhf.runlog import RunLog
+        from jaxrlhf.monitoring.runlog import RunLog
 
         note = RunLog.note
         patch.setattr(RunLog, "note", lambda self, text: (said.append(text), note(self, text))[1])

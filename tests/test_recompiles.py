@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import compilation, sharding
-from jaxrlhf.checkpoint import Checkpoints
-from jaxrlhf.compilation import RecompileError, Watch, counted
-from jaxrlhf.runlog import RunLog
+from jaxrlhf import sharding
+from jaxrlhf.monitoring import recompiles
+from jaxrlhf.monitoring.recompiles import CompileWatch, RecompileError, count_compilations
+from jaxrlhf.monitoring.runlog import RunLog
+from jaxrlhf.sharding import compile_cache
+from jaxrlhf.storage.checkpoint import Checkpoints
 from jaxrlhf.types import TrainState
 
 JAX_LOGGER = logging.getLogger("jax._src.interpreters.pxla")
@@ -35,7 +37,7 @@ def tokens(rows=8, width=32, dtype=np.int32):
 def said(batches, *, state=None, step=None, **options):
     """What a watch says of a loop over `batches`."""
     heard: list[str] = []
-    watch = Watch(say=heard.append, **options).start()
+    watch = CompileWatch(say=heard.append, **options).start()
     step, state = step or step_of(), {"w": np.ones(3, np.float32)} if state is None else state
     try:
         for n, batch in enumerate(batches, start=1):
@@ -74,7 +76,7 @@ def test_causes(other, change, cause):
 def test_arrays_that_lie_elsewhere_are_told_from_other_shapes():
     """What a restored checkpoint can do: the very same shapes, and another program."""
     step, heard = step_of(), []
-    watch = Watch(say=heard.append).start()
+    watch = CompileWatch(say=heard.append).start()
     state = {"w": np.ones(3, np.float32)}
     for n, where in enumerate((state, state, jax.device_put(state, jax.devices()[0])), start=1):
         step(where, tokens())
@@ -93,16 +95,16 @@ def test_a_restored_state_needs_no_other_program(tmp_path):
         again = checkpoints.restore(sharding.template(state, None))[0]
     step = step_of()
     step(sharding.place(state.params, None), tokens())
-    for tree, programs in ((sharding.as_placed(restored.params, None), 0), (again.params, 1)):
-        with counted() as watch:
+    for tree, programs in ((sharding.uncommitted(restored.params, None), 0), (again.params, 1)):
+        with count_compilations() as watch:
             step(tree, tokens())
         assert len(watch.seen) == programs
-    assert np.array_equal(sharding.as_placed(again.params, None)["w"], np.arange(3.0))
+    assert np.array_equal(sharding.uncommitted(again.params, None)["w"], np.arange(3.0))
 
 
 def test_a_function_made_anew_in_every_step_is_said_once_and_counted():
     heard: list[str] = []
-    watch = Watch(say=heard.append).start()
+    watch = CompileWatch(say=heard.append).start()
     for n in range(1, 9):
         step_of()({"w": np.ones(3, np.float32)}, tokens())
         watch.step(n)
@@ -113,7 +115,7 @@ def test_a_function_made_anew_in_every_step_is_said_once_and_counted():
 
 def test_a_graph_that_is_first_called_late():
     step, heard = step_of(), []
-    watch = Watch(say=heard.append).start()
+    watch = CompileWatch(say=heard.append).start()
     watch.step(1)
     step({"w": np.ones(3, np.float32)}, tokens())
     watch.step(2)
@@ -140,12 +142,12 @@ def test_error_raises_and_off_is_silent():
 def test_through_the_log_under_the_stage_s_name_and_until_its_end(tmp_path):
     out, step, state = StringIO(), step_of(), {"w": np.ones(3, np.float32)}
     with RunLog(tmp_path, plain=True, file=out) as log:
-        with log.stage("policy", round=1, watch=Watch()) as stage:
+        with log.stage("policy", round=1, watch=CompileWatch()) as stage:
             for n, width in enumerate((32, 32, 40), start=1):
                 step(state, tokens(width=width))
                 stage.dispatched(n)
         step(state, tokens(width=48))
-        with log.stage("reward", round=1, watch=Watch()) as stage:  # every stage has a warm-up of its own
+        with log.stage("reward", round=1, watch=CompileWatch()) as stage:  # every stage has a warm-up of its own
             step(state, tokens(width=56))
             stage.step(1, {})
     text = out.getvalue()
@@ -154,9 +156,9 @@ def test_through_the_log_under_the_stage_s_name_and_until_its_end(tmp_path):
 
 def test_seconds_are_counted_and_nothing_stays_behind(caplog):
     level, heard = JAX_LOGGER.level, len(JAX_LOGGER.filters)
-    with caplog.at_level(logging.DEBUG), counted() as outer:
+    with caplog.at_level(logging.DEBUG), count_compilations() as outer:
         caplog.clear()
-        with counted() as inner:
+        with count_compilations() as inner:
             step_of()({"w": np.ones(3, np.float32)}, tokens(width=24))
         before = outer.seconds
         step_of()({"w": np.ones(3, np.float32)}, tokens(width=16))
@@ -180,7 +182,7 @@ def test_what_jax_would_not_have_printed_is_not_printed_now():
 
 
 def test_another_jax_that_words_its_log_otherwise_still_names_the_graph(monkeypatch):
-    monkeypatch.setattr(compilation, "_LINE", "no such line")
+    monkeypatch.setattr(recompiles, "_LINE", "no such line")
     (text,) = said([tokens(), tokens(), tokens(width=40)])
     assert text.startswith("step 3: compiled again: jit(step), ")
 
@@ -230,5 +232,5 @@ def test_a_home_that_takes_no_folder_and_a_folder_of_the_user_s(tmp_path):
 def test_a_setting_made_in_python_is_left_alone():
     before = jax.config.values["jax_compilation_cache_dir"]
     assert before  # the tests' own
-    compilation.cache_compilations()
+    compile_cache.cache_compilations()
     assert jax.config.values["jax_compilation_cache_dir"] == before

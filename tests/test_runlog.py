@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from jaxrlhf.runlog import FILE, RunLog, read, scalars
+from jaxrlhf.monitoring.metrics_file import FILE, read, scalars
+from jaxrlhf.monitoring.runlog import RunLog
 
 
 def lines(folder):
@@ -116,7 +117,7 @@ def test_plain_output_says_what_is_going_on_at_a_measured_pace(tmp_path):
 
 def test_the_time_left_does_not_count_the_first_step(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("jaxrlhf.runlog.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("jaxrlhf.monitoring.runlog.time.monotonic", lambda: now[0])
     out = StringIO()
     with RunLog(tmp_path, plain=True, every=0, file=out) as log:
         stage = log.stage("sft", total_steps=1810)

@@ -257,7 +257,7 @@ def test_a_model_computes_on_a_mesh_what_it_computes_on_one_device():
 
 def test_rows_picked_at_run_time_are_dealt_out_again(caplog):
     mesh = sharding.make_mesh(2, 2, 1)
-    rows, keep = sharding.place_batch(np.arange(16.0, dtype=np.float32).reshape(8, 2), mesh), sharding.keep_rows(mesh)
+    rows, keep = sharding.place_batch(np.arange(16.0, dtype=np.float32).reshape(8, 2), mesh), sharding.constrain_rows(mesh)
     index = jnp.array([7, 0, 3, 1])
     picked = jax.jit(lambda x, i: keep({"x": x[i]}))(rows, index)["x"]
     np.testing.assert_array_equal(picked, np.asarray(rows)[np.asarray(index)])
@@ -266,9 +266,11 @@ def test_rows_picked_at_run_time_are_dealt_out_again(caplog):
         three = jax.jit(lambda x, i: keep(x[i]))(rows, index[:3])
     np.testing.assert_array_equal(three, np.asarray(rows)[[7, 0, 3]])
     assert "3 rows at once do not divide over 4 data shards" in caplog.text
-    assert sharding.keep_rows(None) is None and sharding.keep_rows(sharding.make_mesh(1, devices=jax.devices()[:1])) is None
-    assert sharding.keep_rows(sharding.make_mesh(4)) is None  # there every device has its own rows, and nothing is left to the compiler
-    assert sharding.keep_rows(sharding.make_mesh(2, 2, 1)) is keep
+    assert sharding.constrain_rows(None) is None and sharding.constrain_rows(sharding.make_mesh(1, devices=jax.devices()[:1])) is None
+    assert (
+        sharding.constrain_rows(sharding.make_mesh(4)) is None
+    )  # there every device has its own rows, and nothing is left to the compiler
+    assert sharding.constrain_rows(sharding.make_mesh(2, 2, 1)) is keep
 
 
 def test_the_engine_is_chosen_by_the_config():
@@ -320,7 +322,7 @@ def test_keys_and_values_are_cut_over_rows_and_heads():
     )
     for axes, shape in (((1, 2, 2), (2, 1, 8, 4)), ((1, 1, 4), (4, 2, 8, 4))):
         mesh = sharding.make_mesh(*axes)
-        model = build_model(config, **sharding.held_rows(mesh))
+        model = build_model(config, **sharding.row_constraints(mesh))
         params = sharding.place(model.init(jax.random.key(0)), mesh)
         tokens, mask = sharding.place_batch((np.ones((4, 6), np.int32), np.ones((4, 6), bool)), mesh)
         _, cache = jax.jit(functools.partial(model.prefill, length=8))(params, tokens, mask)

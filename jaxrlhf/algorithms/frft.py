@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxrlhf import processes, rng
+from jaxrlhf import distributed, rng
 from jaxrlhf.algorithms.ocrm import importance_weighted
 from jaxrlhf.algorithms.update import Pairs, RoundContext, encoder_options
 from jaxrlhf.config import FilterConfig
@@ -84,13 +84,13 @@ def similarities(context: RoundContext, pairs: Pairs) -> Compared:
         **{name: getattr(section, name) for name in ("rule", "n", "threshold", "compare", "k", "embed", "dedupe")},
     )
     folder = context.columns / f"similarities-{context.fingerprint(header)}"
-    leads = processes.is_leader()
-    if not processes.agree(leads and folder.exists(), f"similarities {folder.name}"):
+    leads = distributed.is_leader()
+    if not distributed.agree(leads and folder.exists(), f"similarities {folder.name}"):
         found = _compare(context, pairs, asked, answers)
         if leads:
             write_similarities(folder, pairs.ids, found, header, overwrite=True)
     columns = read_similarities(pairs.ids, folder, expect=header) if leads else None
-    return Compared(asked, answers, processes.agree_on_columns(columns, f"columns of {folder.name}"))
+    return Compared(asked, answers, distributed.agree_on_columns(columns, f"columns of {folder.name}"))
 
 
 def _compare(context: RoundContext, pairs: Pairs, asked: Asked, answers: list[str]) -> dict[str, np.ndarray]:
@@ -158,15 +158,15 @@ def _vectors(context: RoundContext, what: str, prompts: list[str], responses: li
 
 def _kept_on_disk(path: Path, make: Callable[[], list[str]]) -> list[str]:
     """A list of texts, made once."""
-    leads = processes.is_leader()
-    if not processes.agree(leads and path.exists(), f"texts {path.name}"):
+    leads = distributed.is_leader()
+    if not distributed.agree(leads and path.exists(), f"texts {path.name}"):
         texts = make()
         if leads:
             partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
             os.replace(partial, path)
-    return processes.agree(json.loads(path.read_text(encoding="utf-8")) if leads else None, f"the texts of {path.name}")
+    return distributed.agree(json.loads(path.read_text(encoding="utf-8")) if leads else None, f"the texts of {path.name}")
 
 
 def _asked(context: RoundContext, pairs: Pairs) -> Asked:

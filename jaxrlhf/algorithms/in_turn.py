@@ -71,9 +71,9 @@ def score_in_turn(
     def in_turn(params: dict, texts: tuple, controller: dict, reward_bias: Any) -> tuple[Rollout, Metrics]:
         def turn(passed: sharding.Compiled, name: str, given: Any, bias: Any = 0.0) -> Readings:
             # Waiting here is what lets go of the model: what is brought over next finds its place.
-            read = jax.block_until_ready(passed({name: sharding.bring(given)}, texts, np.float32(bias))[0])
+            read = jax.block_until_ready(passed({name: sharding.to_device(given)}, texts, np.float32(bias))[0])
             # What was brought is committed to its device, and so is what was made of it: the state would be too, and be compiled for anew.
-            return sharding.as_placed(read, mesh)
+            return sharding.uncommitted(read, mesh)
 
         learning = {name: params[name] for name in ("policy", "critic") if name in params}
         readings = own(learning, texts, controller.get("value_bias", np.float32(0.0)))[0]

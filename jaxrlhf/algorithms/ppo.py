@@ -218,7 +218,7 @@ def _trainer(
         num_mini_batches=config.num_mini_batches,
         adaptive=adaptive,
         accumulate=config.gradient_accumulation_steps,
-        keep_rows=sharding.keep_rows(mesh),
+        keep_rows=sharding.constrain_rows(mesh),
     )
     scored = sharding.rows_and_metrics(lambda axis_name: partial(score, axis_name=axis_name), mesh)
     in_turn = score_in_turn(models, credit, mesh, reading=reading, assembling=assembling, spread_coef=spread_coef)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxrlhf import remote
 from jaxrlhf.data.report import DataError
+from jaxrlhf.storage import copies, remote
 
 T = TypeVar("T")
 Source = str | Path
@@ -84,7 +84,7 @@ def _remote_files(url: str) -> list[Path]:
         if not there or (not chosen and set("*?[") & set(url)):
             raise FileNotFoundError(f"{url}: no file there, or none that matches.")
         there = chosen if set("*?[") & set(url) else _one_set(chosen, url)
-    return [remote.cached(one) for one in there]
+    return [copies.cached(one) for one in there]
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxrlhf import remote, sharding
+from jaxrlhf import sharding
 from jaxrlhf.data.chat import chat_end_id, eos_ids_of
 from jaxrlhf.data.tokens import tokenizer_fingerprint
 from jaxrlhf.models.families import config_from_hf
@@ -23,6 +23,7 @@ from jaxrlhf.models.model import build_model
 from jaxrlhf.models.names import CLASSES, SCORE, Entry, is_ignored, layout, leaf, lm_head_names, prefix_of
 from jaxrlhf.models.reading import read_params
 from jaxrlhf.models.transformer import DecoderConfig
+from jaxrlhf.storage import copies, remote
 from jaxrlhf.types import Model, Params
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
@@ -65,7 +66,7 @@ def load(
     folder = resolve(source)
     config = read_config(folder)
     params = _read_params(folder, config, head, key, mesh)
-    how = {"remat": remat, "logits_chunk": logits_chunk} | sharding.held_rows(mesh)
+    how = {"remat": remat, "logits_chunk": logits_chunk} | sharding.row_constraints(mesh)
     model = build_model(config, head=head, dtype=dtype or "float32", **how)
     return Loaded(model, params, read_tokenizer(folder), config)
 
@@ -88,9 +89,9 @@ def initialise(
     logits_chunk: int | None = None,
 ) -> Loaded:
     """A model from scratch, with random parameters; the other arguments as `load` takes them."""
-    how = {"remat": remat, "logits_chunk": logits_chunk} | sharding.held_rows(mesh)
+    how = {"remat": remat, "logits_chunk": logits_chunk} | sharding.row_constraints(mesh)
     model = build_model(config, head=head, dtype=dtype or "float32", **how)
-    return Loaded(model, sharding.create(model.init, mesh, key), tokenizer, config)
+    return Loaded(model, sharding.init_on_mesh(model.init, mesh, key), tokenizer, config)
 
 
 def rehead(loaded: Loaded, *, head: str, key: Array | None = None, dtype: str | None = None) -> Loaded:
@@ -102,7 +103,7 @@ def rehead(loaded: Loaded, *, head: str, key: Array | None = None, dtype: str | 
 def resolve(source: str | Path) -> Path:
     """A local folder as it is, one at a URL as the copy of it here; anything else is a hub id, fetched into or found in the hub's cache."""
     if remote.is_url(source):
-        return remote.cached_folder(source)
+        return copies.cached_folder(source)
     folder = remote.as_path(source).expanduser()
     if (folder / "config.json").is_file():
         return folder

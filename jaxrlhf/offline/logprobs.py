@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import processes, sharding
+from jaxrlhf import distributed, sharding
 from jaxrlhf.data.batches import batches_per_epoch, evaluation_batches
 from jaxrlhf.data.columns import ColumnError, join_columns, write_columns
 from jaxrlhf.losses import sequence_logp
@@ -92,12 +92,12 @@ def cached_pair_logps(
 
     Raises ColumnError where the folder holds columns of another data set, model, tokenizer or temperature.
     """
-    leads = processes.is_leader()
-    if not processes.agree(leads and folder.exists(), f"columns {folder.name}"):
+    leads = distributed.is_leader()
+    if not distributed.agree(leads and folder.exists(), f"columns {folder.name}"):
         columns = compute()
         if leads:
             _write(folder, ids, columns, header)
-    return processes.agree_on_columns(join_columns(ids, folder, NAMES, expect=header) if leads else None, f"log-probs of {folder.name}")
+    return distributed.agree_on_columns(join_columns(ids, folder, NAMES, expect=header) if leads else None, f"log-probs of {folder.name}")
 
 
 def _write(folder: Path, ids: list[str], columns: dict[str, np.ndarray], header: dict[str, Any]) -> None:

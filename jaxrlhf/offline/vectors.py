@@ -30,9 +30,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf import processes
+from jaxrlhf import distributed
 from jaxrlhf.offline.embed import Backend, EncoderIdentity, Progress, check_texts, encoder_identity, open_encoder
-from jaxrlhf.remote import is_url
+from jaxrlhf.storage.remote import is_url
 
 FORMAT = 1
 INDEX = "index.json"
@@ -109,14 +109,14 @@ def embed_cached(
     check_texts(texts)
     keys = [text_key(text) for text in texts]
     identity = encoder_identity(encoder, backend=backend, pooling=pooling, max_length=max_length, dtype=dtype)
-    store, leads, embedded = _Store(Path(folder) / identity.key, identity), processes.is_leader(), 0
+    store, leads, embedded = _Store(Path(folder) / identity.key, identity), distributed.is_leader(), 0
     texts_in_order = sorted(dict(zip(keys, texts, strict=True)).items(), key=_order)
-    if not processes.agree(leads and store.read().keys() >= set(keys), "vectors: all there"):
+    if not distributed.agree(leads and store.read().keys() >= set(keys), "vectors: all there"):
         with _lock(store.folder) if leads else nullcontext():
             index = store.index() if leads else {}
             known = store.read(index) if leads else {}  # the process we waited for may have computed some
             unknown = [n for n, (key, _) in enumerate(texts_in_order) if key not in known]
-            missing = [texts_in_order[n] for n in processes.agree(unknown, "vectors: the texts that are missing")]
+            missing = [texts_in_order[n] for n in distributed.agree(unknown, "vectors: the texts that are missing")]
             embedded = len(missing)
             # A mesh goes over all processes; what does not use it the leader computes alone.
             together = mesh is not None and identity.backend == "flax"
@@ -124,12 +124,12 @@ def embed_cached(
                 opened = open_encoder(identity, pooling=pooling, batch_size=batch_size, mesh=mesh)
                 store.add(index, missing, opened.embed, shard_rows, progress)
     if not leads:  # the folder may be on a disk that only the leader sees
-        return Embeddings(identity, store.folder, np.arange(len(keys)), (processes.agree_on_rows(None, "vectors"),), embedded)
+        return Embeddings(identity, store.folder, np.arange(len(keys)), (distributed.agree_on_rows(None, "vectors"),), embedded)
     known = store.read()
     rows = np.fromiter((known[key] for key in keys), np.int64, len(keys))
     found = Embeddings(identity, store.folder, rows, store.shards(), embedded)
-    if processes.count() > 1:
-        processes.agree_on_rows(found.vectors, "vectors")
+    if distributed.count() > 1:
+        distributed.agree_on_rows(found.vectors, "vectors")
     return found
 
 
@@ -209,7 +209,7 @@ class _Store:
             if not np.isfinite(vectors).all():
                 bad = part[int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])][1]
                 raise VectorError(f"the encoder gives no finite vector for the text {bad[:60]!r}; its weights or dtype are at fault.")
-            if not processes.is_leader():
+            if not distributed.is_leader():
                 continue
             number = len(index["shards"])
             keys = np.frombuffer(b"".join(key for key, _ in part), np.uint8).reshape(len(part), 32)

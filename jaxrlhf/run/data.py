@@ -28,7 +28,7 @@ from jaxrlhf.plugins import plugin, source_of
 from jaxrlhf.rollouts.dataset import Sampling, sample_dataset
 from jaxrlhf.run import inputs
 from jaxrlhf.run.setting import Setting
-from jaxrlhf.run.stages import Done, Stage
+from jaxrlhf.storage.stage import Done, Stage
 from jaxrlhf.types import PairBatch, PromptBatch, TextBatch
 
 TRAIN, VALID, UPDATED, WEIGHTS, REPORT = "train.parquet", "valid.parquet", "pairs.parquet", "weights.npy", "report.json"

@@ -15,9 +15,9 @@ import jax
 from jaxrlhf import sharding
 from jaxrlhf.data.pairs import Demonstration, Pair, read_demonstrations, read_pairs
 from jaxrlhf.models.hub import read_tokenizer, resolve
+from jaxrlhf.monitoring.runlog import RunLog
 from jaxrlhf.offline.embed import BACKENDS, Backend, Progress, encoder_identity
 from jaxrlhf.offline.vectors import embed_cached
-from jaxrlhf.runlog import RunLog
 
 PAIR_FIELDS = ("prompt", "chosen", "rejected")
 RESPONSE_FIELDS = ("prompt", "response")

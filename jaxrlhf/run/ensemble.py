@@ -10,8 +10,8 @@ from jaxrlhf.config import Config
 from jaxrlhf.losses.ensemble import ensemble_score
 from jaxrlhf.models.hub import reward_bias
 from jaxrlhf.run.setting import Setting
-from jaxrlhf.run.stages import Done
 from jaxrlhf.scorers.reward_model import score_responses
+from jaxrlhf.storage.stage import Done
 from jaxrlhf.types import TextBatch
 
 

@@ -22,8 +22,8 @@ from jaxrlhf.run import inputs
 from jaxrlhf.run.data import renumbered, sampling_of
 from jaxrlhf.run.ensemble import numbered, reward_scores, spread_of
 from jaxrlhf.run.setting import Setting
-from jaxrlhf.run.stages import Done, Stage
 from jaxrlhf.scorers import Scorer
+from jaxrlhf.storage.stage import Done, Stage
 from jaxrlhf.types import TextBatch
 
 SAMPLES = "samples.parquet"

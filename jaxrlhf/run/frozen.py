@@ -12,7 +12,7 @@ from jaxrlhf.config import Config
 from jaxrlhf.models.hub import Loaded, reward_bias
 from jaxrlhf.models.lora import adapters
 from jaxrlhf.run.setting import Setting
-from jaxrlhf.run.stages import Done
+from jaxrlhf.storage.stage import Done
 from jaxrlhf.types import Params
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from jaxrlhf import processes
+from jaxrlhf import distributed
 from jaxrlhf.config import Config, Sources
 from jaxrlhf.data import toy
 from jaxrlhf.data.pairs import Demonstration, Pair, Prompt, ReadReport, read_demonstrations, read_pairs, read_prompts, split_by_prompt
@@ -285,8 +285,8 @@ def by_leader(scorer: Scorer) -> Scorer:
     """A scorer that of several processes the leader asks, for all: a user's function may ask a server, or not say the same thing twice."""
 
     def score(prompts: Sequence[str], responses: Sequence[str], /) -> np.ndarray:
-        said = scorer(prompts, responses).tolist() if processes.is_leader() else None
-        return np.asarray(processes.agree(said, "gold"), np.float32)
+        said = scorer(prompts, responses).tolist() if distributed.is_leader() else None
+        return np.asarray(distributed.agree(said, "gold"), np.float32)
 
     return score
 

@@ -20,8 +20,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
-from jaxrlhf.cluster import ENVIRONMENT
-from jaxrlhf.processes import AGAIN, STATUS_OF_OTHERS
+from jaxrlhf.distributed.cluster import ENVIRONMENT
+from jaxrlhf.distributed.watchdog import AGAIN, STATUS_OF_OTHERS
 
 COMMANDS = ("run", "sft", "reward", "ppo")
 LAUNCHED = "JAXRLHF_LAUNCHED"  # set for processes that something watches already

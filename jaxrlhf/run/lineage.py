@@ -16,7 +16,8 @@ from jaxrlhf.algorithms.rounds import Round
 from jaxrlhf.algorithms.update import Pairs
 from jaxrlhf.data.pairs import dataset_hash
 from jaxrlhf.losses import weight_summary
-from jaxrlhf.run.stages import RECORD, Done, StageError, read_record
+from jaxrlhf.storage.record import RECORD, read_record
+from jaxrlhf.storage.stage import Done, StageError
 
 FILE = "lineage.json"
 WEIGHTS = ("ess", "ess_fraction", "mean", "min", "max", "largest_share")

@@ -18,7 +18,6 @@ from jaxrlhf.algorithms.ppo import POLICY_UPDATES, as_compiled, num_updates, rol
 from jaxrlhf.algorithms.reward import called, reward_loss, reward_trainer, score_pairs, with_columns, with_weights
 from jaxrlhf.algorithms.rounds import Round
 from jaxrlhf.algorithms.supervised import num_steps, own_copy, sft_trainer, train
-from jaxrlhf.checkpoint import Checkpoints
 from jaxrlhf.config import Config
 from jaxrlhf.data import toy
 from jaxrlhf.data.batches import batches
@@ -45,9 +44,10 @@ from jaxrlhf.run.ensemble import numbered, spread_of
 from jaxrlhf.run.frozen import fixed_models, halves, lora_slice
 from jaxrlhf.run.lineage import policy_lineage, reward_lineage, write_lineage
 from jaxrlhf.run.setting import Setting
-from jaxrlhf.run.stages import Done, Stage
 from jaxrlhf.scorers.reward_model import score_responses
 from jaxrlhf.steps.state import init_state, joined, restarted_schedules
+from jaxrlhf.storage.checkpoint import Checkpoints
+from jaxrlhf.storage.stage import Done, Stage
 from jaxrlhf.types import Params, PromptBatch, TextBatch, TrainState
 
 OF_ENSEMBLES = ("ensemble_size", "spread_coef")  # of config.reward, but nothing that one reward model depends on
@@ -322,7 +322,7 @@ def taken_over(setting: Setting, state: TrainState, previous: Done, restarts: tu
         found = checkpoints.restore(sharding.template(state, setting.mesh))
     if found is None:
         raise FileNotFoundError(f"{previous.folder} holds no training state to go on from; delete it to train that round again.")
-    old = sharding.as_placed(found[0], setting.mesh)
+    old = sharding.uncommitted(found[0], setting.mesh)
     opt_state = state.opt_state if restart_optimizer else restarted_schedules(old.opt_state)
     if restart_critic:
         return replace(state, opt_state=opt_state)

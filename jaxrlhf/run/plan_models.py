@@ -127,14 +127,14 @@ def _encoder(config: Config) -> tuple[BertConfig | None, str]:
 
 def models_of(config: Config, subjects: Subjects, mesh: Any) -> tuple[Model, Model]:
     """The policy's functions and those of reward model and critic, as `hub.load` builds them for the devices of `mesh`."""
-    how = {"remat": config.model.remat, "logits_chunk": config.model.logits_chunk} | sharding.held_rows(mesh)
+    how = {"remat": config.model.remat, "logits_chunk": config.model.logits_chunk} | sharding.row_constraints(mesh)
     dtype = config.model.dtype
     return build_model(subjects.base, head="lm", dtype=dtype, **how), build_model(subjects.reward, head="scalar", dtype=dtype, **how)
 
 
 def gold_model(config: Config, gold: DecoderConfig, mesh: Any) -> Model:
     """The functions of the gold model, as its scorer loads it."""
-    how = {"remat": "none", "logits_chunk": None} | sharding.held_rows(mesh)
+    how = {"remat": "none", "logits_chunk": None} | sharding.row_constraints(mesh)
     return build_model(gold, head="scalar", dtype=config.gold.dtype, **how)
 
 

@@ -22,8 +22,8 @@ from jaxrlhf.run.frozen import halves, lora_slice
 from jaxrlhf.run.lineage import policy_lineage, write_lineage
 from jaxrlhf.run.models import add_model, placed
 from jaxrlhf.run.setting import Setting
-from jaxrlhf.run.stages import Done, Stage
 from jaxrlhf.steps.state import init_state, joined
+from jaxrlhf.storage.stage import Done, Stage
 from jaxrlhf.types import PairBatch, TrainState
 
 TEMPERATURE = 1.0  # of the log-probs on both sides of the ratio: the pair step scores the policy at 1

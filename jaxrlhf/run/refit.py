@@ -24,7 +24,7 @@ from jaxrlhf.run.data import TRAIN
 from jaxrlhf.run.ensemble import numbered, reward_scores, spread_of
 from jaxrlhf.run.evaluate import read_samples
 from jaxrlhf.run.setting import Setting
-from jaxrlhf.run.stages import Done, Stage
+from jaxrlhf.storage.stage import Done, Stage
 
 if TYPE_CHECKING:
     from jaxrlhf.run.run import Track

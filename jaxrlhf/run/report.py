@@ -12,8 +12,8 @@ from threading import Lock
 
 from jaxrlhf.evaluation.report import PAGE, ReportError, report, watched, write
 from jaxrlhf.evaluation.report_samples import CAP
-from jaxrlhf.remote import as_path, is_url
-from jaxrlhf.run.elsewhere import fetch_run, publish, put_report
+from jaxrlhf.storage.remote import as_path, is_url
+from jaxrlhf.storage.run_folder import fetch_run, publish, put_report
 
 HOST, PORT = "127.0.0.1", 8765
 

@@ -9,22 +9,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf import processes, sharding
+from jaxrlhf import distributed, sharding
 from jaxrlhf.algorithms.rounds import PREFERENCE, Method, Round, method_of, num_rounds, reward_update_named, round_of
-from jaxrlhf.compilation import cache_compilations
 from jaxrlhf.config import Config
+from jaxrlhf.monitoring.runlog import RunLog
 from jaxrlhf.plugins import plugin
 from jaxrlhf.recipe import ConfigError, arms, load_config, to_yaml
 from jaxrlhf.run import inputs
 from jaxrlhf.run.data import check_update, pairs_stage, report_of, update_stage
-from jaxrlhf.run.elsewhere import check_places, folder_of, open_run, publish, store_of
 from jaxrlhf.run.evaluate import evaluation_stage
 from jaxrlhf.run.models import given_tokenizer, policy_stage, reward_stage, sft_stage, tokenizer_stage
 from jaxrlhf.run.preference import preference_stage
 from jaxrlhf.run.refit import refit_stage
 from jaxrlhf.run.setting import Setting
-from jaxrlhf.run.stages import Done
-from jaxrlhf.runlog import RunLog
+from jaxrlhf.sharding.compile_cache import cache_compilations
+from jaxrlhf.storage.remote_store import store_of
+from jaxrlhf.storage.run_folder import check_places, folder_of, open_run, publish
+from jaxrlhf.storage.stage import Done
 
 UNTIL = ("sft", "reward", "ppo")  # where a single-stage command stops; the latter two in round 1
 
@@ -38,7 +39,7 @@ def run(config: Config | str | Path, *, until: str | None = None, log: RunLog | 
     stage from its last checkpoint, and arms share what they have in common. `until`: stop after "sft", or after "reward" or "ppo" of
     round 1. Raises ConfigError, DataError and the like before anything is compiled where the config or the data cannot work.
 
-    Of several processes that work as one (`jaxrlhf.processes.start`) all call it with the same arguments; one writes and logs.
+    Of several processes that work as one (`jaxrlhf.distributed.group.start`) all call it with the same arguments; one writes and logs.
     """
     if not isinstance(config, Config):
         config = load_config(config)
@@ -60,9 +61,9 @@ def run(config: Config | str | Path, *, until: str | None = None, log: RunLog | 
 
 def check_same(config: Config) -> None:
     """Raise ConfigError in a process whose config is not the leader's."""
-    if processes.agree(to_yaml(config), "the config") != to_yaml(config):
-        raise ConfigError(f"process {processes.index()} has another config than process 0; start all with the same command and recipe.")
-    processes.barrier("the same config")  # or process 0 would begin what cannot go on
+    if distributed.agree(to_yaml(config), "the config") != to_yaml(config):
+        raise ConfigError(f"process {distributed.index()} has another config than process 0; start all with the same command and recipe.")
+    distributed.barrier("the same config")  # or process 0 would begin what cannot go on
 
 
 def check(config: Config) -> None:
@@ -114,7 +115,7 @@ def check_shards(config: Config, sections: Sequence[str], shards: int) -> None:
 
 def _run_one(config: Config, until: str | None, log: RunLog | None) -> None:
     folder = folder_of(config)
-    leads = processes.is_leader()
+    leads = distributed.is_leader()
     open_run(config)
     replaces = leads and (folder / "summary.json").exists() and (folder / "config.yaml").read_text(encoding="utf-8") != to_yaml(config)
     write_whole(folder / "config.yaml", to_yaml(config))
@@ -294,7 +295,7 @@ def update_report(update: Done | None) -> dict[str, Any]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file that readers see whole or not at all. Of several processes the leader writes."""
-    if not processes.is_leader():
+    if not distributed.is_leader():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

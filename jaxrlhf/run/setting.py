@@ -9,15 +9,17 @@ from typing import Any
 
 import jax
 
-from jaxrlhf import processes, rng, sharding
-from jaxrlhf.checkpoint import Checkpoints
-from jaxrlhf.compilation import Watch
+from jaxrlhf import distributed, rng, sharding
 from jaxrlhf.config import Config
 from jaxrlhf.data.report import ReadReport
 from jaxrlhf.models.hub import Loaded, load
-from jaxrlhf.run.elsewhere import publish
-from jaxrlhf.run.stages import Done, Stage, Store
-from jaxrlhf.runlog import FILE, RunLog, StageLog
+from jaxrlhf.monitoring.metrics_file import FILE
+from jaxrlhf.monitoring.recompiles import CompileWatch
+from jaxrlhf.monitoring.runlog import RunLog, StageLog
+from jaxrlhf.storage.checkpoint import Checkpoints
+from jaxrlhf.storage.run_folder import publish
+from jaxrlhf.storage.stage import Done, Stage
+from jaxrlhf.storage.store import Store
 from jaxrlhf.types import Metrics, TrainState
 
 Progress = Callable[[int, int], None]  # (batches done, of all)
@@ -55,8 +57,8 @@ class Setting:
 
         def whole(folder: Path) -> dict[str, Any] | None:
             result = fn(folder)
-            processes.barrier(f"{stage.name}: done with its checkpoints")
-            if not keep_state and processes.is_leader():
+            distributed.barrier(f"{stage.name}: done with its checkpoints")
+            if not keep_state and distributed.is_leader():
                 self.store.drop_state(folder)
             return result
 
@@ -69,19 +71,19 @@ class Setting:
                 self.log.replay(done.folder / FILE, name, round=round)
         self.store.link(done, self.folder, len(self.stages), standalone=self.config.standalone)
         self.stages.append(done)
-        if processes.is_leader():
+        if distributed.is_leader():
             publish(self.folder)
         return done
 
     def saving(self, folder: Path) -> None:
         """What lies beside the training state that is about to be saved is as safe as that."""
-        if processes.is_leader():
+        if distributed.is_leader():
             self.store.saving(folder)
             publish(self.folder)
 
-    def watch(self) -> Watch | None:
+    def watch(self) -> CompileWatch | None:
         """What notices compilations in the middle of a loop (log.recompiles)."""
-        return None if self.config.log.recompiles == "off" else Watch(self.config.log.recompiles, widths=self.config.data.bucket)
+        return None if self.config.log.recompiles == "off" else CompileWatch(self.config.log.recompiles, widths=self.config.data.bucket)
 
     def progress(self, what: str, *, round: int | None = None, tokens: int = 0) -> Progress:
         """What a pass over a table reports its batches (of so many `tokens`) to, from (0, total) on: shown, and not kept."""
@@ -110,7 +112,7 @@ class Setting:
 
     def tidy(self, *, metrics: bool) -> None:
         """Remove what an earlier config of this name left in the run folder: links, and lines of metrics.jsonl. The leader does."""
-        if not processes.is_leader():
+        if not distributed.is_leader():
             return
         if metrics:
             self.log.keep_only(self.logged)
@@ -146,7 +148,7 @@ class Setting:
             found = checkpoints.restore(sharding.template(state, self.mesh))
             if found is not None:
                 jax.tree.map(lambda x: x.delete(), state)  # as the first step would: going on needs no more memory than starting
-                state = sharding.as_placed(found[0], self.mesh)
+                state = sharding.uncommitted(found[0], self.mesh)
             start = int(state.step)
             if start:
                 self.log.note(f"{name}: goes on from step {start} of {steps}")

@@ -13,7 +13,8 @@ from jaxrlhf.data.report import DataError
 from jaxrlhf.data.sources import SUFFIXES, Fault, iter_rows
 from jaxrlhf.models.hub import resolve
 from jaxrlhf.run.evaluate import SAMPLES
-from jaxrlhf.run.stages import RECORD, StageError, read_record
+from jaxrlhf.storage.record import RECORD, read_record
+from jaxrlhf.storage.stage import StageError
 
 REFERENCE = "reference"
 _RESPONSES = ("response", "completion", "response_1")

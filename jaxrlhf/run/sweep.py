@@ -10,18 +10,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxrlhf import processes, sharding
+from jaxrlhf import distributed, sharding
 from jaxrlhf.config import Config
+from jaxrlhf.monitoring.runlog import RunLog
 from jaxrlhf.recipe import ConfigError, arms, load_config, to_yaml
-from jaxrlhf.remote import is_url
 from jaxrlhf.run.run import check, run, walk_through, write_whole
 from jaxrlhf.run.setting import Setting
-from jaxrlhf.run.stages import Done, Stage, Store
 from jaxrlhf.run.sweep_figure import draw
 from jaxrlhf.run.sweep_runs import Run, Sweep
 from jaxrlhf.run.sweep_settings import described
 from jaxrlhf.run.sweep_table import as_json, as_markdown, with_numbers
-from jaxrlhf.runlog import RunLog
+from jaxrlhf.storage.remote import is_url
+from jaxrlhf.storage.stage import Done, Stage
+from jaxrlhf.storage.store import Store
 
 TABLE, PAGE, FIGURES, ERROR = "sweep.json", "sweep.md", "figures", "error.txt"
 
@@ -72,8 +73,8 @@ def sweep(config: Config | str | Path, seeds: Sequence[int], *, log: RunLog | No
     """
     if not isinstance(config, Config):
         config = load_config(config)
-    if processes.count() > 1:
-        raise ConfigError(f"a sweep is one process, and this is one of {processes.count()}; let them share its runs instead.")
+    if distributed.count() > 1:
+        raise ConfigError(f"a sweep is one process, and this is one of {distributed.count()}; let them share its runs instead.")
     seeds = tuple(seeds)
     jobs = jobs_of(config, seeds)
     if not jobs:

@@ -13,6 +13,7 @@ from jaxrlhf.algorithms.supervised import own_copy
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.models import build_model, config_from_shape
 from jaxrlhf.plugins import plugin
+from jaxrlhf.sharding import host_memory
 from jaxrlhf.steps.state import init_state
 from jaxrlhf.types import PromptBatch
 
@@ -41,8 +42,8 @@ def rounds():
         state = init_state(own_copy({"policy": policy, "critic": rewards[0]}), trainer.optimizer, controller)
         brought: list[list[weakref.ref]] = []
 
-        def bring(tree, original=sharding.bring):
-            assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)} == {sharding.HOST}
+        def bring(tree, original=sharding.to_device):
+            assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)} == {host_memory.HOST}
             assert not any(old() for before in brought for old in before), "an earlier model is still on the device"
             made = original(tree)
             brought.append([weakref.ref(leaf) for leaf in jax.tree.leaves(made)])
@@ -50,7 +51,7 @@ def rounds():
 
         compiled, last = [], state
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sharding, "bring", bring)
+            patch.setattr(sharding, "to_device", bring)
             for new, metrics in train_ppo(trainer, state, fixed, iter(prompts), key=jax.random.key(9)):
                 compiled.append((metrics, trainer_cache(trainer)))
                 last = new
@@ -82,15 +83,15 @@ def test_offloaded_arrays_keep_their_layout():
     mesh = sharding.make_mesh(1, 2, 2)
     tree = sharding.place({"q": {"kernel": np.arange(32, dtype=np.float32).reshape(8, 4)}}, mesh)
     away = sharding.offload(tree)
-    back = sharding.bring(away)
+    back = sharding.to_device(away)
     (one,), (other,), (third,) = map(jax.tree.leaves, (tree, away, back))
     assert [array.sharding.memory_kind for array in (one, other, third)] == ["device", "pinned_host", "device"]
     assert one.sharding.spec == other.sharding.spec and third.sharding == one.sharding
     np.testing.assert_array_equal(one, third)
-    assert jax.tree.leaves(sharding.bring(back))[0] is third
+    assert jax.tree.leaves(sharding.to_device(back))[0] is third
 
 
 def test_a_device_without_pinned_memory_is_named(monkeypatch):
-    monkeypatch.setattr(sharding, "HOST", "moon")
+    monkeypatch.setattr(host_memory, "HOST", "moon")
     with pytest.raises(ValueError, match=r"has no moon memory, only .*pinned_host.*: model\.offload_frozen cannot work here"):
         sharding.check_offload(None)

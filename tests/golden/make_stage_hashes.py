@@ -16,11 +16,11 @@ from tiny_encoder import write_tiny_bert
 
 from jaxrlhf.algorithms.rounds import METHODS
 from jaxrlhf.config import Config
+from jaxrlhf.monitoring.runlog import RunLog
 from jaxrlhf.recipe import from_mapping, load_config, to_mapping
 from jaxrlhf.run.run import walk_through
 from jaxrlhf.run.setting import Setting
-from jaxrlhf.run.stages import Done, Stage
-from jaxrlhf.runlog import RunLog
+from jaxrlhf.storage.stage import Done, Stage
 
 TRIGGERS = ("kl", "ess", "accuracy")
 RESULT = {"due": True, "forced": False, "rounds": 1, "value": 1.0, "threshold": 1.0, "when": "kl"}

@@ -149,7 +149,7 @@ def pairs(rows: int = 8) -> PairBatch:
 
 def trainer(mesh, optimizer):
     model, loss = made("llama").model, bind(PAIR_LOSSES["dpo"], beta=0.5)
-    keep = sharding.keep_rows(mesh)
+    keep = sharding.constrain_rows(mesh)
     return sharding.step(lambda axis_name: make_pair_step(model, loss, optimizer, axis_name=axis_name, keep_rows=keep), mesh)
 
 

@@ -130,7 +130,7 @@ def test_the_knobs_reach_the_model(tmp_path):
     assert read.model is build_model(read.config, remat="full") is not build_model(read.config)
     mesh = sharding.make_mesh(1, 2, 2)
     for model in (load(tmp_path / "model", mesh=mesh).model, initialise(read.config, key=jax.random.key(0), mesh=mesh).model):
-        assert model is build_model(read.config, **sharding.held_rows(mesh)) is not build_model(read.config)
+        assert model is build_model(read.config, **sharding.row_constraints(mesh)) is not build_model(read.config)
 
 
 def test_errors_name_the_value_and_the_rule():

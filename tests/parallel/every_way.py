@@ -97,7 +97,7 @@ class Way:
 
     def __init__(self, name):
         self.mesh = None if WAYS[name] is None else sharding.mesh_of(WAYS[name])
-        held = sharding.held_rows(self.mesh)
+        held = sharding.row_constraints(self.mesh)
         self.policy, self.scalar = (
             build_model(config_from_shape(shape, V, max_positions=L + NEW)[0], head=head, **held)
             for shape, head in ((POLICY, "lm"), (SCALAR, "scalar"))

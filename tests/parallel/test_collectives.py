@@ -66,7 +66,7 @@ def compile_all() -> None:
 
     def lowered(what: str, axes: tuple[int, int, int], accumulate: int):
         mesh = sharding.make_mesh(*axes)
-        policy, critic = (build_model(decoder, head=head, **sharding.held_rows(mesh)) for head in ("lm", "scalar"))
+        policy, critic = (build_model(decoder, head=head, **sharding.row_constraints(mesh)) for head in ("lm", "scalar"))
         params = {"policy": jax.eval_shape(policy.init, key), "critic": jax.eval_shape(critic.init, key)}
         if what == "sft":
             optimizer, step = sft_trainer(policy, SFTConfig(gradient_accumulation_steps=accumulate), 10, mesh)

@@ -8,6 +8,7 @@ import pytest
 
 from jaxrlhf import sharding
 from jaxrlhf.recipe import from_mapping
+from jaxrlhf.sharding import mesh
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -56,6 +57,6 @@ def one_device():
     """Runs of this module see one of the four fake devices, which is what compiles fastest."""
     patch = pytest.MonkeyPatch()
     make = sharding.make_mesh
-    patch.setattr(sharding, "make_mesh", lambda *axes: make(*axes, devices=jax.devices()[:1]))
+    patch.setattr(mesh, "make_mesh", lambda *axes: make(*axes, devices=jax.devices()[:1]))
     yield
     patch.undo()

@@ -11,7 +11,7 @@ from jaxrlhf.data.pairs import Prompt
 from jaxrlhf.run import ensemble
 from jaxrlhf.run.ensemble import numbered, spread_of
 from jaxrlhf.run.evaluate import Samples, gold_figures, proxy_figures
-from jaxrlhf.run.stages import Done
+from jaxrlhf.storage.stage import Done
 
 
 def samples(*references, gold):

@@ -10,12 +10,13 @@ import pytest
 import jaxrlhf
 from jaxrlhf import sharding
 from jaxrlhf.models.lora import TARGETS
+from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.recipe import ConfigError
 from jaxrlhf.run import models
 from jaxrlhf.run.run import check, run
 from jaxrlhf.run.setting import Setting
-from jaxrlhf.run.stages import read_record
-from jaxrlhf.runlog import read
+from jaxrlhf.sharding import host_memory
+from jaxrlhf.storage.record import read_record
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -73,7 +74,7 @@ def test_the_reference_is_the_base_and_no_copy_of_it(finished):
     for path, leaf in jax.tree_util.tree_leaves_with_path(fixed.reference):
         assert leaf is under[sharding.path_of(path)]
     kinds = [{leaf.sharding.memory_kind for leaf in jax.tree.leaves(part)} for part in (fixed.reference, fixed.reward)]
-    assert kinds == [{"device"}, {sharding.HOST}] and fixed.offloaded  # the base is needed all the time, the reward model in its turn
+    assert kinds == [{"device"}, {host_memory.HOST}] and fixed.offloaded  # the base is needed all the time, the reward model in its turn
     assert jax.tree.leaves(fixed.reference)[0] is jax.tree.leaves(base)[0] and fixed.sft is None
 
 

@@ -18,7 +18,7 @@ from jaxrlhf.recipe import ConfigError, from_mapping, load_config, to_yaml
 from jaxrlhf.run import inputs
 from jaxrlhf.run.models import sft_stage, tokenizer_stage
 from jaxrlhf.run.run import check
-from jaxrlhf.run.stages import Done
+from jaxrlhf.storage.stage import Done
 
 PAIR = {"prompt": "p", "chosen": " c", "rejected": " r"}
 SAMPLED = {"pairs": {"source": "sample"}, "gold": {"kind": "function", "source": "gold_for_inputs:score"}}

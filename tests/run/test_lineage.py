@@ -11,10 +11,12 @@ from jaxrlhf.algorithms.rounds import METHODS, Round, round_of
 from jaxrlhf.algorithms.update import Pairs
 from jaxrlhf.data.pairs import Pair, dataset_hash
 from jaxrlhf.data.tables import read_pair_table
+from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.run.lineage import lineage, policy_lineage, read_lineage, reference_to, reward_lineage, write_lineage
 from jaxrlhf.run.run import run
-from jaxrlhf.run.stages import Done, Stage, Store, read_record
-from jaxrlhf.runlog import read
+from jaxrlhf.storage.record import read_record
+from jaxrlhf.storage.stage import Done, Stage
+from jaxrlhf.storage.store import Store
 
 
 def rounds(name: str) -> tuple[Round, Round]:

@@ -8,8 +8,8 @@ import pytest
 import jaxrlhf
 from jaxrlhf import sharding
 from jaxrlhf.data.toy import EOS, toy_tokenizer
+from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.run.run import run
-from jaxrlhf.runlog import read
 
 
 @pytest.mark.parametrize("engine", ["jit", "pmap"])

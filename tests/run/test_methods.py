@@ -14,7 +14,7 @@ from jaxrlhf.data.columns import read_header
 from jaxrlhf.data.tables import read_pair_table
 from jaxrlhf.data.toy import toy_tokenizer
 from jaxrlhf.run.run import run
-from jaxrlhf.run.stages import read_record
+from jaxrlhf.storage.record import read_record
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 from tiny_encoder import write_tiny_bert

@@ -12,10 +12,10 @@ import yaml
 
 from jaxrlhf import sharding
 from jaxrlhf.cli import main
-from jaxrlhf.compilation import counted
 from jaxrlhf.models.hub import initialise
 from jaxrlhf.models.known import KNOWN, known_shape
 from jaxrlhf.models.model import build_model
+from jaxrlhf.monitoring.recompiles import count_compilations
 from jaxrlhf.recipe import load_config
 from jaxrlhf.run import plan as planning
 from jaxrlhf.run import plan_compile
@@ -27,6 +27,7 @@ from jaxrlhf.run.plan_models import gold_model, models_of, subjects_of
 from jaxrlhf.run.plan_phases import Phase, Planner
 from jaxrlhf.run.plan_shapes import bytes_on_device
 from jaxrlhf.run.run import run
+from jaxrlhf.sharding import mesh
 
 PUBLISHED = {
     "EleutherAI/pythia-70m": 70_426_624,
@@ -77,7 +78,7 @@ def zeros(tree):
 def test_the_programs_are_those_of_the_run(tmp_path, tiny_config, monkeypatch):
     """After a run, none of its plan's programs compiles again when it is called with the plan's shapes: they are the same functions."""
     make = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda *axes: make(*axes, devices=jax.devices()[:1]))
+    monkeypatch.setattr(mesh, "make_mesh", lambda *axes: make(*axes, devices=jax.devices()[:1]))
     config = tiny_config(tmp_path, method="ocrm")
     phases = planner_of(config, sharding.mesh_of(config.mesh)).phases()
     run(config)
@@ -85,7 +86,7 @@ def test_the_programs_are_those_of_the_run(tmp_path, tiny_config, monkeypatch):
     for one in phases:
         assert one.function._cache_size() > 0, f"{one.title}: the run never called this function"
         arguments = zeros(one.arguments)
-        with counted() as watch:
+        with count_compilations() as watch:
             one.function(*arguments)
         assert not watch.seen, f"{one.title}: the run called it with other shapes"
     assert {one.loop for one in phases if one.name.startswith("sample")} == {8 - 1}  # the first token is the prompt's own pass

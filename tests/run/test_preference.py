@@ -19,15 +19,18 @@ from jaxrlhf.algorithms.rounds import METHODS, round_of
 from jaxrlhf.algorithms.update import Pairs
 from jaxrlhf.data.columns import read_header
 from jaxrlhf.data.tables import read_pair_table, write_pair_table
+from jaxrlhf.monitoring.metrics_file import read
+from jaxrlhf.monitoring.runlog import RunLog
 from jaxrlhf.run import preference
 from jaxrlhf.run.data import TRAIN, UPDATED, WEIGHTS, pairs_stage
 from jaxrlhf.run.models import sft_stage, tokenizer_stage
 from jaxrlhf.run.preference import preference_stage, with_reference
 from jaxrlhf.run.run import run
 from jaxrlhf.run.setting import Setting
-from jaxrlhf.run.stages import Done, Stage, Store, read_record
-from jaxrlhf.runlog import RunLog, read
 from jaxrlhf.steps.pair import pair_outputs
+from jaxrlhf.storage.record import read_record
+from jaxrlhf.storage.stage import Done, Stage
+from jaxrlhf.storage.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.run.run import run
-from jaxrlhf.run.stages import read_record
-from jaxrlhf.runlog import read
+from jaxrlhf.storage.record import read_record
 
 # `jaxrlhf launch`, but process 1 dies of a real SIGKILL when the checkpoint of the second step is on its way.
 KILLED = """

@@ -12,13 +12,13 @@ import jaxrlhf
 from jaxrlhf import rng
 from jaxrlhf.data.tables import read_pair_table, read_table
 from jaxrlhf.losses import sequence_logp, token_logp
+from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.recipe import ConfigError, from_mapping
 from jaxrlhf.run import models, refit
 from jaxrlhf.run import run as run_module
 from jaxrlhf.run.refit import MEASURES, THRESHOLDS, ess_share, said
 from jaxrlhf.run.run import run
-from jaxrlhf.run.stages import read_record
-from jaxrlhf.runlog import read
+from jaxrlhf.storage.record import read_record
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import processes, remote
-from jaxrlhf.checkpoint import Checkpoints
+from jaxrlhf import distributed
 from jaxrlhf.data.sources import iter_rows, source_files
-from jaxrlhf.remote import RemoteError
-from jaxrlhf.run.elsewhere import RemoteStore, check_seen_by_all
-from jaxrlhf.run.stages import Stage, StageError
+from jaxrlhf.storage import copies, remote
+from jaxrlhf.storage.checkpoint import Checkpoints
+from jaxrlhf.storage.remote import RemoteError
+from jaxrlhf.storage.remote_store import RemoteStore
+from jaxrlhf.storage.run_folder import check_seen_by_all
+from jaxrlhf.storage.stage import Stage, StageError
 from jaxrlhf.types import TrainState
 
 # A bucket in a folder: what an object store has, and a fault on demand. BUCKET_END=FILE: the process dies while it puts such a file.
@@ -89,7 +91,7 @@ def test_urls_and_paths():
     assert remote.is_url("gs://b/x") and remote.is_url("memory://x") and not remote.is_url("file:///x") and not remote.is_url("a/b")
     assert not remote.is_url(Path("gs:/b")) and not remote.is_url("C:\\x") and not remote.is_url(None)
     assert remote.as_path("file:///a/b") == Path("/a/b") and remote.as_path("runs") == Path("runs")
-    assert remote.work_folder("gs://b/x/") == remote.work_folder("gs://b/x") != remote.work_folder("gs://b/y")
+    assert copies.work_folder("gs://b/x/") == copies.work_folder("gs://b/x") != copies.work_folder("gs://b/y")
 
 
 def test_a_stage_is_put_record_last_and_found_by_another_machine(tmp_path, machine):
@@ -136,11 +138,11 @@ def test_what_another_process_of_this_machine_has_fetched_is_left_to_it(tmp_path
     RemoteStore("bucket://s").build(sft(), made("weights"))
     machine("two")
     url, folder = f"bucket://s/{sft().hash}", RemoteStore("bucket://s").root / sft().hash
-    assert remote.fetch_folder(url, folder, last="stage.json")
+    assert copies.fetch_folder(url, folder, last="stage.json")
     reading = folder.stat().st_ino
-    assert remote.fetch_folder(url, folder, last="stage.json") and folder.stat().st_ino == reading
+    assert copies.fetch_folder(url, folder, last="stage.json") and folder.stat().st_ino == reading
     (folder / "stage.json").write_text("{}")  # something else
-    assert remote.fetch_folder(url, folder, last="stage.json") and json.loads((folder / "stage.json").read_text())["files"]
+    assert copies.fetch_folder(url, folder, last="stage.json") and json.loads((folder / "stage.json").read_text())["files"]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
@@ -317,27 +319,27 @@ def test_a_run_killed_while_it_puts_goes_on_on_another_machine(tiny_mapping, tmp
 
     there, here = jaxrlhf.load(f"{run}/stages/01-sft"), jaxrlhf.load(local / "stages" / "01-sft")
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(there.params), jax.tree.leaves(here.params), strict=True))
-    assert remote.cached_folder(f"{run}/stages/01-sft") == remote.cached_folder(links["01-sft"])
+    assert copies.cached_folder(f"{run}/stages/01-sft") == copies.cached_folder(links["01-sft"])
 
     from jaxrlhf.cli import main
 
     assert main(["report", run]) == 0
     assert f"report: {run}/report.html" in capsys.readouterr().out
     assert "tiny" in bucket(tmp_path, "b", "runs", "tiny", "report.html").read_text()
-    fetched = [path.name for path in remote.work_folder(f"{run}#report").rglob("*")]
+    fetched = [path.name for path in copies.work_folder(f"{run}#report").rglob("*")]
     assert "stage.json" in fetched and not any(name.endswith(".safetensors") for name in fetched)
 
 
 def test_a_folder_of_files_at_a_url_is_fetched_once_for_each_content(machine):
     memory = fsspec.filesystem("memory")
     memory.pipe("/m/config.json", b"{}")
-    first = remote.cached_folder("memory://m")
-    assert first == remote.cached_folder("memory://m/") and [path.name for path in first.iterdir()] == ["config.json"]
+    first = copies.cached_folder("memory://m")
+    assert first == copies.cached_folder("memory://m/") and [path.name for path in first.iterdir()] == ["config.json"]
     memory.pipe("/m/config.json", b'{"another": 1}')
-    assert (remote.cached_folder("memory://m") / "config.json").read_bytes() == b'{"another": 1}'
+    assert (copies.cached_folder("memory://m") / "config.json").read_bytes() == b'{"another": 1}'
     assert (first / "config.json").read_bytes() == b"{}"
     with pytest.raises(FileNotFoundError, match="memory://none: no such folder"):
-        remote.cached_folder("memory://none")
+        copies.cached_folder("memory://none")
 
 
 def test_a_store_that_cannot_be_written_ends_the_run_before_it_begins(tiny_config, machine):
@@ -348,11 +350,11 @@ def test_a_store_that_cannot_be_written_ends_the_run_before_it_begins(tiny_confi
 
 
 def test_processes_that_do_not_see_one_store_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "count", lambda: 2)
-    monkeypatch.setattr(processes, "index", lambda: 1)
-    monkeypatch.setattr(processes, "agree", lambda value, what: ".seen-by-all-7")
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "index", lambda: 1)
+    monkeypatch.setattr(distributed, "agree", lambda value, what: ".seen-by-all-7")
     passed = []
-    monkeypatch.setattr(processes, "barrier", passed.append)
+    monkeypatch.setattr(distributed, "barrier", passed.append)
     for folder in (tmp_path / "none", tmp_path):
         with pytest.raises(RemoteError, match=f"process 1 does not see {folder} of process 0: .* on a shared file system or at gs://"):
             check_seen_by_all(folder, patience=0.1)

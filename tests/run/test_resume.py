@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 import jaxrlhf
+from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.recipe import from_mapping
 from jaxrlhf.run import models, setting
 from jaxrlhf.run.run import run
-from jaxrlhf.run.stages import read_record
-from jaxrlhf.runlog import read
+from jaxrlhf.storage.record import read_record
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

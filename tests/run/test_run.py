@@ -16,12 +16,12 @@ from jaxrlhf.data.tables import read_table
 from jaxrlhf.evaluation.report_arms import Arm, collect
 from jaxrlhf.evaluation.report_costs import share_of_corrections
 from jaxrlhf.evaluation.report_samples import samples_of
+from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.recipe import load_config
 from jaxrlhf.run.run import not_the_sampler, run
-from jaxrlhf.run.stages import read_record
 from jaxrlhf.run.table import read_summaries
-from jaxrlhf.runlog import read
 from jaxrlhf.scorers.toy import toy_gold
+from jaxrlhf.storage.record import read_record
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

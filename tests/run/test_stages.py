@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxrlhf.run.stages import RECORD, Stage, StageError, Store, canonical_json, fingerprint, read_record
+from jaxrlhf.storage.record import RECORD, read_record
+from jaxrlhf.storage.stage import Stage, StageError, canonical_json, fingerprint
+from jaxrlhf.storage.store import Store
 
 
 def write(text):

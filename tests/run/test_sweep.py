@@ -12,12 +12,12 @@ import jax
 import pytest
 import yaml
 
+from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.recipe import ConfigError, from_mapping
 from jaxrlhf.run import sweep as module
-from jaxrlhf.run.stages import read_record
 from jaxrlhf.run.sweep import Clock, jobs_of, read_sweep, seeds_of, spoken, sweep, way_out
 from jaxrlhf.run.table import read_summaries
-from jaxrlhf.runlog import read
+from jaxrlhf.storage.record import read_record
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

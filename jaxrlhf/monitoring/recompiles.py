@@ -1,4 +1,4 @@
-"""What is compiled and when: compiled programs kept between processes, and a guard that names what compiles in the middle of a loop.
+"""A guard that names what compiles in the middle of a loop.
 
 Every jitted function is compiled once for each set of shapes, dtypes and placements it is called with. That is meant in the first step of
 a loop. Later it stops all devices for as long as the first step did, and nothing in the figures says why.
@@ -6,18 +6,16 @@ a loop. Later it stops all devices for as long as the first step did, and nothin
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
-import platform
 import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
+
+_log = logging.getLogger(__name__)
 
 Mode = Literal["warn", "error", "off"]
 SHOWN = 5  # recompilations a loop describes; the others it counts
@@ -26,7 +24,6 @@ ARGUMENTS = 3  # of a recompilation, that are named
 _EVENT = "/jax/core/compile/backend_compile_duration"
 _LOGGER = logging.getLogger("jax._src.interpreters.pxla")
 _LINE = "Compiling %s with global shapes and types %s"
-_log = logging.getLogger(__name__)
 
 
 class RecompileError(RuntimeError):
@@ -53,7 +50,7 @@ class Compilation:
 
 
 @dataclass(eq=False)
-class Watch:
+class CompileWatch:
     """What one loop, or one stage, compiled. Counting costs nothing until something is compiled.
 
     The first step is the warm-up: it compiles what it needs. What compiles from the second one on is said once for each graph with its
@@ -73,7 +70,7 @@ class Watch:
     _late_seconds: float = 0.0
     _thread: int = field(default_factory=threading.get_ident)
 
-    def start(self) -> Watch:
+    def start(self) -> CompileWatch:
         _watching.add(self)
         return self
 
@@ -103,7 +100,7 @@ class Watch:
                 self.say(f"step {n}: {new.graph} compiled for another width ({_changes(old, new)}), {_brief(new.seconds)}; "
                          f"data.bucket {self.widths} makes a program for each width.")  # fmt: skip
             return
-        text = f"step {n}: {described(old, new)}"
+        text = f"step {n}: {explain(old, new)}"
         if self.mode == "error":
             raise RecompileError(f"{text} This is an error because log.recompiles is error; with warn the run goes on.")
         self._late += 1
@@ -112,7 +109,7 @@ class Watch:
             self.say(text)
 
 
-def described(old: Compilation | None, new: Compilation) -> str:
+def explain(old: Compilation | None, new: Compilation) -> str:
     """What was compiled, what differs from the last time, why that is and what to do about it."""
     if old is None:
         shown = ", ".join(new.shapes[:ARGUMENTS]) + (", …" if len(new.shapes) > ARGUMENTS else "")
@@ -194,9 +191,9 @@ def _closest(new: Compilation, before: list[Compilation]) -> Compilation | None:
 
 
 @contextmanager
-def counted() -> Iterator[Watch]:
+def count_compilations() -> Iterator[CompileWatch]:
     """Count the seconds that the block spends on compiling, in the thread that opened it."""
-    watch = Watch("off").start()
+    watch = CompileWatch("off").start()
     try:
         yield watch
     finally:
@@ -204,7 +201,7 @@ def counted() -> Iterator[Watch]:
 
 
 @contextmanager
-def unwatched() -> Iterator[None]:
+def ignore_compilations() -> Iterator[None]:
     """What the block compiles is no part of a step: a library that cuts arrays to write them, say."""
     _watching._latest.apart = True
     try:
@@ -221,12 +218,12 @@ class _Watching(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._watches: list[Watch] = []
+        self._watches: list[CompileWatch] = []
         self._latest = threading.local()
         self._levels = (logging.NOTSET, logging.WARNING)  # of JAX's logger: its own, and the one in effect
         self._lock = threading.Lock()
 
-    def add(self, watch: Watch) -> None:
+    def add(self, watch: CompileWatch) -> None:
         import jax
 
         with self._lock:
@@ -237,7 +234,7 @@ class _Watching(logging.Filter):
                 jax.monitoring.register_event_duration_secs_listener(self._event)
             self._watches.append(watch)
 
-    def discard(self, watch: Watch) -> None:
+    def discard(self, watch: CompileWatch) -> None:
         import jax
 
         with self._lock:
@@ -298,36 +295,3 @@ def _names(count: int) -> tuple[str, ...]:
             names = getattr(getattr(program, "jaxpr", program).debug_info, "arg_names", None) or ()
             return ("constant",) * (count - len(names)) + tuple(map(str, names)) if len(names) <= count else ()
     return ()
-
-
-def cache_compilations() -> None:
-    """Keep compiled programs between processes, unless the user has chosen a folder (or a URL) for them or switched that off.
-
-    Nothing about the cache can end a run: JAX compiles what it cannot read, and a folder that cannot be written is said once.
-    Programs for a CPU are made for its instructions, so machines that differ have folders of their own under one home.
-    """
-    import jax
-
-    if jax.config.values["jax_compilation_cache_dir"] is not None:  # "": switched off
-        return
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxrlhf" / "xla" / _machine()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"{folder} is not writable")
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home
-        _log.warning("compiled programs are not kept for the next run (%s); JAX_COMPILATION_CACHE_DIR names another folder.", error)
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-def _machine() -> str:
-    """A name that machines share whose CPUs take the same instructions."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        facts = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    except OSError:
-        facts = platform.processor()
-    return f"{platform.machine() or 'unknown'}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"

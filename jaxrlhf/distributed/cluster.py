@@ -23,7 +23,7 @@ class Group(NamedTuple):
     cluster: str | None
 
 
-def wanted(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> Group | None:
+def requested_group(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> Group | None:
     """What the arguments, else the environment (ENVIRONMENT), else a cluster say; None for a process that stands alone.
 
     `num_processes` 1 stands alone wherever it runs. Raises ProcessError for what cannot be. Imports nothing.
@@ -60,7 +60,7 @@ def check_alone(command: str) -> None:
 
     On a TPU machine it may be: each of a pod's machines can do by itself what needs no more.
     """
-    group = wanted()
+    group = requested_group()
     if group is not None and group.cluster in (None, "SLURM", "Open MPI"):
         count = group.num_processes or os.environ.get("SLURM_NTASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE")
         raise ProcessError(

@@ -15,15 +15,16 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf import processes, remote
+from jaxrlhf import distributed
 from jaxrlhf.config import Config
-from jaxrlhf.remote import LINKS
-from jaxrlhf.run.stages import RECORD, STATE, Done, Stage, Store
-from jaxrlhf.runlog import FILE
+from jaxrlhf.monitoring.metrics_file import FILE
+from jaxrlhf.storage import copies, remote
+from jaxrlhf.storage.copies import LINKS
+from jaxrlhf.storage.record import RECORD
+from jaxrlhf.storage.remote_store import RemoteStore, store_of
 
 PUT = ".put.json"  # in the copy of a run folder: its URL, and what was put there
 TAKEN = ("config.yaml", "summary.json", FILE, "wandb_id")  # of a run that another machine has begun
@@ -32,27 +33,18 @@ WEIGHTS = (".safetensors",)
 
 def folder_of(config: Config) -> Path:
     """The run folder on this machine: the run folder itself, or the copy of one at a URL."""
-    return (remote.work_folder(config.output) if remote.is_url(config.output) else remote.as_path(config.output)) / config.name
-
-
-def store_of(config: Config) -> Store:
-    """Where the finished stages of a run are."""
-    if config.store is not None:
-        place = config.store
-    else:
-        place = remote.join(config.output, ".stages") if remote.is_url(config.output) else remote.as_path(config.output) / ".stages"
-    return RemoteStore(place) if isinstance(place, str) and remote.is_url(place) else Store(remote.as_path(place))
+    return (copies.work_folder(config.output) if remote.is_url(config.output) else remote.as_path(config.output)) / config.name
 
 
 def check_places(config: Config) -> None:
     """Raise RemoteError where the run's URLs cannot be written, or several processes do not see one store: before anything is built."""
     for url in (config.output, config.store or ""):
-        if remote.is_url(url) and processes.is_leader():
+        if remote.is_url(url) and distributed.is_leader():
             remote.check_writable(url)
     store = store_of(config)
     if not isinstance(store, RemoteStore):
         check_seen_by_all(store.root)
-    elif processes.count() > 1 and store.url.split("://")[0] not in remote.DIRECT:
+    elif distributed.count() > 1 and store.url.split("://")[0] not in remote.DIRECT:
         raise remote.RemoteError(
             f"{store.url}: several processes write their checkpoints to gs:// or to a file system that all of them see; name such a store."
         )
@@ -60,81 +52,30 @@ def check_places(config: Config) -> None:
 
 def check_seen_by_all(folder: Path, patience: float = 10.0) -> None:
     """Raise RemoteError in a process that does not see in `folder` what the leader puts there. `patience`: seconds a file may take."""
-    if processes.count() == 1:
+    if distributed.count() == 1:
         return
     name = f".seen-by-all-{os.getpid()}-{time.time_ns()}"
-    if processes.is_leader():
+    if distributed.is_leader():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-    name, deadline = processes.agree(name, "the store"), time.monotonic() + patience
+    name, deadline = distributed.agree(name, "the store"), time.monotonic() + patience
     while not (folder.is_dir() and name in os.listdir(folder)):
         if time.monotonic() > deadline:
             raise remote.RemoteError(
-                f"process {processes.index()} does not see {folder} of process 0: several processes need an output and a store that all "
+                f"process {distributed.index()} does not see {folder} of process 0: several processes need an output and a store that all "
                 "of them see, on a shared file system or at gs://."
             )
         time.sleep(0.2)
-    processes.barrier("the store is seen by all")
-    if processes.is_leader():
+    distributed.barrier("the store is seen by all")
+    if distributed.is_leader():
         (folder / name).unlink()
-
-
-class RemoteStore(Store):
-    """A store at a URL, worked on through a folder of this machine, where all that was built or needed stays for the next run."""
-
-    def __init__(self, url: str):
-        super().__init__(remote.work_folder(url))
-        self.url = url.rstrip("/")
-        self._unneeded: set[str] = set()  # stages whose training state goes when they are there
-
-    def state(self, folder: Path) -> str:
-        return self._state(self.shared(folder).name.removeprefix(".partial-"))
-
-    def state_of(self, done: Done) -> str:
-        return self._state(done.hash)
-
-    def drop_state(self, folder: Path) -> None:
-        self._unneeded.add(folder.name.removeprefix(".partial-"))  # only once the stage has left this machine
-
-    def saving(self, folder: Path) -> None:
-        if (folder / FILE).exists():
-            hash = folder.name.removeprefix(".partial-")
-            remote.put_file(folder / FILE, remote.join(self.url, f".state-{hash}", FILE))
-
-    def _state(self, hash: str) -> str:
-        return remote.join(self.url, f".state-{hash}", STATE)
-
-    def _build(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None]) -> Done:
-        def goes_on(folder: Path) -> dict[str, Any] | None:
-            if not any(folder.iterdir()):  # another machine may have begun it
-                remote.fetch_file(remote.join(self.url, f".state-{stage.hash}", FILE), folder / FILE)
-            return fn(folder)
-
-        return super()._build(stage, goes_on)
-
-    def _load(self, stage: Stage, *, cached: bool) -> Done | None:
-        done = super()._load(stage, cached=cached)
-        if done is None:
-            self._fetch(stage.hash)
-            return super()._load(stage, cached=cached)
-        if remote.read(remote.join(self.url, stage.hash, RECORD)) is None:
-            remote.put_folder(done.folder, remote.join(self.url, stage.hash), last=RECORD)
-        if stage.hash in self._unneeded:
-            self._unneeded.discard(stage.hash)
-            remote.remove(remote.join(self.url, f".state-{stage.hash}"))
-            shutil.rmtree(remote.work_folder(self._state(stage.hash)), ignore_errors=True)
-        return done
-
-    def _fetch(self, hash: str) -> None:
-        if not (self.root / hash).is_dir():
-            remote.fetch_folder(remote.join(self.url, hash), self.root / hash, last=RECORD)
 
 
 def open_run(config: Config) -> None:
     """Make the run folder; of one at a URL, with what another machine has put there since this one did."""
     folder = folder_of(config)
     folder.mkdir(parents=True, exist_ok=True)
-    if not remote.is_url(config.output) or not processes.is_leader():
+    if not remote.is_url(config.output) or not distributed.is_leader():
         return
     url = remote.join(config.output, config.name)
     put = _put(folder) or {"url": url, "store": None, "files": {}}
@@ -155,7 +96,7 @@ def publish(folder: Path) -> None:
     linked = folder / "stages"
     links = {link.name: link for link in sorted(linked.iterdir()) if link.is_symlink()} if linked.is_dir() else {}
     skipped = ("stages",) if links else ()
-    for name in remote.files_in(folder, skipped):
+    for name in copies.files_in(folder, skipped):
         if any(part.startswith(".") for part in Path(name).parts):
             continue
         content = hashlib.sha256((folder / name).read_bytes()).hexdigest()
@@ -171,7 +112,7 @@ def publish(folder: Path) -> None:
 
 def fetch_run(url: str) -> Path:
     """A copy of the run folder (or folder of runs) at `url`, of all that a report reads: everything but weights and training state."""
-    folder = remote.work_folder(f"{url.rstrip('/')}#report")
+    folder = copies.work_folder(f"{url.rstrip('/')}#report")
     there = [name for name in remote.names(url) if not any(part.startswith(".") for part in name.split("/"))]
     if not there:
         raise FileNotFoundError(f"{url}: no such run folder, or nothing in it.")
@@ -182,7 +123,7 @@ def fetch_run(url: str) -> Path:
         stages = (folder / name).parent / "stages"
         for link, target in links.items():
             if remote.is_url(target) and _hash(stages / link) != target.rsplit("/", 1)[1]:
-                remote.fetch_folder(target, stages / link, last=RECORD, wanted=lambda file: not file.endswith(WEIGHTS))
+                copies.fetch_folder(target, stages / link, last=RECORD, wanted=lambda file: not file.endswith(WEIGHTS))
         for stale in stages.iterdir() if stages.is_dir() else ():
             if stale.name not in links:
                 shutil.rmtree(stale)
@@ -193,7 +134,7 @@ def put_report(url: str, page: Path) -> str:
     """Put a report that was made of `fetch_run(url)` beside the run: the page, its table and its figures. The page's URL."""
     from jaxrlhf.evaluation.report import FIGURES, TABLE
 
-    figures = [f"{FIGURES}/{name}" for name in remote.files_in(page.parent / FIGURES)]
+    figures = [f"{FIGURES}/{name}" for name in copies.files_in(page.parent / FIGURES)]
     for name in (TABLE, *figures, page.name):
         remote.put_file(page.parent / name, remote.join(url, name))
     return remote.join(url, page.name)

@@ -1,9 +1,4 @@
-"""Where arrays live and what runs on them: the one door to devices. Nothing outside looks inside what is passed around as `mesh`.
-
-`mesh_of` makes that value from the config: a mesh, or `Replicas` for `jax.pmap`. `layout.py` has the mesh and the table from parameter
-path to axes, `engines.py` compiles steps and passes, and this file puts arrays there and brings them back. Only these three import
-`jax.sharding`.
-"""
+"""Put arrays on a mesh, and bring them back."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,70 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxrlhf.engines import Compiled, held_rows, keep_rows, rows, rows_and_metrics, step
-from jaxrlhf.layout import (
-    AXES,
-    BATCH_AXES,
-    ROWS,
-    RULES,
-    WHOLE,
-    Devices,
-    Replicas,
-    check_batch_size,
-    data_shards,
-    grid_of,
-    make_mesh,
-    only_device,
-    path_of,
-    rows_at_once,
-    shardings,
-    template,
-)
-
-__all__ = [
-    "AXES",
-    "BATCH_AXES",
-    "RULES",
-    "Compiled",
-    "Devices",
-    "Replicas",
-    "as_placed",
-    "bring",
-    "build",
-    "check_batch_size",
-    "check_offload",
-    "create",
-    "data_shards",
-    "gather",
-    "held_rows",
-    "keep_rows",
-    "make_mesh",
-    "mesh_of",
-    "offload",
-    "path_of",
-    "place",
-    "place_batch",
-    "replicate",
-    "rows",
-    "rows_and_metrics",
-    "rows_at_once",
-    "shardings",
-    "step",
-    "template",
-]
-
-
-def mesh_of(config: Any) -> Devices:
-    """The devices of a config's section `mesh`: its axes, and `engine` "jit" or "pmap".
-
-    Raises ValueError for axes that do not fit the devices, and for a pmap over more than `data` or more than one process.
-    """
-    mesh = make_mesh(config.data, config.fsdp, config.tensor)
-    if config.engine == "jit":
-        return mesh
-    if config.engine != "pmap":
-        raise ValueError(f"mesh.engine {config.engine!r} is unknown; use jit or pmap.")
-    return Replicas(mesh)
+from jaxrlhf.sharding.mesh import ROWS, WHOLE, Devices, check_batch_size, data_shards, only_device, raw_mesh
+from jaxrlhf.sharding.rules import path_of, shardings
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
@@ -100,7 +33,7 @@ def place(tree: Any, mesh: Devices) -> Any:
     return jax.tree.map(_put, tree, shardings(tree, mesh))
 
 
-def as_placed(tree: Any, mesh: Devices) -> Any:
+def uncommitted(tree: Any, mesh: Devices) -> Any:
     """A tree that was restored from a checkpoint as `place` would have put it; the arrays handed in are used up.
 
     On the default device `place` leaves arrays uncommitted, and what a checkpoint gives back is committed: jit makes another program of
@@ -125,7 +58,7 @@ def place_batch(batch: Any, mesh: Devices) -> Any:
 
     Raises ValueError where the batch size does not divide over the data shards.
     """
-    (single, device), grid = only_device(mesh), grid_of(mesh)
+    (single, device), grid = only_device(mesh), raw_mesh(mesh)
     if single or grid is None:
         return jax.device_put(batch, device)
     for leaf in jax.tree.leaves(batch):
@@ -136,39 +69,10 @@ def place_batch(batch: Any, mesh: Devices) -> Any:
 
 def replicate(tree: Any, mesh: Devices) -> Any:
     """Put a whole copy of every leaf on every device of the mesh."""
-    (single, device), grid = only_device(mesh), grid_of(mesh)
+    (single, device), grid = only_device(mesh), raw_mesh(mesh)
     if single or grid is None:
         return jax.device_put(tree, device)
     return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(grid, WHOLE)), tree)
-
-
-HOST = "pinned_host"  # memory of the host that devices read without a detour
-
-
-def check_offload(mesh: Devices) -> None:
-    """Raise ValueError where a device cannot reach pinned memory of its host, which is where `offload` puts arrays."""
-    (single, device), grid = only_device(mesh), grid_of(mesh)
-    device = (device or jax.devices()[0]) if single or grid is None else grid.devices.flat[0]
-    kinds = sorted(memory.kind for memory in device.addressable_memories())
-    if HOST not in kinds:
-        raise ValueError(f"{device} has no {HOST} memory, only {', '.join(kinds)}: model.offload_frozen cannot work here; leave it out.")
-
-
-def offload(tree: Any) -> Any:
-    """The arrays in the host's pinned memory, laid out over the devices as before. What they were copied from goes when its owners do."""
-    return jax.block_until_ready(jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding.with_memory_kind(HOST)), tree))
-
-
-def bring(tree: Any) -> Any:
-    """Offloaded arrays back in the memory of their devices; arrays that are there already are not copied."""
-
-    def back(leaf: jax.Array) -> jax.Array:
-        if leaf.sharding.memory_kind != HOST:
-            return leaf
-        kind = next(iter(leaf.sharding.device_set)).default_memory().kind
-        return jax.device_put(leaf, leaf.sharding.with_memory_kind(kind))
-
-    return jax.tree.map(back, tree)
 
 
 def build(shapes: Any, mesh: Devices, read: Callable[[str, tuple[slice, ...]], np.ndarray]) -> Any:
@@ -202,7 +106,7 @@ def _sent(part: np.ndarray, devices: list[Any]) -> list[jax.Array]:
     return jax.block_until_ready([jax.device_put(part, device) for device in devices])
 
 
-def create(make: Callable[..., Any], mesh: Devices, *args: Any) -> Any:
+def init_on_mesh(make: Callable[..., Any], mesh: Devices, *args: Any) -> Any:
     """The parameters that `make(*args)` computes, each device computing its own part by the table; the same bits on any mesh."""
     single, device = only_device(mesh)
     if single or mesh is None:

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxrlhf import processes, remote
-from jaxrlhf.compilation import unwatched
+from jaxrlhf import distributed
+from jaxrlhf.monitoring.recompiles import ignore_compilations
+from jaxrlhf.storage import copies, remote
 from jaxrlhf.types import Params, TrainState
 
 _args: Any = ocp.args
@@ -54,9 +55,9 @@ class Checkpoints:
             raise ValueError(f"keep {keep}: at least one checkpoint has to stay; try 1.")
         self._url = str(folder) if remote.is_url(str(folder)) else None
         self._direct = self._url is not None and self._url.split("://")[0] in remote.DIRECT
-        if self._url is not None and not self._direct and processes.count() > 1:
+        if self._url is not None and not self._direct and distributed.count() > 1:
             raise CheckpointError(f"{self._url}: several processes write their checkpoints to gs:// or a file system that all of them see.")
-        self.folder: Any = Path(folder).absolute() if self._url is None else remote.work_folder(self._url)
+        self.folder: Any = Path(folder).absolute() if self._url is None else copies.work_folder(self._url)
         with _clear_errors(self.folder, "open"):
             if self._direct and self._url is not None:
                 from etils import epath
@@ -78,12 +79,15 @@ class Checkpoints:
         A step that is already there is left as it is: the same step is the same state. Raises CheckpointError where the disk is full or
         an earlier save failed.
         """
-        if processes.agree(step in self._manager.all_steps(), f"checkpoint {step}"):  # saving is something that all do or none
+        if distributed.agree(step in self._manager.all_steps(), f"checkpoint {step}"):  # saving is something that all do or none
             return
         items = _items(state)
         self._check_room(items)
         saves = {name: _args.StandardSave(_flat(tree)) for name, tree in items.items() if jax.tree.leaves(tree)}
-        with unwatched(), _clear_errors(self.folder, "write"):  # several processes cut what all of them hold, and each writes a part
+        with (
+            ignore_compilations(),
+            _clear_errors(self.folder, "write"),
+        ):  # several processes cut what all of them hold, and each writes a part
             self._manager.save(step, args=_args.Composite(meta=_args.JsonSave(meta or {}), **saves), force=True)
         if self._url is not None and not self._direct:
             self.wait()
@@ -134,7 +138,7 @@ class Checkpoints:
 
     def _existing(self, step: int | None) -> int | None:
         self.wait()
-        there = processes.agree(sorted(self._manager.all_steps()), f"the checkpoints in {self.folder}")
+        there = distributed.agree(sorted(self._manager.all_steps()), f"the checkpoints in {self.folder}")
         if step is None:
             return there[-1] if there else None
         if step not in there:
@@ -145,7 +149,7 @@ class Checkpoints:
         """Put there what is here alone, and remove what is there alone."""
         here, there = set(self._manager.all_steps()), _steps_at(url)
         for step in sorted(here - there):
-            remote.put_folder(self.folder / str(step), remote.join(url, str(step)), last=_FILES)
+            copies.put_folder(self.folder / str(step), remote.join(url, str(step)), last=_FILES)
         for step in sorted(there - here):
             remote.remove(remote.join(url, str(step), _FILES))  # first: without it the rest is no checkpoint
             remote.remove(remote.join(url, str(step)))
@@ -154,7 +158,7 @@ class Checkpoints:
         """Have here what is there: another machine may have gone on since."""
         for step in sorted(_steps_at(url)):
             folder = self.folder / str(step)
-            if not folder.is_dir() and remote.fetch_folder(remote.join(url, str(step)), folder, last=_FILES):
+            if not folder.is_dir() and copies.fetch_folder(remote.join(url, str(step)), folder, last=_FILES):
                 (folder / _FILES).unlink()
 
     def _check_room(self, items: dict[str, Any]) -> None:

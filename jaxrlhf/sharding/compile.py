@@ -14,26 +14,24 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrlhf.layout import (
+from jaxrlhf.sharding.mesh import (
     BATCH_AXES,
     ROWS,
     WHOLE,
     Devices,
     Replicas,
-    by_hand,
     check_batch_size,
     data_shards,
-    grid_of,
+    is_data_parallel,
     only_device,
-    say_once,
-    shardings,
-    struct,
-    template,
+    raw_mesh,
+    warn_once,
 )
+from jaxrlhf.sharding.rules import shardings, struct, template
 
 
 @functools.cache
-def keep_rows(mesh: Devices) -> Callable[..., Any] | None:
+def constrain_rows(mesh: Devices) -> Callable[..., Any] | None:
     """A function for use inside a step that cuts the leading axis of every leaf over `data` and `fsdp`, as `place_batch` does outside.
 
         keep(tree, heads=None)      heads: the axis that is cut over `tensor`, where it divides (keys and values of attention)
@@ -44,8 +42,8 @@ def keep_rows(mesh: Devices) -> Callable[..., Any] | None:
     divide over the mesh are left to the compiler, and that is said. None where devices have their own rows anyway; equal meshes give the
     same function.
     """
-    grid = grid_of(mesh)
-    if grid is None or grid.size == 1 or by_hand(mesh):
+    grid = raw_mesh(mesh)
+    if grid is None or grid.size == 1 or is_data_parallel(mesh):
         return None
     shards, across = data_shards(grid), grid.shape["tensor"]
 
@@ -55,7 +53,7 @@ def keep_rows(mesh: Devices) -> Callable[..., Any] | None:
             return jax.lax.with_sharding_constraint(tree, NamedSharding(grid, spec))
         count = np.shape(jax.tree.leaves(tree)[0])[0]
         if count % shards:
-            say_once(f"{count} rows at once do not divide over {shards} data shards; every device may compute all of them.")
+            warn_once(f"{count} rows at once do not divide over {shards} data shards; every device may compute all of them.")
             return tree
 
         def keep_one(leaf: jax.Array) -> jax.Array:
@@ -68,9 +66,9 @@ def keep_rows(mesh: Devices) -> Callable[..., Any] | None:
     return keep
 
 
-def held_rows(mesh: Devices) -> dict[str, Any]:
+def row_constraints(mesh: Devices) -> dict[str, Any]:
     """What a model has to know of a mesh (`models.model.build_model`): `constrain`, and over how many devices the compiler cuts rows."""
-    keep = keep_rows(mesh)
+    keep = constrain_rows(mesh)
     return {"constrain": keep, "row_shards": 1 if keep is None else data_shards(mesh)}
 
 
@@ -113,14 +111,14 @@ def rows_and_metrics(make: Callable[..., Callable], mesh: Devices) -> Compiled:
 
 
 def _compiled(make: Callable[..., Callable], mesh: Devices, out: Any, donated: tuple[int, ...], *, apart: bool = False) -> Compiled:
-    grid = grid_of(mesh)
+    grid = raw_mesh(mesh)
     if only_device(mesh)[0] or grid is None:
         return jax.jit(make(axis_name=None), donate_argnums=donated)
     if isinstance(mesh, Replicas):
-        return _Mapped(make(axis_name="data"), grid, out, donated)
-    if by_hand(mesh) or apart:
-        return _OnMesh(_apart(make(axis_name="data"), grid, out), grid, out, donated)
-    return _OnMesh(_together(make(axis_name=None), grid), grid, out, donated)
+        return _Pmapped(make(axis_name="data"), grid, out, donated)
+    if is_data_parallel(mesh) or apart:
+        return _MeshJit(_per_device(make(axis_name="data"), grid, out), grid, out, donated)
+    return _MeshJit(_global(make(axis_name=None), grid), grid, out, donated)
 
 
 def _row_specs(batch: Any, grid: Mesh) -> Any:
@@ -131,7 +129,7 @@ def _row_specs(batch: Any, grid: Mesh) -> Any:
     return jax.tree.map(lambda leaf: ROWS if np.ndim(leaf) else WHOLE, batch)
 
 
-def _apart(function: Callable, grid: Mesh, out: Any) -> Callable:
+def _per_device(function: Callable, grid: Mesh, out: Any) -> Callable:
     """The function on every device's own rows."""
     specs = jax.tree.map(lambda kind: WHOLE if kind == "state" else kind, out, is_leaf=_is_kind)
 
@@ -144,7 +142,7 @@ def _apart(function: Callable, grid: Mesh, out: Any) -> Callable:
     return run
 
 
-def _together(function: Callable, grid: Mesh) -> Callable:
+def _global(function: Callable, grid: Mesh) -> Callable:
     """The function as it is, once its batch has been looked at."""
 
     @functools.wraps(function)
@@ -159,7 +157,7 @@ def _is_kind(leaf: Any) -> bool:
     return isinstance(leaf, PartitionSpec | str)
 
 
-class _OnMesh:
+class _MeshJit:
     """`jax.jit` over a mesh, its outputs held where they belong."""
 
     def __init__(self, function: Callable, grid: Mesh, out: Any, donated: tuple[int, ...]):
@@ -187,7 +185,7 @@ class _OnMesh:
         return self._for(first).lower(template(first, self._grid), placed, *(template(more, self._grid) for more in rest))
 
 
-class _Mapped:
+class _Pmapped:
     """`jax.pmap`, its device axis hidden: arrays go in and come out with all their rows in one axis."""
 
     def __init__(self, function: Callable, grid: Mesh, out: Any, donated: tuple[int, ...]):

@@ -1,0 +1,140 @@
+"""Start, finish and abort a group of processes that work as one.
+
+`jax.distributed` is the engine: its coordinator, in process 0, knows the processes, keeps the small values they exchange, hears their
+heartbeats and ends those that are left when one is silent for HEARTBEAT seconds. What is added here: an ordinary exception in one process
+ends the others too, and whoever watches is told which process is gone.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from jaxrlhf.distributed.cluster import Group, ProcessError, check_free, devices_of_task, requested_group, wait_for
+from jaxrlhf.distributed.exchange import barrier
+from jaxrlhf.distributed.membership import count
+from jaxrlhf.distributed.watchdog import HEARTBEAT, PERIOD, SILENT, Watchdog, end_process, say
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+START_TIMEOUT = 300  # seconds that processes wait for each other at the start
+SHUTDOWN_TIMEOUT = 60  # seconds between the first and the last process at the end
+_watchdog: Watchdog | None = None
+
+
+def start(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None, *, timeout: int = START_TIMEOUT
+) -> bool:
+    """Join the other processes, if there are any; whether there are. Before anything else is asked of JAX.
+
+    Arguments as `wanted` takes them; `timeout` is how many seconds the processes wait for each other. Raises ProcessError where they
+    cannot meet.
+    """
+    global _watchdog
+    group = requested_group(coordinator, num_processes, process_id)
+    if group is None:
+        return False
+    import jax
+
+    if jax.distributed.is_initialized():
+        return count() > 1
+    if group.coordinator is not None and group.process_id is not None:
+        check_free(group.coordinator) if group.process_id == 0 else wait_for(group.coordinator, timeout)
+    patience = threading.Timer(20, say, [f"still waiting for the other processes ({timeout} s at most)"])
+    patience.daemon = True
+    patience.start()
+    try:
+        # Otherwise SIGTERM would only be noted, and a process that a scheduler wants to end would go on until it is killed.
+        jax.config.update("jax_enable_preemption_service", False)
+        jax.distributed.initialize(
+            group.coordinator,
+            group.num_processes,
+            group.process_id,
+            local_device_ids=devices_of_task(),
+            cluster_detection_method=None if group.cluster else "deactivate",
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
+        )
+    except Exception as error:
+        raise ProcessError(_not_started(group, error)) from error
+    finally:
+        patience.cancel()
+    if count() == 1:
+        return False
+    _watchdog = Watchdog()
+    sys.excepthook = _told_to_others(sys.excepthook)
+    return True
+
+
+def _told_to_others(shown: Callable[..., Any]) -> Callable[..., None]:
+    """What becomes of an exception that nobody has caught: it is shown, and ends the others too."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        shown(kind, error, trace)
+        abort(1, f"{kind.__name__}: {error}")
+
+    return hook
+
+
+def _not_started(group: Group, error: Exception) -> str:
+    where = group.coordinator or f"found through {group.cluster}"
+    if "before any JAX" in str(error) or "backend" in str(error):
+        return "JAX was in use before the processes were joined; call jaxrlhf.processes.start() before anything else."
+    alone = " A process that is to run alone is started with --num_processes 1." if group.cluster else ""
+    return f"the processes could not be joined ({where}): {error or repr(error)}.{alone}"
+
+
+def finish() -> None:
+    """The end of a run that went well, in every process: wait for each other and let go. Nothing, in a process that stands alone."""
+    if _watchdog is None:
+        return
+    import jax
+
+    barrier("end")
+    _watchdog.stop()
+    jax.distributed.shutdown()
+
+
+def failure_elsewhere(error: BaseException) -> str | None:
+    """What to say where `error` has its cause in another process: that one's end. None where the error is this process's own.
+
+    Waits until it is known, at most SILENT seconds and a look.
+    """
+    if _watchdog is None or not _from_between(error):
+        return None
+    deadline = time.monotonic() + SILENT + 2 * PERIOD
+    while time.monotonic() < deadline:
+        if found := _watchdog.lost_peer():
+            return found
+        time.sleep(0.2)
+    return None
+
+
+def _from_between(error: BaseException | None) -> bool:
+    """Whether the runtime raised it, and not a `raise` statement with a message for users: a collective that broke looks like that."""
+    while error is not None:
+        if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def is_grouped() -> bool:
+    """Whether `start` has joined this process with others."""
+    return _watchdog is not None
+
+
+def abort(status: int, message: str | None = None) -> None:
+    """End this process of a group, and with it the others, who are told `message` (None: it ends because of another). Returns where the
+    process stands alone."""
+    if _watchdog is None:
+        return
+    if message is not None:
+        _watchdog.announce(message)
+    else:
+        _watchdog.acknowledge()
+    end_process(status)

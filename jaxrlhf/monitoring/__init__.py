@@ -1,0 +1,1 @@
+"""What a run says while it runs: metrics, progress, and what compiles in the middle of a loop."""

@@ -1,0 +1,81 @@
+"""metrics.jsonl: a line a step, read back and repaired."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+FILE = "metrics.jsonl"
+RESERVED = ("stage", "round", "step")
+
+
+def scalars(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Python numbers of device scalars, fetched together. Strings, bools and None stay. Raises ValueError for longer arrays."""
+    out = {}
+    for name, value in jax.device_get(dict(metrics)).items():
+        if isinstance(value, np.ndarray | np.generic):
+            if value.size != 1:
+                raise ValueError(f"metric {name} has shape {list(value.shape)}; log a scalar, its mean for example.")
+            value = value.item() if value.dtype.kind in "biu" else float(value.item())
+        out[name] = value
+    return out
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a half-written last one (the process was killed) is left out. No file: no lines."""
+    path = Path(path)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is not JSON ({error}); delete that line to go on.") from error
+    return lines
+
+
+def repair(path: Path) -> None:
+    """Cut off a half-written last line, so that the next one starts on its own."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            file.truncate(whole)
+
+
+def forget(path: Path, stage: str, round: int | None, *, after: int) -> None:
+    """Drop the lines of `stage` in `round` whose step is past `after`: a resumed run takes those steps again."""
+    rewrite(path, lambda line: (line["stage"], line["round"]) != (stage, round) or line["step"] <= after)
+
+
+def rewrite(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    lines = read(path)
+    kept = [line for line in lines if wanted(line)]
+    if len(kept) < len(lines):
+        fresh = path.with_suffix(".jsonl.new")
+        fresh.unlink(missing_ok=True)
+        append(fresh, kept)
+        os.replace(fresh, path)
+
+
+def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(to_line(line) for line in lines)
+
+
+def to_line(fields: Mapping[str, Any]) -> str:
+    spelled = {k: _spell(v) if isinstance(v, float) else v for k, v in fields.items()}
+    return json.dumps(spelled, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _spell(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

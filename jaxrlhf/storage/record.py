@@ -1,0 +1,59 @@
+"""stage.json: what a finished stage says of itself."""
+
+import importlib.metadata
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.storage.stage import STAGE_FORMAT, Stage, StageError, canonical_json
+
+RECORD = "stage.json"
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """The stage.json of a stage folder. Raises StageError with the way out where it is missing or broken."""
+    path = Path(folder) / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StageError(f"{path} is missing, so the stage is not whole; delete {Path(folder)} to build it again.") from None
+    except (OSError, ValueError) as error:
+        raise StageError(f"{path} cannot be read ({error}); delete {Path(folder)} to build the stage again.") from error
+    if not isinstance(record, dict) or not record.get("finished"):
+        raise StageError(f"{path} is not the record of a finished stage; delete {Path(folder)} to build it again.")
+    return record
+
+
+def record_of(stage: Stage, result: dict[str, Any] | None, seconds: float, resumed: bool) -> dict[str, Any]:
+    return {
+        "kind": stage.kind,
+        "name": stage.name,
+        "function": stage.function,
+        "version": stage.version,
+        "hash": stage.hash,
+        "inputs": {name: done.hash for name, done in stage.inputs.items()},
+        "parent": stage.inputs[stage.parent].hash if stage.parent else None,
+        "config": json.loads(canonical_json(stage.config)),
+        "result": result,
+        "seconds": round(seconds, 3),  # of the process that finished it
+        "resumed": resumed,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {name: _version(name) for name in ("jaxrlhf", "jax", "flax")} | {"python": platform.python_version()},
+        "format": STAGE_FORMAT,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def hash_of(folder: Path) -> str | None:
+    try:
+        return read_record(folder)["hash"]
+    except (StageError, KeyError):
+        return None

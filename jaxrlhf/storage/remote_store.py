@@ -1,0 +1,75 @@
+"""The store of finished stages at a URL, and which store a run has."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.config import Config
+from jaxrlhf.monitoring.metrics_file import FILE
+from jaxrlhf.storage import copies, remote
+from jaxrlhf.storage.record import RECORD
+from jaxrlhf.storage.stage import Done, Stage
+from jaxrlhf.storage.store import STATE, Store
+
+
+def store_of(config: Config) -> Store:
+    """Where the finished stages of a run are."""
+    if config.store is not None:
+        place = config.store
+    else:
+        place = remote.join(config.output, ".stages") if remote.is_url(config.output) else remote.as_path(config.output) / ".stages"
+    return RemoteStore(place) if isinstance(place, str) and remote.is_url(place) else Store(remote.as_path(place))
+
+
+class RemoteStore(Store):
+    """A store at a URL, worked on through a folder of this machine, where all that was built or needed stays for the next run."""
+
+    def __init__(self, url: str):
+        super().__init__(copies.work_folder(url))
+        self.url = url.rstrip("/")
+        self._unneeded: set[str] = set()  # stages whose training state goes when they are there
+
+    def state(self, folder: Path) -> str:
+        return self._state(self.shared(folder).name.removeprefix(".partial-"))
+
+    def state_of(self, done: Done) -> str:
+        return self._state(done.hash)
+
+    def drop_state(self, folder: Path) -> None:
+        self._unneeded.add(folder.name.removeprefix(".partial-"))  # only once the stage has left this machine
+
+    def saving(self, folder: Path) -> None:
+        if (folder / FILE).exists():
+            hash = folder.name.removeprefix(".partial-")
+            remote.put_file(folder / FILE, remote.join(self.url, f".state-{hash}", FILE))
+
+    def _state(self, hash: str) -> str:
+        return remote.join(self.url, f".state-{hash}", STATE)
+
+    def _build(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None]) -> Done:
+        def goes_on(folder: Path) -> dict[str, Any] | None:
+            if not any(folder.iterdir()):  # another machine may have begun it
+                remote.fetch_file(remote.join(self.url, f".state-{stage.hash}", FILE), folder / FILE)
+            return fn(folder)
+
+        return super()._build(stage, goes_on)
+
+    def _load(self, stage: Stage, *, cached: bool) -> Done | None:
+        done = super()._load(stage, cached=cached)
+        if done is None:
+            self._fetch(stage.hash)
+            return super()._load(stage, cached=cached)
+        if remote.read(remote.join(self.url, stage.hash, RECORD)) is None:
+            copies.put_folder(done.folder, remote.join(self.url, stage.hash), last=RECORD)
+        if stage.hash in self._unneeded:
+            self._unneeded.discard(stage.hash)
+            remote.remove(remote.join(self.url, f".state-{stage.hash}"))
+            shutil.rmtree(copies.work_folder(self._state(stage.hash)), ignore_errors=True)
+        return done
+
+    def _fetch(self, hash: str) -> None:
+        if not (self.root / hash).is_dir():
+            copies.fetch_folder(remote.join(self.url, hash), self.root / hash, last=RECORD)
