@@ -209,7 +209,7 @@ def test_the_leader_that_ends_because_of_another_goes_last():
         watch = object.__new__(watchdog.Watchdog)
         watch._client, watch._me, watch._count, watch._period, watch._lost = client, me, count, 2.0, OSError
         started = time.monotonic()
-        watch.heard()
+        watch.acknowledge()
         return time.monotonic() - started
 
     client = Client()
