@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.data.pairs import read_pairs
-from jaxrlhf.models.encoder_files import load_encoder, tokenize
-from jaxrlhf.offline.embed import compiled_pass, encoder_identity, open_encoder, padded_width
+from jaxrlhf.models.hub.encoder import load_encoder, tokenize
+from jaxrlhf.offline.encoder_identity import encoder_identity
+from jaxrlhf.offline.encoders import compiled_pass, open_encoder, padded_width
 
 
 def some_texts(count: int) -> tuple[list[str], str]:

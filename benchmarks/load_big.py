@@ -26,8 +26,8 @@ import numpy as np
 from safetensors import safe_open
 
 from jaxrlhf.models import build_model, config_from_hf, load, save
-from jaxrlhf.models.files import Tensor, shards_of, tensor_files, write_json, write_shards
-from jaxrlhf.models.names import layout, leaf
+from jaxrlhf.models.hub.safetensors import Tensor, shards_of, tensor_files, write_json, write_shards
+from jaxrlhf.models.hub.tensor_names import layout, leaf
 
 LIMIT = 1.3
 CONFIG = {

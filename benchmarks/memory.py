@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.algorithms.ppo import ppo_trainer
-from jaxrlhf.algorithms.supervised import optimizer_of
+from jaxrlhf.algorithms.policy_updates import ppo_trainer
+from jaxrlhf.algorithms.training import optimizer_of
 from jaxrlhf.config import PPOConfig, SFTConfig
 from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.lora import adapters

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import sharding
-from jaxrlhf.algorithms.ppo import ppo_trainer
-from jaxrlhf.algorithms.supervised import sft_trainer
+from jaxrlhf.algorithms.policy_updates import ppo_trainer
+from jaxrlhf.algorithms.training import sft_trainer
 from jaxrlhf.config import PPOConfig, SFTConfig
 from jaxrlhf.models import build_model, config_from_shape
 from jaxrlhf.plugins import plugin
@@ -122,7 +122,7 @@ def sampler_of(policy: Any, mesh: Any) -> Any:
 
 def exchanged(function: Any, *arguments: Any) -> int:
     """Bytes a device exchanges in one call; responses are taken to run to their full length."""
-    from jaxrlhf import hlo
+    from jaxrlhf.plan import hlo
 
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
     text = hlo.text_of(function.lower(*shapes).compile())

@@ -72,25 +72,28 @@ class Watcher:
 def setting() -> tuple[Any, Any, Any]:
     """(config, subjects, mesh) of the one size."""
     from jaxrlhf import sharding
+    from jaxrlhf.plan.models import planned_models
     from jaxrlhf.recipe import from_mapping
-    from jaxrlhf.run.plan_models import subjects_of
 
     config = from_mapping(CONFIG)
-    return config, subjects_of(config, uses_encoder=False), sharding.mesh_of(config.mesh)
+    return config, planned_models(config, uses_encoder=False), sharding.mesh_of(config.mesh)
 
 
 def predicted(stage: str) -> dict[str, float]:
     """Phase → bytes, as the plan has them."""
-    from jaxrlhf.run.plan import start_devices
-    from jaxrlhf.run.plan_compile import compiled
-    from jaxrlhf.run.plan_counts import counts_of
-    from jaxrlhf.run.plan_memory import planned
-    from jaxrlhf.run.plan_phases import Planner
+    from jaxrlhf.commands.plan import start_devices
+    from jaxrlhf.plan.compile import compiled
+    from jaxrlhf.plan.counts import counts_of
+    from jaxrlhf.plan.memory import planned
+    from jaxrlhf.plan.phases import policy_phases
+    from jaxrlhf.plan.planner import Planner
+    from jaxrlhf.plan.training import reward_phases, sft_phase
 
     start_devices(None)
     config, subjects, mesh = setting()
     planner = Planner(config, subjects, counts_of(config), mesh)
-    phases = {"sft": lambda: [planner.sft()], "reward": lambda: planner.reward(1), "ppo": planner.policies}[stage]()
+    made = {"sft": lambda: [sft_phase(planner)], "reward": lambda: reward_phases(planner, 1), "ppo": lambda: policy_phases(planner)}
+    phases = made[stage]()
     return {one.name: planned(one, compiled(one, mesh), mesh).total for one in phases}
 
 
@@ -117,7 +120,7 @@ def measured(stage: str) -> dict[str, float]:
     import numpy as np
 
     from jaxrlhf import sharding
-    from jaxrlhf.algorithms import ppo, reward, supervised  # noqa: F401  # modules are loaded before anything is compared
+    from jaxrlhf.algorithms import ppo, reward, training  # noqa: F401  # modules are loaded before anything is compared
 
     found_setting = setting()
     jax.block_until_ready(sharding.place(np.zeros(8), found_setting[2]))  # the runtime's own threads and pools
@@ -146,9 +149,9 @@ def give_back() -> None:
 def run_sft(phase: Callable[[str], Any], config: Any, subjects: Any, mesh: Any) -> None:
     import jax
 
-    from jaxrlhf.algorithms.supervised import own_copy, sft_trainer
-    from jaxrlhf.run.plan_models import models_of
-    from jaxrlhf.run.plan_shapes import texts
+    from jaxrlhf.algorithms.training import own_copy, sft_trainer
+    from jaxrlhf.plan.models import models_of
+    from jaxrlhf.plan.shapes import texts
     from jaxrlhf.sharding import place
     from jaxrlhf.steps.state import init_state
 
@@ -168,10 +171,10 @@ def run_reward(phase: Callable[[str], Any], config: Any, subjects: Any, mesh: An
     import numpy as np
 
     from jaxrlhf.algorithms.reward import reward_loss, reward_trainer
-    from jaxrlhf.algorithms.supervised import own_copy
+    from jaxrlhf.algorithms.training import own_copy
+    from jaxrlhf.plan.models import models_of
+    from jaxrlhf.plan.shapes import pairs, texts
     from jaxrlhf.plugins import plugin
-    from jaxrlhf.run.plan_models import models_of
-    from jaxrlhf.run.plan_shapes import pairs, texts
     from jaxrlhf.scorers.reward_model import score_pass
     from jaxrlhf.sharding import place
     from jaxrlhf.steps.state import init_state
@@ -197,11 +200,11 @@ def run_ppo(phase: Callable[[str], Any], config: Any, subjects: Any, mesh: Any) 
     import jax
     import jax.numpy as jnp
 
-    from jaxrlhf.algorithms.ppo import ppo_trainer
-    from jaxrlhf.algorithms.supervised import own_copy
+    from jaxrlhf.algorithms.policy_updates import ppo_trainer
+    from jaxrlhf.algorithms.training import own_copy
+    from jaxrlhf.plan.models import models_of
+    from jaxrlhf.plan.shapes import bools, ints
     from jaxrlhf.plugins import plugin
-    from jaxrlhf.run.plan_models import models_of
-    from jaxrlhf.run.plan_shapes import bools, ints
     from jaxrlhf.sharding import place
     from jaxrlhf.steps.state import init_state
     from jaxrlhf.types import PromptBatch

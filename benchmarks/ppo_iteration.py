@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import rng
-from jaxrlhf.algorithms.ppo import RoundModels, ppo_trainer, train_ppo
-from jaxrlhf.algorithms.supervised import own_copy
+from jaxrlhf.algorithms.policy_updates import ppo_trainer
+from jaxrlhf.algorithms.ppo import RoundModels, train_ppo
+from jaxrlhf.algorithms.training import own_copy
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.model import build_model

@@ -3,7 +3,7 @@
     JAXRLHF_DATA=FOLDER python benchmarks/real_preferences.py [--sets polite persona ukp] [--seeds 0 1 2] [--output runs/real-preferences]
 
 FOLDER holds polite_style, persona_yesno and ukp_convarg, each with train.jsonl.gz and valid.jsonl.gz (prompt, chosen, rejected). A reward
-model goes through the library's own stages (`jaxrlhf.run.run.run` until "reward"): a tokenizer trained on the set's own text, SFT on its
+model goes through the library's own stages (`jaxrlhf.run` until "reward"): a tokenizer trained on the set's own text, SFT on its
 chosen responses, Bradley–Terry on its pairs, accuracy on the valid file. The baselines see the same rows: the longer (or the shorter,
 whichever is more often right on train) response in characters, and a Bradley–Terry model on counts of words.
 """
@@ -30,8 +30,8 @@ from scipy.sparse import csr_matrix
 from jaxrlhf.data.pairs import Pair, read_pairs, split_by_prompt
 from jaxrlhf.evaluation.diagnostics import pair_accuracy
 from jaxrlhf.evaluation.winrate import wilson_interval
+from jaxrlhf.pipeline.run import run
 from jaxrlhf.recipe import load_config
-from jaxrlhf.run.run import run
 
 
 class PreferenceSet(NamedTuple):

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxrlhf.models.hub import Loaded, load, save
+    from jaxrlhf.pipeline.run import run
     from jaxrlhf.rollouts.generate import generate
-    from jaxrlhf.run.run import run
 
 # Resolved on first use, so that `import jaxrlhf.losses` loads neither Flax nor tokenizers.
 _DOOR = {
@@ -16,7 +16,7 @@ _DOOR = {
     "save": "jaxrlhf.models.hub",
     "Loaded": "jaxrlhf.models.hub",
     "generate": "jaxrlhf.rollouts.generate",
-    "run": "jaxrlhf.run.run",
+    "run": "jaxrlhf.pipeline.run",
 }
 
 

@@ -15,6 +15,7 @@ import jax
 Array = jax.Array
 Params = Any  # a plain nested dict of arrays
 Metrics = dict[str, Array]
+Progress = Callable[[int, int], None]  # (rows or batches done, of all), from (0, all) on
 
 _T = TypeVar("_T")
 

@@ -1,16 +1,45 @@
-"""What every test shares: four fake CPU devices, a compilation cache, and the folder of real data where there is one."""
+"""What every test shares: four fake CPU devices, a compilation cache, a run of seconds, and the folder of real data where there is one."""
 
+import copy
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 
+from jaxrlhf import sharding
+from jaxrlhf.recipe import from_mapping
+from jaxrlhf.sharding import mesh
+
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "golden"))  # tiny models and encoders, which the scripts of goldens make too
 
 jax.config.update("jax_num_cpu_devices", 4)  # before the backend starts; one device stays the default one
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+# A run of seconds: the toy task, a model of one layer, a few steps of everything.
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "rounds": 2,
+    "method": "ppo",
+    "data": {"num_demonstrations": 96, "num_prompts": 48, "limits": {"max_prompt_length": 17, "max_response_length": 8}},
+    "model": {"shape": {"family": "llama", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}},
+    "pairs": {"source": "sample", "num_pairs": 40, "num_valid": 20, "batch_size": 32},
+    "gold": {"kind": "toy"},
+    "sft": {"batch_size": 32, "learning_rate": 1e-2, "lr_scheduler_type": "constant"},
+    "reward": {"batch_size": 32, "learning_rate": 1e-3, "num_reference_rows": 32, "eval_batch_size": 32},
+    "ppo": {
+        "total_episodes": 48, "batch_size": 16, "num_ppo_epochs": 1, "response_length": 8, "temperature": 1.0, "learning_rate": 3e-3,
+        "missing_eos_score": -1.0,
+    },
+    "weights": {"alpha": 0.0, "eta": "ess", "ess_target": 0.5, "batch_size": 32},
+    "evaluation": {"num_prompts": 20, "batch_size": 32},
+    "log": {"tensorboard": False},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,3 +59,35 @@ def real_data() -> Path:
     if not path.is_dir():
         pytest.fail(f"JAXRLHF_DATA is {folder}, which is not a folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_mapping():
+    """tiny_mapping(output, {"section.key": value, …}) → the recipe as a mapping."""
+
+    def make(output, **changes: Any) -> dict[str, Any]:
+        raw = copy.deepcopy(TINY) | {"output": str(output)}
+        for key, value in changes.items():
+            *sections, name = key.split("__")
+            inner = raw
+            for section in sections:
+                inner = inner.setdefault(section, {})
+            inner[name] = value
+        return raw
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_mapping):
+    return lambda output, **changes: from_mapping(tiny_mapping(output, **changes))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Runs of this module see one of the four fake devices, which is what compiles fastest."""
+    patch = pytest.MonkeyPatch()
+    make = sharding.make_mesh
+    patch.setattr(mesh, "make_mesh", lambda *axes: make(*axes, devices=jax.devices()[:1]))
+    yield
+    patch.undo()

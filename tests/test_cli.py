@@ -10,6 +10,7 @@ import yaml
 
 from jaxrlhf import cli
 from jaxrlhf.algorithms.rounds import METHODS
+from jaxrlhf.commands.recipe_arguments import config_of
 from jaxrlhf.config import Config
 
 TOY = {"pairs": {"source": "sample"}, "gold": {"kind": "toy"}}
@@ -29,7 +30,7 @@ def recipe(tmp_path):
 def calls(monkeypatch, tmp_path):
     """What would have been run: (config, until)."""
     made = []
-    import jaxrlhf.run.run as module
+    import jaxrlhf.pipeline.run as module
 
     def run(config, *, until=None):
         made.append((config, until))
@@ -140,7 +141,7 @@ def test_single_stage_commands(recipe, calls, command):
 
 
 def test_faults_of_ours_keep_their_traceback(recipe, monkeypatch):
-    import jaxrlhf.run.run as module
+    import jaxrlhf.pipeline.run as module
 
     def broken(config, *, until=None):
         raise ZeroDivisionError("a fault")
@@ -158,8 +159,8 @@ def test_faults_of_ours_keep_their_traceback(recipe, monkeypatch):
 
 def test_only_messages_written_for_users_are_shown_without_a_traceback(recipe, monkeypatch, tmp_path, capsys):
     """Our `raise` statements, the system and missing modules speak for themselves; a failing operation, ours or a plug-in's, does not."""
-    import jaxrlhf.run.run as module
-    from jaxrlhf.data.report import ReadReport
+    import jaxrlhf.pipeline.run as module
+    from jaxrlhf.data.read_report import ReadReport
     from jaxrlhf.data.tokens import Limits, pad_right
     from jaxrlhf.losses.bradley_terry import column
     from jaxrlhf.sharding import check_batch_size
@@ -196,7 +197,7 @@ def test_only_messages_written_for_users_are_shown_without_a_traceback(recipe, m
 
 
 def test_generate_prints_rows_and_writes_files_whole(monkeypatch, tmp_path, capsys):
-    import jaxrlhf.run.generate as module
+    import jaxrlhf.rollouts.texts as module
 
     seen = []
     monkeypatch.setattr(module, "generate_texts", lambda **settings: seen.append(settings) or iter([{"id": "0", "response": "é"}]))
@@ -213,8 +214,8 @@ def test_generate_prints_rows_and_writes_files_whole(monkeypatch, tmp_path, caps
 @pytest.fixture
 def swept(monkeypatch, tmp_path):
     """What would have been swept: (config, seeds); the sweep's one run finished, or failed where `failed` is appended to."""
-    import jaxrlhf.run.sweep as module
-    from jaxrlhf.run.sweep_runs import Run, Sweep
+    import jaxrlhf.sweep.sweep as module
+    from jaxrlhf.sweep.statistics import Run, Sweep
 
     made, failed = [], []
     settings = {"policy_update": "ppo", "reference": "SFT", "reward": "kept", "restart": "–", "rounds": 1, "episodes": 8, "prompts": 8}
@@ -254,7 +255,7 @@ def test_sweep_refuses_what_cannot_be_meant(recipe, swept, capsys):
 
 @pytest.mark.parametrize("command", ["embed", "nearest"])
 def test_tools_have_their_own_options(command, monkeypatch, capsys):
-    module = importlib.import_module(f"jaxrlhf.run.{command}")
+    module = importlib.import_module(f"jaxrlhf.commands.{command}")
     seen = []
     monkeypatch.setattr(module, "main", lambda options: seen.append(options) or 3)
     with pytest.raises(SystemExit) as stop:
@@ -267,7 +268,7 @@ def test_tools_have_their_own_options(command, monkeypatch, capsys):
 
 def test_columns_of_the_row_are_given_on_the_command_line_too(recipe, capsys):
     """Whether or not the recipe has a row; a column that does not exist is refused by name."""
-    config = cli._config_of("run", recipe(), ["--row.reference", "previous", "--seed", "3", "--row.restart-critic=false"])
+    config = config_of("run", recipe(), ["--row.reference", "previous", "--seed", "3", "--row.restart-critic=false"])
     assert config.row == {"reference": "previous", "restart_critic": False} and config.seed == 3
     assert cli.main(["run", recipe(), "--row.refernce", "sft"]) == 1
     assert "row.refernce is no column of a method; the columns are policy_update" in capsys.readouterr().err

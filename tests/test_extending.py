@@ -15,10 +15,10 @@ from jaxrlhf import cli, plugins, sharding
 from jaxrlhf.algorithms.reward import score_pairs
 from jaxrlhf.data.tables import read_pair_table, read_table
 from jaxrlhf.monitoring.metrics_file import read
+from jaxrlhf.pipeline.inputs import gold_identity
+from jaxrlhf.pipeline.stages.reward_update import _read_by
 from jaxrlhf.plugins import source_of
 from jaxrlhf.recipe import load_config
-from jaxrlhf.run.data import _read_by
-from jaxrlhf.run.inputs import gold_identity
 from jaxrlhf.sharding import mesh
 from jaxrlhf.storage.record import read_record
 

@@ -11,11 +11,12 @@ import pytest
 from jaxrlhf.data.pairs import read_demonstrations
 from jaxrlhf.data.tables import read_pair_table
 from jaxrlhf.models.hub import load
+from jaxrlhf.pipeline.inputs import held_out_of
+from jaxrlhf.pipeline.loop import HEURISTIC
+from jaxrlhf.pipeline.run import run
+from jaxrlhf.pipeline.table import findings, read_summaries
 from jaxrlhf.recipe import from_mapping, load_config
-from jaxrlhf.run.generate import generate_texts
-from jaxrlhf.run.inputs import held_out_of
-from jaxrlhf.run.run import HEURISTIC, run
-from jaxrlhf.run.table import findings, read_summaries
+from jaxrlhf.rollouts.texts import generate_texts
 
 STEPS = {
     "sft": {"max_steps": 2, "batch_size": 8, "learning_rate": 1e-3},

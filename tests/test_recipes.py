@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxrlhf.algorithms.ppo import num_updates, ppo_trainer
+from jaxrlhf.algorithms.policy_updates import ppo_trainer
+from jaxrlhf.algorithms.ppo import num_updates
 from jaxrlhf.algorithms.reward import reward_loss, reward_trainer
 from jaxrlhf.algorithms.rounds import METHODS, method_of, num_rounds
-from jaxrlhf.algorithms.supervised import sft_trainer
+from jaxrlhf.algorithms.training import sft_trainer
 from jaxrlhf.models.families import config_from_hf
 from jaxrlhf.models.model import build_model
 from jaxrlhf.plugins import plugin

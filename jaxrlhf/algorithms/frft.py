@@ -17,14 +17,14 @@ import numpy as np
 
 from jaxrlhf import distributed, rng
 from jaxrlhf.algorithms.ocrm import importance_weighted
-from jaxrlhf.algorithms.update import Pairs, RoundContext, encoder_options
+from jaxrlhf.algorithms.reward_update import Pairs, RoundContext, encoder_options
 from jaxrlhf.config import FilterConfig
 from jaxrlhf.data.batches import take
 from jaxrlhf.data.pairs import dataset_hash
 from jaxrlhf.data.tokens import Limits, decode_responses, pad_id_of, tokenize_prompts
 from jaxrlhf.evaluation.filter_report import filter_report, write_filter_report
 from jaxrlhf.models.hub import eos_ids
-from jaxrlhf.offline.embed import encoder_identity
+from jaxrlhf.offline.encoder_identity import encoder_identity
 from jaxrlhf.offline.nearest import nearest_index, nearest_similarity, own_similarity
 from jaxrlhf.offline.select import keep_flags, read_similarities, select, similarity_header, texts_of, write_similarities
 from jaxrlhf.offline.select import random_subset as drawn_at_random
@@ -33,7 +33,7 @@ from jaxrlhf.rollouts.dataset import Sampling, sample_dataset
 from jaxrlhf.types import PromptBatch
 
 
-class Asked(NamedTuple):
+class FilterPrompts(NamedTuple):
     """The prompts that the policy answers, and for every pair the number of its own prompt among them (None: compared with all)."""
 
     prompts: list[str]
@@ -41,10 +41,10 @@ class Asked(NamedTuple):
     own_N: np.ndarray | None
 
 
-class Compared(NamedTuple):
+class Similarities(NamedTuple):
     """What the filter knows; `columns` holds {"chosen_similarity", "rejected_similarity", "keep"} of every pair."""
 
-    asked: Asked
+    asked: FilterPrompts
     answers: list[str]
     columns: dict[str, np.ndarray]
 
@@ -69,7 +69,7 @@ def nearest_importance_weighted(context: RoundContext, pairs: Pairs) -> tuple[Pa
     return importance_weighted(context, kept)
 
 
-def similarities(context: RoundContext, pairs: Pairs) -> Compared:
+def similarities(context: RoundContext, pairs: Pairs) -> Similarities:
     """How near every pair is to what the policy writes now; from disk where these pairs and this policy have been seen before."""
     section, asked = context.config.filter, _asked(context, pairs)
     facts = {"policy": context.policy_hash, "prompts": asked.prompts, "seed": context.config.seed, "round": context.round}
@@ -90,10 +90,10 @@ def similarities(context: RoundContext, pairs: Pairs) -> Compared:
         if leads:
             write_similarities(folder, pairs.ids, found, header, overwrite=True)
     columns = read_similarities(pairs.ids, folder, expect=header) if leads else None
-    return Compared(asked, answers, distributed.agree_on_columns(columns, f"columns of {folder.name}"))
+    return Similarities(asked, answers, distributed.agree_on_columns(columns, f"columns of {folder.name}"))
 
 
-def _compare(context: RoundContext, pairs: Pairs, asked: Asked, answers: list[str]) -> dict[str, np.ndarray]:
+def _compare(context: RoundContext, pairs: Pairs, asked: FilterPrompts, answers: list[str]) -> dict[str, np.ndarray]:
     """Both sides and the policy's text are embedded and compared, and the rule decides."""
     section = context.config.filter
     generations = _vectors(context, "the policy's text", asked.prompts, answers)
@@ -109,7 +109,7 @@ def _compare(context: RoundContext, pairs: Pairs, asked: Asked, answers: list[st
     return columns | {"keep": keep_flags(kept, len(pairs.rows))}
 
 
-def _reported(context: RoundContext, pairs: Pairs, rule: str, found: Compared, kept: np.ndarray) -> tuple[Pairs, np.ndarray]:
+def _reported(context: RoundContext, pairs: Pairs, rule: str, found: Similarities, kept: np.ndarray) -> tuple[Pairs, np.ndarray]:
     """The pairs `kept`, with weight 1, and the account of them."""
     section, similar = context.config.filter, found.columns
     near = found.asked.own_N
@@ -169,7 +169,7 @@ def _kept_on_disk(path: Path, make: Callable[[], list[str]]) -> list[str]:
     return distributed.agree(json.loads(path.read_text(encoding="utf-8")) if leads else None, f"the texts of {path.name}")
 
 
-def _asked(context: RoundContext, pairs: Pairs) -> Asked:
+def _asked(context: RoundContext, pairs: Pairs) -> FilterPrompts:
     """`compare: own`: every distinct prompt of the pairs. `nearest`: so many of the run's prompts, others every round if they are fresh."""
     section = context.config.filter
     if section.compare == "own":
@@ -179,13 +179,13 @@ def _asked(context: RoundContext, pairs: Pairs) -> Asked:
         _, first = np.unique(own_N, return_index=True)
         tokens = pairs.tokens
         table = PromptBatch(tokens.prompt_BL, tokens.prompt_mask_BL, tokens.row_mask_B, tokens.index_B)
-        return Asked(list(number), _renumbered(take(table, first)), own_N)
+        return FilterPrompts(list(number), _renumbered(take(table, first)), own_N)
     limits, prompts = context.config.data.limits, context.prompts()
     table, report = tokenize_prompts(prompts, context.policy.tokenizer, Limits(**asdict(limits)))
     kept = [prompts[i].prompt for i in report.rows]
     first = (context.round - 2) * section.num_prompts if section.round_prompts == "fresh" else 0
     rows = np.arange(first, first + section.num_prompts) % len(kept)  # from the start again where there are fewer
-    return Asked([kept[i] for i in rows], _renumbered(take(table, rows)), None)
+    return FilterPrompts([kept[i] for i in rows], _renumbered(take(table, rows)), None)
 
 
 def _renumbered(table: PromptBatch) -> PromptBatch:
@@ -193,7 +193,7 @@ def _renumbered(table: PromptBatch) -> PromptBatch:
     return replace(table, index_B=np.arange(len(table.index_B), dtype=np.int32))
 
 
-def _answers(context: RoundContext, asked: Asked) -> list[str]:
+def _answers(context: RoundContext, asked: FilterPrompts) -> list[str]:
     """The policy's text for every prompt."""
     section, policy = context.config.filter, context.policy
     sampling = Sampling(

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.algorithms.update import Pairs, RoundContext, stored_pair_logps
+from jaxrlhf.algorithms.reward_update import Pairs, RoundContext, stored_pair_logps
 from jaxrlhf.config import Config, WeightsConfig
 from jaxrlhf.evaluation.weight_health import write_weight_health
 from jaxrlhf.losses import eta_for_ess, importance_weights, relative_log_ratio, weight_summary

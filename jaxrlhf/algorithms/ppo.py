@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,17 +14,16 @@ import numpy as np
 import optax
 
 from jaxrlhf import rng, sharding
-from jaxrlhf.algorithms.in_turn import all_metrics, score_in_turn
-from jaxrlhf.algorithms.supervised import optimizer_of
+from jaxrlhf.algorithms.offloaded import all_metrics, score_offloaded
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.batches import batches
 from jaxrlhf.losses import POLICY_LOSSES, bind, hyperparameter_names
-from jaxrlhf.rollouts.credit import CreditRule, gae_credit, rloo_credit
+from jaxrlhf.rollouts.credit import CreditRule
 from jaxrlhf.rollouts.generate import check_left_padded, generate
 from jaxrlhf.rollouts.score import RolloutModels, score_rollout
-from jaxrlhf.steps.ppo import LossPart, make_ppo_step, policy_part, value_part
-from jaxrlhf.steps.state import actor_critic, joined
-from jaxrlhf.types import Completion, Metrics, Model, Params, PolicyLoss, PromptBatch, Rollout, TrainState
+from jaxrlhf.steps.ppo import LossPart, make_ppo_step
+from jaxrlhf.steps.state import joined
+from jaxrlhf.types import Completion, Metrics, Params, PolicyLoss, PromptBatch, Rollout, TrainState
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ class PPOTrainer(NamedTuple):
     optimizer: optax.GradientTransformation
     sample: Callable[..., Completion]  # (params, prompts, key)
     score: sharding.Compiled  # (params, (prompts, completion), controller, reward_bias) → (Rollout, metrics)
-    score_in_turn: Callable[..., tuple[Rollout, Metrics]]  # the same of frozen models that wait on the host, one at a time on the device
+    score_offloaded: Callable[..., tuple[Rollout, Metrics]]  # the same of frozen models that wait on the host, one at a time on the device
     update: sharding.Compiled  # (state, rollout, key) → (state, metrics)
 
 
@@ -67,15 +66,6 @@ def passes_of(config: PPOConfig) -> int:
     return 1 if config.generation_batch_size is None else -(-config.batch_size // config.generation_batch_size)
 
 
-def check_rloo(config: PPOConfig) -> None:
-    """Raise ValueError unless a rollout batch is made of whole groups of `rloo_k` ≥ 2 responses."""
-    k, rows = config.rloo_k, config.batch_size
-    if k < 2:
-        raise ValueError(f"ppo.rloo_k is {k}; a response is judged by the others to its prompt, so give 2 or more.")
-    if rows % k:
-        raise ValueError(f"ppo.batch_size {rows} counts responses and does not divide by ppo.rloo_k {k}; try {max(rows // k, 1) * k}.")
-
-
 def policy_loss_of(config: PPOConfig, plugin: Callable[[str], PolicyLoss]) -> PolicyLoss:
     """The section's policy loss with those of the section's hyperparameters bound that it has."""
     if ":" not in config.loss and config.loss not in POLICY_LOSSES:
@@ -93,20 +83,6 @@ def policy_loss_of(config: PPOConfig, plugin: Callable[[str], PolicyLoss]) -> Po
     return bind(loss, **{name: value for name, value in section.items() if name in known})
 
 
-def ppo_optimizer(config: PPOConfig) -> optax.GradientTransformation:
-    """One optimizer over {"policy", "critic"}; each has its own moments, schedule and gradient clipping.
-
-    Through the critic's warm-up the policy's schedule waits too, so that it still ends at the round's last step.
-    """
-    per_rollout = config.num_ppo_epochs * config.num_mini_batches
-    steps, warmup = num_updates(config) * per_rollout, config.critic_warmup_updates * per_rollout
-    return actor_critic(
-        optimizer_of(config, steps=max(steps - warmup, 1)),
-        optimizer_of(config, steps=steps, learning_rate=config.critic_learning_rate),
-        critic_warmup=warmup,
-    )
-
-
 @cache
 def _say_truncated(top_k: int, top_p: float) -> None:
     _log.warning(
@@ -115,41 +91,7 @@ def _say_truncated(top_k: int, top_p: float) -> None:
     )
 
 
-def ppo_trainer(policy: Model, scalar: Model, config: PPOConfig, plugin: Callable[[str], PolicyLoss], **how: Any) -> PPOTrainer:
-    """The compiled parts of a round of PPO; `scalar` is the model of both critic and reward. Equal arguments share compilations.
-
-    `how`: eos_ids, pad_id, vocab_size, and where they apply mesh and the `spread_coef` of an ensemble, as `_trainer` takes them.
-    """
-    return _ppo_trainer(policy, scalar, config, policy_loss_of(config, plugin), **how)
-
-
-@lru_cache(maxsize=8)
-def _ppo_trainer(policy: Model, scalar: Model, config: PPOConfig, loss: PolicyLoss, **how: Any) -> PPOTrainer:
-    parts = (
-        policy_part(policy, loss, temperature=config.temperature),
-        value_part(scalar, cliprange_value=config.cliprange_value, vf_coef=config.vf_coef),
-    )
-    credit = partial(
-        gae_credit, gamma=config.gamma, lam=config.lam, score_placement=config.score_placement, whiten_rewards=config.whiten_rewards
-    )
-    return _trainer(RolloutModels(policy, policy, critic=scalar, reward=scalar), parts, credit, ppo_optimizer(config), config, **how)
-
-
-def rloo_trainer(policy: Model, scalar: Model, config: PPOConfig, plugin: Callable[[str], PolicyLoss], **how: Any) -> PPOTrainer:
-    """The compiled parts of a round of RLOO, as `ppo_trainer`: the same update without its value part, and no critic anywhere."""
-    check_rloo(config)
-    return _rloo_trainer(policy, scalar, config, policy_loss_of(config, plugin), **how)
-
-
-@lru_cache(maxsize=8)
-def _rloo_trainer(policy: Model, scalar: Model, config: PPOConfig, loss: PolicyLoss, **how: Any) -> PPOTrainer:
-    parts = (policy_part(policy, loss, temperature=config.temperature),)
-    credit = partial(rloo_credit, samples=config.rloo_k, whiten_rewards=config.whiten_rewards)
-    optimizer = optimizer_of(config, steps=num_updates(config) * config.num_ppo_epochs * config.num_mini_batches)
-    return _trainer(RolloutModels(policy, policy, reward=scalar), parts, credit, optimizer, config, **how)
-
-
-def _trainer(
+def make_trainer(
     models: RolloutModels,
     parts: tuple[LossPart, ...],
     credit: CreditRule,
@@ -221,28 +163,8 @@ def _trainer(
         keep_rows=sharding.constrain_rows(mesh),
     )
     scored = sharding.rows_and_metrics(lambda axis_name: partial(score, axis_name=axis_name), mesh)
-    in_turn = score_in_turn(models, credit, mesh, reading=reading, assembling=assembling, spread_coef=spread_coef)
-    return PPOTrainer(optimizer, sample, scored, in_turn, sharding.step(make_step, mesh))
-
-
-class PolicyUpdate(NamedTuple):
-    """What a round has to know of the way its policy learns."""
-
-    trainer: Callable[..., PPOTrainer]
-    critic: bool  # whether `params` has a critic beside the policy
-    samples: Callable[[PPOConfig], int]  # responses to each prompt of a rollout batch
-    unread: tuple[str, ...]  # fields of the section that it does not read
-
-
-POLICY_UPDATES: dict[str, PolicyUpdate] = {
-    "ppo": PolicyUpdate(ppo_trainer, True, lambda config: 1, ("rloo_k",)),
-    "rloo": PolicyUpdate(
-        rloo_trainer,
-        False,
-        lambda config: config.rloo_k,
-        ("gamma", "lam", "cliprange_value", "vf_coef", "score_placement", "critic_warmup_updates", "critic_learning_rate"),
-    ),
-}
+    offloaded = score_offloaded(models, credit, mesh, reading=reading, assembling=assembling, spread_coef=spread_coef)
+    return PPOTrainer(optimizer, sample, scored, offloaded, sharding.step(make_step, mesh))
 
 
 def rollout_prompts(
@@ -280,9 +202,9 @@ def train_ppo(
     """
     frozen = {"reference": fixed.reference, "reward": fixed.reward} | ({} if fixed.sft is None else {"sft": fixed.sft})
     rest = () if fixed.base is None else (fixed.base,)
-    score = trainer.score_in_turn if fixed.offloaded else trainer.score
+    score = trainer.score_offloaded if fixed.offloaded else trainer.score
     for update, batch in enumerate(prompts, start=start):
-        clock = _Clock()
+        clock = PhaseTimer()
         check_left_padded(batch.prompt_mask_BL)
         batch = sharding.place_batch(batch, mesh)
         models = joined(state.params, fixed.base)
@@ -292,7 +214,7 @@ def train_ppo(
         yield state, {**measured, **learned, **clock.seconds}
 
 
-class _Clock:
+class PhaseTimer:
     """Seconds of each phase, by waiting for its result.
 
     That is three waits an update: phases cannot overlap anyway (each needs the one before), but the device stands idle

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from jaxrlhf import sharding
-from jaxrlhf.algorithms.supervised import optimizer_of
+from jaxrlhf.algorithms.training import optimizer_of
 from jaxrlhf.config import DPOConfig
 from jaxrlhf.losses import PAIR_LOSSES, bind, hyperparameter_names
 from jaxrlhf.steps.pair import make_pair_step

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf import sharding
-from jaxrlhf.algorithms.supervised import optimizer_of
+from jaxrlhf.algorithms.training import optimizer_of
 from jaxrlhf.config import RewardConfig
 from jaxrlhf.losses import PAIR_LOSSES, bind, hyperparameter_names
 from jaxrlhf.scorers.reward_model import score_responses

@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrlhf import rng
-from jaxrlhf.algorithms.update import Pairs, RoundContext, encoder_options
+from jaxrlhf.algorithms.reward_update import Pairs, RoundContext, encoder_options
 from jaxrlhf.data.batches import take
 from jaxrlhf.data.pairs import Pair, Prompt
 from jaxrlhf.data.tables import write_table
 from jaxrlhf.data.tokens import Limits, decode_responses, pad_id_of, tokenize_prompts
-from jaxrlhf.models.encoder_files import encoder_folder, load_classifier
 from jaxrlhf.models.hub import eos_ids, reward_bias
-from jaxrlhf.offline.embed import embed_texts, encoder_identity, folder_hash
+from jaxrlhf.models.hub.encoder import encoder_folder, load_classifier
+from jaxrlhf.offline.embed import embed_texts
+from jaxrlhf.offline.encoder_identity import encoder_identity, folder_hash
 from jaxrlhf.offline.synthesize import (
     Choice,
     Meanings,

@@ -15,8 +15,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from jaxrlhf.algorithms.frft import nearest, nearest_importance_weighted, random_subset
 from jaxrlhf.algorithms.ocrm import importance_weighted
+from jaxrlhf.algorithms.reward_update import RewardUpdate, unweighted
 from jaxrlhf.algorithms.rlp import synthetic
-from jaxrlhf.algorithms.update import RewardUpdate, unweighted
 
 PREFERENCE = ("dpo", "wpo")  # policy updates that learn from pairs and need no reward model
 

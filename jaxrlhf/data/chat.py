@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from jaxrlhf.data.report import DataError
+from jaxrlhf.data.read_report import DataError
 
 Messages = list[dict[str, Any]]
 # Arguments of apply_chat_template that are no variables of a template: a row may not set them.

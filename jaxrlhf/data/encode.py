@@ -10,7 +10,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from jaxrlhf.data.chat import chat_end_id, special_strings
-from jaxrlhf.data.report import DataError
+from jaxrlhf.data.read_report import DataError
 
 Specials = Literal["text", "parse"]
 Ids = list[int]

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from jaxrlhf.data.report import DataError, ReadReport
+from jaxrlhf.data.read_report import DataError, ReadReport
 from jaxrlhf.data.schemas import BadRow, Reading, demonstration_fields, pair_fields, prompt_fields
 from jaxrlhf.data.sources import Fault, Source, iter_rows
 

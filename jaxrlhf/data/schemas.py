@@ -20,7 +20,7 @@ from jaxrlhf.data.chat import (
     require_template,
     special_strings,
 )
-from jaxrlhf.data.report import DataError
+from jaxrlhf.data.read_report import DataError
 
 ASSISTANT = "\n\nAssistant:"
 _RESPONSES = ("completion", "response")

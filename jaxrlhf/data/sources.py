@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxrlhf.data.report import DataError
+from jaxrlhf.data.read_report import DataError
 from jaxrlhf.storage import copies, remote
 
 T = TypeVar("T")

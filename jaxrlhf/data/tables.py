@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.data.pairs import Pair
-from jaxrlhf.data.report import DataError
+from jaxrlhf.data.read_report import DataError
 from jaxrlhf.data.tokens import pad_left, pad_right
 from jaxrlhf.types import PairBatch, TextBatch
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from jaxrlhf.data.chat import eos_ids_of
 from jaxrlhf.data.encode import Encoder, Ids, Specials
 from jaxrlhf.data.pairs import Demonstration, Pair, Prompt
-from jaxrlhf.data.report import DataError, ReadReport
+from jaxrlhf.data.read_report import DataError, ReadReport
 from jaxrlhf.types import PairBatch, PromptBatch, TextBatch
 
 

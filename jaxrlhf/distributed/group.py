@@ -83,7 +83,7 @@ def _told_to_others(shown: Callable[..., Any]) -> Callable[..., None]:
 def _not_started(group: Group, error: Exception) -> str:
     where = group.coordinator or f"found through {group.cluster}"
     if "before any JAX" in str(error) or "backend" in str(error):
-        return "JAX was in use before the processes were joined; call jaxrlhf.processes.start() before anything else."
+        return "JAX was in use before the processes were joined; call jaxrlhf.distributed.start() before anything else."
     alone = " A process that is to run alone is started with --num_processes 1." if group.cluster else ""
     return f"the processes could not be joined ({where}): {error or repr(error)}.{alone}"
 

@@ -20,14 +20,13 @@ import numpy as np
 from jax import lax
 
 from jaxrlhf import sharding
-from jaxrlhf.types import Array
+from jaxrlhf.types import Array, Progress
 
 BLOCK = 2048  # responses at a time: with TILE generations the products are 32 MiB
 TILE = 4096  # generations at a time
 UNIT_TOLERANCE = 1e-3  # of a vector's length: float16 storage passes, a forgotten normalisation does not
 _GROUP = 16
 
-Progress = Callable[[int, int], None]
 Search = Callable[..., tuple[Array, Array]]  # (responses_BD, tiles_STD, live_ST) → (values_B, squared lengths_B)
 
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from jaxrlhf import rng
 from jaxrlhf.data.batches import take
-from jaxrlhf.models.encoder_files import LoadedClassifier
-from jaxrlhf.offline.embed import classify_pairs
+from jaxrlhf.models.hub.encoder import LoadedClassifier
+from jaxrlhf.offline.encoders import classify_pairs
 from jaxrlhf.offline.nearest import own_similarity
 from jaxrlhf.types import PairBatch, PromptBatch, TextBatch
 

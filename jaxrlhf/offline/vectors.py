@@ -31,8 +31,10 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf import distributed
-from jaxrlhf.offline.embed import Backend, EncoderIdentity, Progress, check_texts, encoder_identity, open_encoder
+from jaxrlhf.offline.encoder_identity import Backend, EncoderIdentity, encoder_identity
+from jaxrlhf.offline.encoders import check_texts, open_encoder
 from jaxrlhf.storage.remote import is_url
+from jaxrlhf.types import Progress
 
 FORMAT = 1
 INDEX = "index.json"

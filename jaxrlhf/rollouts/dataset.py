@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,6 +11,8 @@ import numpy as np
 
 from jaxrlhf import sharding
 from jaxrlhf.data.batches import batches_per_epoch, evaluation_batches
+from jaxrlhf.data.tokens import pad_id_of
+from jaxrlhf.models.hub import Loaded, eos_ids
 from jaxrlhf.rollouts.generate import check_left_padded, generate
 from jaxrlhf.types import Model, Params, PromptBatch, TextBatch
 
@@ -75,3 +77,20 @@ def sample_dataset(
             progress(number, total)
     tokens, mask = (np.concatenate(side)[:n] for side in zip(*parts, strict=True))
     return TextBatch(prompts.prompt_BL, prompts.prompt_mask_BL, tokens, mask, prompts.row_mask_B, prompts.index_B)  # type: ignore[arg-type]
+
+
+def sampling_of(loaded: Loaded, *, max_new_tokens: int, temperature: float) -> Sampling:
+    """Untruncated sampling from a policy, up to the run's response length (the same for every method)."""
+    return Sampling(
+        max_new_tokens=max_new_tokens,
+        eos_ids=eos_ids(loaded),
+        temperature=temperature,
+        vocab_size=len(loaded.tokenizer),
+        pad_id=pad_id_of(loaded.tokenizer),
+    )
+
+
+def renumbered(table: PromptBatch, number: int) -> PromptBatch:
+    """The same prompts under row numbers of their own, so that no two samples share random numbers."""
+    n = len(table.index_B)
+    return replace(table, index_B=np.arange(n, dtype=np.int32) + number * n)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxrlhf import rng, sharding
-from jaxrlhf.rollouts.draw import draw_token
+from jaxrlhf.rollouts.draw_token import draw_token
 from jaxrlhf.rollouts.passes import in_passes
 from jaxrlhf.types import Array, Completion, Model, Params
 

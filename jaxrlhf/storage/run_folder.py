@@ -130,16 +130,6 @@ def fetch_run(url: str) -> Path:
     return folder
 
 
-def put_report(url: str, page: Path) -> str:
-    """Put a report that was made of `fetch_run(url)` beside the run: the page, its table and its figures. The page's URL."""
-    from jaxrlhf.evaluation.report import FIGURES, TABLE
-
-    figures = [f"{FIGURES}/{name}" for name in copies.files_in(page.parent / FIGURES)]
-    for name in (TABLE, *figures, page.name):
-        remote.put_file(page.parent / name, remote.join(url, name))
-    return remote.join(url, page.name)
-
-
 def _hash(folder: Path) -> str | None:
     path = folder / RECORD
     return json.loads(path.read_text(encoding="utf-8")).get("hash") if path.exists() else None

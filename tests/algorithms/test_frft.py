@@ -1,17 +1,16 @@
 """FRFT's updates on tiny models: what is asked, compared, cached and kept, recomputed from what was written."""
 
 import json
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from tiny_encoder import write_tiny_bert  # pyright: ignore[reportMissingImports]
 
 from jaxrlhf import rng
 from jaxrlhf.algorithms import frft
 from jaxrlhf.algorithms.frft import nearest, random_subset
-from jaxrlhf.algorithms.update import Pairs, RoundContext
+from jaxrlhf.algorithms.reward_update import Pairs, RoundContext
 from jaxrlhf.config import Config, DataConfig, EncoderConfig, FilterConfig, LimitsConfig, PPOConfig
 from jaxrlhf.data.pairs import Pair, Prompt
 from jaxrlhf.data.tokens import Limits, eos_ids_of, pad_id_of, tokenize_pairs
@@ -19,9 +18,6 @@ from jaxrlhf.data.toy import toy_tokenizer
 from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.hub import initialise
 from jaxrlhf.offline.embed import embed_texts
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
-from tiny_encoder import write_tiny_bert  # pyright: ignore[reportMissingImports]
 
 TOKENIZER = toy_tokenizer()
 WORDS = sorted(word for word in TOKENIZER.get_vocab() if word.isalpha())  # its own order is another in every process

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxrlhf import sharding
-from jaxrlhf.algorithms.ppo import RoundModels, ppo_trainer, train_ppo
-from jaxrlhf.algorithms.supervised import own_copy
+from jaxrlhf.algorithms.policy_updates import ppo_trainer
+from jaxrlhf.algorithms.ppo import RoundModels, train_ppo
+from jaxrlhf.algorithms.training import own_copy
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.models import build_model, config_from_shape
 from jaxrlhf.plugins import plugin

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrlhf.algorithms import ocrm
 from jaxrlhf.algorithms.ocrm import mean_lengths, weights_of
-from jaxrlhf.algorithms.update import Pairs, RoundContext
+from jaxrlhf.algorithms.reward_update import Pairs, RoundContext
 from jaxrlhf.config import WeightsConfig
 from jaxrlhf.data.pairs import Pair
 from jaxrlhf.recipe import from_mapping

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.algorithms.ppo import PPOTrainer, RoundModels, ppo_trainer, train_ppo
+from jaxrlhf.algorithms.policy_updates import ppo_trainer
+from jaxrlhf.algorithms.ppo import PPOTrainer, RoundModels, train_ppo
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.plugins import plugin
 from jaxrlhf.types import Completion, Model, Outputs, PromptBatch, TokenStats, TrainState

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from jaxrlhf import sharding
-from jaxrlhf.algorithms.ppo import POLICY_UPDATES, RoundModels, check_rloo, ppo_trainer, repeated, rloo_trainer, rollout_prompts, train_ppo
-from jaxrlhf.algorithms.supervised import own_copy
+from jaxrlhf.algorithms.policy_updates import POLICY_UPDATES, check_rloo, ppo_trainer, rloo_trainer
+from jaxrlhf.algorithms.ppo import RoundModels, repeated, rollout_prompts, train_ppo
+from jaxrlhf.algorithms.training import own_copy
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.models.model import token_stats
 from jaxrlhf.plugins import plugin

@@ -2,16 +2,15 @@
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from tiny_encoder import write_tiny_bert  # pyright: ignore[reportMissingImports]
 
 from jaxrlhf import rng, sharding
+from jaxrlhf.algorithms.reward_update import Pairs, RoundContext
 from jaxrlhf.algorithms.rlp import SAMPLES, sampled, synthetic
-from jaxrlhf.algorithms.update import Pairs, RoundContext
 from jaxrlhf.config import Config, DataConfig, EncoderConfig, LimitsConfig, PPOConfig, SynthesizeConfig
 from jaxrlhf.data.pairs import Pair, Prompt
 from jaxrlhf.data.tables import read_pair_table, read_table, unpadded, write_pair_table
@@ -21,9 +20,6 @@ from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.hub import initialise, with_reward_bias
 from jaxrlhf.scorers.reward_model import score_responses
 from jaxrlhf.types import TextBatch, replace
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
-from tiny_encoder import write_tiny_bert  # pyright: ignore[reportMissingImports]
 
 L, T, S, n = 6, 3, 5, 6  # prompt and response limits of the data, response length and samples of the policy
 PROMPTS = [

@@ -4,6 +4,7 @@ import pytest
 
 from jaxrlhf.algorithms.frft import nearest, nearest_importance_weighted, random_subset
 from jaxrlhf.algorithms.ocrm import importance_weighted
+from jaxrlhf.algorithms.reward_update import unweighted
 from jaxrlhf.algorithms.rlp import synthetic
 from jaxrlhf.algorithms.rounds import (
     METHODS,
@@ -16,7 +17,6 @@ from jaxrlhf.algorithms.rounds import (
     reward_update_named,
     round_of,
 )
-from jaxrlhf.algorithms.update import unweighted
 
 FIRST = (None, True, "sft", 0, 0)
 KEPT = [FIRST, (None, False, "sft", 0, 1), (None, False, "sft", 0, 2)]

@@ -7,10 +7,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrlhf.algorithms.ppo import num_updates, policy_loss_of, ppo_optimizer
+from jaxrlhf.algorithms.policy_updates import ppo_optimizer
+from jaxrlhf.algorithms.ppo import num_updates, policy_loss_of
 from jaxrlhf.algorithms.reward import reward_loss, sides, with_weights
-from jaxrlhf.algorithms.supervised import num_steps, own_copy, train
-from jaxrlhf.algorithms.update import Pairs, unweighted
+from jaxrlhf.algorithms.reward_update import Pairs, unweighted
+from jaxrlhf.algorithms.training import num_steps, own_copy, train
 from jaxrlhf.config import PPOConfig, RewardConfig
 from jaxrlhf.data.pairs import Pair
 from jaxrlhf.losses import PAIR_LOSSES, POLICY_LOSSES

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrlhf.data.batches import batches, take
 from jaxrlhf.data.pairs import Pair
-from jaxrlhf.data.report import DataError
+from jaxrlhf.data.read_report import DataError
 from jaxrlhf.data.tables import read_pair_table, read_table, text_batch, unpadded, write_pair_table, write_table
 from jaxrlhf.steps.pair import make_pair_step
 from jaxrlhf.steps.state import init_state

@@ -17,9 +17,9 @@ from tiny_encoder import write_tiny_bert
 from jaxrlhf.algorithms.rounds import METHODS
 from jaxrlhf.config import Config
 from jaxrlhf.monitoring.runlog import RunLog
+from jaxrlhf.pipeline.loop import walk_through
+from jaxrlhf.pipeline.stages.context import RunContext
 from jaxrlhf.recipe import from_mapping, load_config, to_mapping
-from jaxrlhf.run.run import walk_through
-from jaxrlhf.run.setting import Setting
 from jaxrlhf.storage.stage import Done, Stage
 
 TRIGGERS = ("kl", "ess", "accuracy")
@@ -38,14 +38,14 @@ def nothing_built() -> Iterator[dict[str, str]]:
         self.stages.append(done)
         return done
 
-    with patch.object(Setting, "build", build):
+    with patch.object(RunContext, "build", build):
         yield found
 
 
 def hashes_of(config: Config, folder: pathlib.Path, until: str | None = None) -> dict[str, str]:
     """Stage → hash of a run of which nothing is built."""
     with nothing_built() as found:
-        walk_through(Setting(config, None, folder, RunLog(None), None), until)  # type: ignore[arg-type]
+        walk_through(RunContext(config, None, folder, RunLog(None), None), until)  # type: ignore[arg-type]
         return dict(found)
 
 

@@ -14,15 +14,8 @@ from tiny_encoder import CLASSIFIERS, ENCODERS, PAIRS, TEXTS, WORDS, write_tiny_
 
 from jaxrlhf import sharding
 from jaxrlhf.models.encoder import bert_config_from_hf, build_bert, mean_pool, unit
-from jaxrlhf.models.encoder_files import (
-    encoder_folder,
-    load_classifier,
-    load_encoder,
-    read_sentence_folder,
-    tokenize,
-    tokenize_pairs,
-)
-from jaxrlhf.models.files import Tensor, shards_of, write_shards
+from jaxrlhf.models.hub.encoder import encoder_folder, load_classifier, load_encoder, read_sentence_folder, tokenize, tokenize_pairs
+from jaxrlhf.models.hub.safetensors import Tensor, shards_of, write_shards
 
 GOLDEN = json.loads(tiny_encoder.GOLDEN.read_text())
 TIGHT = {"rtol": 0, "atol": 1e-5}

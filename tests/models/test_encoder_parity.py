@@ -5,7 +5,7 @@ import pytest
 from tiny_encoder import write_tiny_roberta
 
 from jaxrlhf.data.pairs import read_pairs
-from jaxrlhf.models.encoder_files import encoder_folder
+from jaxrlhf.models.hub.encoder import encoder_folder
 from jaxrlhf.offline.embed import embed_texts
 
 pytestmark = pytest.mark.parity

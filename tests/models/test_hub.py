@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from jaxrlhf import models, sharding
 from jaxrlhf.data.pairs import Demonstration
 from jaxrlhf.data.tokens import Limits, eos_ids_of, tokenize_demonstrations
-from jaxrlhf.models import files
+from jaxrlhf.models.hub import safetensors
 
 GOLDEN = json.loads(tiny_models.GOLDEN.read_text())["models"]
 
@@ -58,7 +58,7 @@ def test_a_folder_comes_back_bit_for_bit(name, shard_bytes, tmp_path):
 
 def test_shards_keep_to_their_size_and_the_index_counts_bytes(tmp_path):
     models.save(models.load(folder_of("llama", tmp_path)), tmp_path / "out", max_shard_bytes=9_000)
-    index = json.loads((tmp_path / "out" / files.INDEX).read_text())
+    index = json.loads((tmp_path / "out" / safetensors.INDEX).read_text())
     total = 0
     for file in sorted(set(index["weight_map"].values())):
         with safe_open(tmp_path / "out" / file, framework="np") as opened:
@@ -312,7 +312,7 @@ def test_saving_replaces_a_folder_whole(tmp_path, monkeypatch):
     out = tmp_path / "out"
     models.save(loaded, out, max_shard_bytes=5_000)
     models.save(loaded, out)
-    assert not (out / files.INDEX).exists(), "no shard of the old folder is left"
+    assert not (out / safetensors.INDEX).exists(), "no shard of the old folder is left"
 
     calls = iter(range(5))
 

@@ -15,6 +15,7 @@ import tiny_models
 from jaxrlhf import sharding
 from jaxrlhf.losses import PAIR_LOSSES, bind
 from jaxrlhf.models import build_model, config_from_hf, hub
+from jaxrlhf.models.hub import save as saving
 from jaxrlhf.models.lora import TARGETS, adapters, merged
 from jaxrlhf.steps.pair import make_pair_step
 from jaxrlhf.steps.state import init_state, joined
@@ -88,7 +89,7 @@ def test_merged_weights_compute_what_adapters_do(name):
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox-old-spelling"])
 def test_saving_merges_a_tensor_at_a_time(name, tmp_path, monkeypatch):
     """The kernels of one tensor (q, k and v are one here), and no second model beside the adapted one."""
-    case, alive, original = made(name), [], hub.merged
+    case, alive, original = made(name), [], saving.merged
     adapted = joined(noisy(case.learned), case.frozen)
 
     def watched(part):
@@ -98,7 +99,7 @@ def test_saving_merges_a_tensor_at_a_time(name, tmp_path, monkeypatch):
         alive.append(weakref.ref(out["kernel"]))
         return out
 
-    monkeypatch.setattr(hub, "merged", watched)
+    monkeypatch.setattr(saving, "merged", watched)
     hub.save(hub.Loaded(case.model, adapted, None, case.config), tmp_path / "model")
     assert len(alive) <= 3
     jax.tree.map(np.testing.assert_array_equal, hub.load(tmp_path / "model").params, merged(adapted))

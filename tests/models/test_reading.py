@@ -15,7 +15,8 @@ import tiny_models
 from safetensors.numpy import load_file, save_file
 
 from jaxrlhf import models, sharding
-from jaxrlhf.models import files, heads, hub, names
+from jaxrlhf.models import heads, hub
+from jaxrlhf.models.hub import safetensors, tensor_names
 
 GOLDEN = json.loads(tiny_models.GOLDEN.read_text())["models"]
 FAMILIES = ["gpt2", "gpt_neox-old-spelling", "llama", "mistral-window", "qwen2", "qwen3"]
@@ -36,13 +37,13 @@ def assert_same_bits(a, b):
 def reads(monkeypatch):
     """Every slice that is asked for, as (tensor's name, bounds an axis)."""
     asked = []
-    original = files.TensorReader.read
+    original = safetensors.TensorReader.read
 
     def read(self, name, index):
         asked.append((name, tuple((axis.start, axis.stop) for axis in index)))
         return original(self, name, index)
 
-    monkeypatch.setattr(files.TensorReader, "read", read)
+    monkeypatch.setattr(safetensors.TensorReader, "read", read)
     return asked
 
 
@@ -63,9 +64,9 @@ def test_a_device_reads_its_own_slices_and_no_byte_is_read_twice(name, axes, tmp
         counts[tensor][tuple(slice(*pair) for pair in bounds)] += 1
         largest[tensor] = max(largest[tensor], int(np.prod([stop - start for start, stop in bounds])))
     assert all((count == 1).all() for count in counts.values())
-    entries = {entry.name: entry for entry in names.layout(hub.read_config(folder), "lm")}
+    entries = {entry.name: entry for entry in tensor_names.layout(hub.read_config(folder), "lm")}
     for tensor, size in largest.items():
-        leaves = [names.leaf(params, path) for path in entries[tensor].paths]
+        leaves = [tensor_names.leaf(params, path) for path in entries[tensor].paths]
         assert size <= max(leaf.addressable_shards[0].data.size for leaf in leaves), f"{tensor}: more than one device's part at once"
 
 
@@ -118,12 +119,12 @@ def test_a_file_is_mapped_anew_before_its_pages_pile_up(tmp_path, monkeypatch):
         opened.append(sum(sizes))
         return files_open(path, framework=framework)
 
-    files_open = files.safe_open
-    monkeypatch.setattr(files, "safe_open", safe_open)
-    monkeypatch.setattr(files, "RELEASE_BYTES", 10_000)
+    files_open = safetensors.safe_open
+    monkeypatch.setattr(safetensors, "safe_open", safe_open)
+    monkeypatch.setattr(safetensors, "RELEASE_BYTES", 10_000)
     folder = folder_of("llama", tmp_path)
     expected = load_file(folder / "model.safetensors")
-    reader = files.TensorReader(folder)
+    reader = safetensors.TensorReader(folder)
     opened.clear()
     for name, value in expected.items():
         np.testing.assert_array_equal(reader.read(name, tuple(slice(0, n) for n in value.shape)), value)
@@ -138,11 +139,11 @@ def test_files_are_what_the_safetensors_library_writes(tmp_path):
         arrays = {"b": np.arange(3, dtype=np.float16), "a" * (length + 1): np.arange(6, dtype=np.float32).reshape(2, 3)}
         arrays |= {"größe": np.array([[1.5]]), "z": np.arange(2).astype(ml_dtypes.bfloat16), "none": np.zeros((0, 4), np.float32)}
         save_file(arrays, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
-        tensors = [files.Tensor(name, value.shape, value.dtype, lambda value=value: value) for name, value in arrays.items()]
-        files.write_shards(files.shards_of(tensors), tmp_path)
-        assert (tmp_path / files.WHOLE).read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+        tensors = [safetensors.Tensor(name, value.shape, value.dtype, lambda value=value: value) for name, value in arrays.items()]
+        safetensors.write_shards(safetensors.shards_of(tensors), tmp_path)
+        assert (tmp_path / safetensors.WHOLE).read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
     with pytest.raises(ValueError, match=r"b is float32\[4\], not float16\[3\] as announced"):
-        files.write_shards([[files.Tensor("b", (3,), np.dtype(np.float16), lambda: np.zeros(4, np.float32))]], tmp_path)
+        safetensors.write_shards([[safetensors.Tensor("b", (3,), np.dtype(np.float16), lambda: np.zeros(4, np.float32))]], tmp_path)
 
 
 @pytest.mark.parametrize("axes", [None, (1, 4, 1), (4, 1, 1)])
@@ -213,4 +214,4 @@ def test_two_processes_read_their_own_slices_and_write_one_folder(tmp_path):
     models.save(alone, tmp_path / "expected-scalar")
     models.save(models.initialise(one_layer(), key=jax.random.key(1)), tmp_path / "expected-made")
     for got, expected in (("scalar", "expected-scalar"), ("made", "expected-made"), ("local", source.name)):
-        assert (tmp_path / got / files.WHOLE).read_bytes() == (tmp_path / expected / files.WHOLE).read_bytes(), got
+        assert (tmp_path / got / safetensors.WHOLE).read_bytes() == (tmp_path / expected / safetensors.WHOLE).read_bytes(), got

@@ -17,12 +17,15 @@ import tiny_encoder
 from tiny_encoder import PAIRS, TEXTS, WORDS, write_tiny_bert
 
 from jaxrlhf import sharding
-from jaxrlhf.models.encoder_files import load_classifier, load_encoder
-from jaxrlhf.offline import embed as embed_module
+from jaxrlhf.commands.embed import add_arguments, main
+from jaxrlhf.models.hub.encoder import load_classifier, load_encoder
+from jaxrlhf.offline import encoders
 from jaxrlhf.offline import vectors as store_module
-from jaxrlhf.offline.embed import TextEncoder, classify_pairs, compiled_pass, embed_texts, encoder_identity, padded_width
+from jaxrlhf.offline.embed import embed_texts
+from jaxrlhf.offline.embed_file import embed_file
+from jaxrlhf.offline.encoder_identity import encoder_identity
+from jaxrlhf.offline.encoders import TextEncoder, classify_pairs, compiled_pass, padded_width
 from jaxrlhf.offline.vectors import VectorError, embed_cached
-from jaxrlhf.run.embed import add_arguments, embed_file, main
 
 GOLDEN = json.loads(tiny_encoder.GOLDEN.read_text())
 MANY = [f"{word} {'is ' * (n % 9)}{n}" for n in range(12) for word in ("good", "the red")] + list(TEXTS)
@@ -89,7 +92,7 @@ def test_widths_are_few_and_little_is_padded():
 
 def test_batches_take_every_row_once_from_long_to_short():
     rows = [([1] * n,) for n in (3, 9, 1, 30, 9, 2, 17)]
-    batches = list(embed_module._batches(rows, 3, 30, None))
+    batches = list(encoders._batches(rows, 3, 30, None))
     assert [members.tolist() for members, _ in batches] == [[3, 6, 1], [4, 0, 5], [2]]
     assert [tokens.shape for _, (tokens, _) in batches] == [(3, 30), (3, 12), (3, 4)]
     assert [mask.sum(1).tolist() for _, (_, mask) in batches] == [[30, 17, 9], [9, 3, 2], [1, 0, 0]]

@@ -8,8 +8,8 @@ import pytest
 from tiny_encoder import write_tiny_bert  # pyright: ignore[reportMissingImports]
 
 from jaxrlhf import sharding
-from jaxrlhf.models.encoder_files import load_classifier
-from jaxrlhf.offline.embed import classify_pairs
+from jaxrlhf.models.hub.encoder import load_classifier
+from jaxrlhf.offline.encoders import classify_pairs
 from jaxrlhf.offline.synthesize import (
     Choice,
     as_pairs,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxrlhf.rollouts.draw import draw_token, first_above, inverse_cdf, keep_top_k, keep_top_p
+from jaxrlhf.rollouts.draw_token import draw_token, first_above, inverse_cdf, keep_top_k, keep_top_p
 
 LARGEST = np.float32(1 - 2**-24)  # the largest float32 below 1
 EDGES = np.array([0.0, 2**-24, 0.25, 0.5, 0.75, 1 - 2**-23, LARGEST], np.float32)

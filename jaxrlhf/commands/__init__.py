@@ -1,0 +1,1 @@
+"""One file a command: its arguments, and what is printed. The work is done elsewhere."""

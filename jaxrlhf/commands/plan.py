@@ -1,0 +1,94 @@
+"""`jaxrlhf plan`: will a recipe fit, how long will it take?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+from jaxrlhf.commands.recipe_arguments import config_of
+from jaxrlhf.commands.usage import EPILOG
+from jaxrlhf.plan.compile import Program
+from jaxrlhf.plan.devices import Device, device_named, device_of_kind, own_device
+from jaxrlhf.plan.plan import plan
+from jaxrlhf.plan.planner import Phase
+from jaxrlhf.plan.table import as_json, check_figure, draw, show
+from jaxrlhf.recipe import arms, to_yaml
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `jaxrlhf plan`, keys of the config apart."""
+    parser.description = (
+        "What every phase of a run needs: memory by part, products of matrices, traffic, exchanges between devices, time. The "
+        "steps are compiled and not run; no data and no weights are read. Predictions, not measurements."
+    )
+    parser.epilog = f"{EPILOG}."
+    parser.add_argument("--devices", type=int, help="plan for so many devices, made up on this machine's CPU; default: those there are")
+    parser.add_argument("--device", help="whose published memory, peak and bandwidth to take: h100, or several, h100,h200,v5p")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a device of your own, or another amount")
+    parser.add_argument("--peak", type=float, metavar="TFLOPS", help="its peak of dense matrix products in model.dtype")
+    parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="its memory's bandwidth")
+    parser.add_argument("--rows", type=int, help="rows of data.train, for the number of steps; nothing is read")
+    parser.add_argument("--valid_rows", type=int, help="rows held out, for the evaluations")
+    parser.add_argument(
+        "--exact", action="store_true", help="compile the training steps of deep models whole; default: 2 and 4 layers, extrapolated"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all figures here")
+    parser.add_argument("--figure", metavar="FILE", help="draw memory by part, a bar a phase (png, svg, pdf)")
+
+
+def start_devices(count: int | None) -> None:
+    """Make up `count` CPU devices, before anything else touches a device; None: leave things as they are.
+
+    What is compiled here is not run, and the time it takes is part of what is told: it is neither read from a cache nor kept in one.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)
+    if count is None:
+        return
+    if count < 1:
+        raise ValueError(f"--devices {count} must be at least 1.")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Plan every arm of the recipe, print it, and write what was asked for."""
+    start_devices(options.devices)
+    config = config_of(options.command, options.recipe, options.overrides)
+    devices = devices_of(options)
+    for name in ("rows", "valid_rows"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)} must be at least 1.")
+    if options.figure:
+        check_figure(options.figure)
+    if options.json and not Path(options.json).parent.is_dir():
+        raise ValueError(f"--json {options.json}: there is no folder {Path(options.json).parent}; make it first.")
+    plans, known = {}, {}
+    print(to_yaml(config))
+    for name, one in arms(config).items():
+        print(f"planning {name}: {len(jax.devices())} × {jax.devices()[0].device_kind}", file=sys.stderr)
+        plans[name] = plan(one, rows=options.rows, valid_rows=options.valid_rows, exact=options.exact, known=known, report=progress)
+        show(plans[name], name, devices)
+    if options.json:
+        Path(options.json).write_text(json.dumps({name: as_json(one, devices) for name, one in plans.items()}, indent=1) + "\n")
+    if options.figure:
+        draw(plans, devices, Path(options.figure))
+    return 0
+
+
+def devices_of(options: argparse.Namespace) -> list[Device]:
+    """The devices to judge by: those named, else the one that is here; none where that is a CPU and nothing is stated of it."""
+    stated = (options.memory, options.peak, options.bandwidth)
+    if options.device:
+        return [own_device(*stated, device_named(name.strip())) for name in options.device.split(",")]
+    here = device_of_kind(jax.devices()[0].device_kind)
+    return [] if here is None and stated == (None, None, None) else [own_device(*stated, here)]
+
+
+def progress(phase: Phase, program: Program) -> None:
+    """Say what was compiled and how long that took."""
+    depths = f" at {' and '.join(map(str, program.layers))} layers" if program.layers else ""
+    print(f"  compiled {phase.title}{depths}: {program.seconds:.1f} s", file=sys.stderr, flush=True)

@@ -1,0 +1,49 @@
+"""`jaxrlhf run`, `sft`, `reward` and `ppo`: a run, or its first stages."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from jaxrlhf import distributed
+from jaxrlhf.distributed.cluster import requested_group
+from jaxrlhf.distributed.launch import watched
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the processes of a run find each other; everything else, `--help` too, is said of the recipe's keys."""
+    parser.add_argument("--coordinator")
+    parser.add_argument("--num_processes", type=int)
+    parser.add_argument("--process_id", type=int)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run the recipe, print its table and where its folder and report are."""
+    group = {name: getattr(options, name) for name in ("coordinator", "num_processes", "process_id")}
+    if requested_group(**group) and (status := watched()) is not None:
+        return status
+    from jaxrlhf.commands.recipe_arguments import config_of
+
+    config = config_of(options.command, options.recipe, options.overrides)
+    distributed.start(**group)
+    from jaxrlhf.commands.report import write_report
+    from jaxrlhf.pipeline.run import run
+    from jaxrlhf.pipeline.table import read_summaries, show
+    from jaxrlhf.storage.remote import is_url, join
+
+    if not distributed.is_leader():
+        logging.getLogger().setLevel(logging.ERROR)  # the leader says it
+    folder = run(config, until=None if options.command == "run" else options.command)
+    if not distributed.is_leader():
+        pass
+    elif options.command == "run":
+        show(read_summaries(folder))
+        where = join(config.output, config.name) if is_url(config.output) else folder
+        print(f"run folder: {where}")
+        if page := write_report(folder):
+            print(f"report: {join(where, page.name) if is_url(where) else page}")
+    else:
+        for stage in sorted((folder / "stages").glob("*")) if not config.arms else sorted(folder.glob("*/stages/*")):
+            print(stage)
+    distributed.finish()
+    return 0

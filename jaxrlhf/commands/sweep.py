@@ -1,0 +1,33 @@
+"""`jaxrlhf sweep`: every arm of a recipe at every seed, into one table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from jaxrlhf.commands.recipe_arguments import config_of
+from jaxrlhf.commands.usage import EPILOG
+from jaxrlhf.sweep.sweep import failure_lines, read_sweep, seeds_of, sweep
+from jaxrlhf.sweep.table import show
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `jaxrlhf sweep`, keys of the config apart."""
+    parser.description = (
+        "Every arm of a recipe at every seed, into one table. A sweep that was stopped goes on with the same command. "
+        "Exit status 1 where a run failed: its error.txt says why, the others have gone on."
+    )
+    parser.epilog = f"{EPILOG}; --output FOLDER is where runs go (runs by default)."
+    parser.add_argument("--seeds", default="", help="5: the seeds 0 to 4; 3,5,9: these three")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run the sweep, print its table and what failed; 1 where a run did."""
+    config = config_of(options.command, options.recipe, options.overrides)
+    folder = sweep(config, seeds_of(options.seeds))
+    done = read_sweep(folder)
+    show(done)
+    print(f"sweep folder: {folder}")
+    for line in failure_lines(done):
+        print(f"jaxrlhf: {line}", file=sys.stderr)
+    return 1 if failure_lines(done) else 0

@@ -1,0 +1,248 @@
+"""Several processes of one run on this machine, and whoever watches over a process of a group: `jaxrlhf launch`.
+
+Nothing here imports JAX: what watches must not be what may die.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO
+
+from jaxrlhf.distributed.cluster import ENVIRONMENT
+from jaxrlhf.distributed.watchdog import AGAIN, STATUS_OF_OTHERS
+
+LAUNCHED = "JAXRLHF_LAUNCHED"  # set for processes that something watches already
+GRACE = 10.0  # seconds that the others have to end by themselves once one has
+LAST_LINES = 15  # of the output of the process that is gone
+NOISE = ("[Gloo] Rank ",)  # what a library prints once a device
+_TICK = 0.1
+
+
+class Member:
+    """A process of the group: its output is read as it comes, and that of the leader shown."""
+
+    def __init__(self, number: int, command: Sequence[str], environment: dict[str, str]):
+        self.number = number
+        # A session of its own: Ctrl-C reaches the launcher alone, which ends the processes in order.
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+        )
+        self.lines: deque[str] = deque(maxlen=200)
+        streams = ((self.process.stdout, sys.stdout), (self.process.stderr, sys.stderr))
+        self._readers = [threading.Thread(target=self._read, args=pair, daemon=True) for pair in streams]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, source: IO[str], shown: IO[str]) -> None:
+        with source:
+            for line in source:
+                if line.startswith(NOISE):
+                    continue
+                self.lines.append(line)
+                if self.number == 0:
+                    shown.write(line)
+                    shown.flush()
+
+    def ended(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs."""
+        return self.process.poll()
+
+    def signal(self, number: int) -> None:
+        if self.ended() is None:
+            self.process.send_signal(number)
+
+    def drained(self) -> list[str]:
+        """The last lines of its output, once it has ended."""
+        for reader in self._readers:
+            reader.join(timeout=2)
+        return list(self.lines)
+
+
+def launch(command: Sequence[str], processes: int, devices: int | None = None, *, grace: float = GRACE) -> int:
+    """Run `command` in so many processes that find each other over the loopback device; the exit status of the group."""
+    port = free_port()
+    members: list[Member] = []
+    interrupted = False
+    with terminations():
+        try:
+            with _uninterrupted():
+                members += [Member(number, command, environment_of(number, processes, devices, port)) for number in range(processes)]
+            first = _first_to_fail(members)
+        except KeyboardInterrupt:
+            interrupted, first = True, None
+            end(members, grace, signal.SIGINT)
+    if first is None:
+        for member in members:
+            member.drained()
+    if interrupted:
+        print(
+            "\njaxrlhf: stopped; the same command goes on from the last finished stage, or from a checkpoint inside one.", file=sys.stderr
+        )
+        return 130
+    if first is None:
+        return 0
+    gone = exit_report(first, len(members))
+    print(f"\njaxrlhf: {gone}{'' if gone.endswith(chr(10)) else ' '}The others are being ended.", file=sys.stderr, flush=True)
+    started = time.monotonic()
+    forced = end(members, grace)
+    for member in members:
+        member.drained()
+    others = [f"process {member.number} ({_how(member.ended())})" for member in members if member is not first]
+    after = f"; {', '.join(others)} ended {time.monotonic() - started:.0f} s later{forced}" if others else ""
+    way_out = (
+        AGAIN if (first.ended() or 0) < 0 else "Mend the cause, then start all again with the same command: the run goes on where it was."
+    )
+    print(
+        f"jaxrlhf: process {first.number} of {len(members)} went first ({_how(first.ended())}){after}. {way_out}",
+        file=sys.stderr,
+        flush=True,
+    )
+    status = first.ended() or 1
+    return 128 - status if status < 0 else status
+
+
+def environment_of(number: int, processes: int, devices: int | None, port: int) -> dict[str, str]:
+    """What makes a process number `number` of the group."""
+    address = f"127.0.0.1:{port}"
+    group = {"coordinator": address, "num_processes": str(processes), "process_id": str(number)}
+    environment = {**os.environ, **{ENVIRONMENT[name]: value for name, value in group.items()}}
+    environment |= {"JAX_COORDINATOR_BIND_ADDRESS": address, LAUNCHED: "1", "PYTHONUNBUFFERED": "1"}
+    if devices is not None:
+        own = range(number * devices, (number + 1) * devices)
+        environment |= {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_LOCAL_DEVICE_IDS": ",".join(map(str, own))}
+    return environment
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _first_to_fail(members: list[Member]) -> Member | None:
+    """Wait for the first process that does not end well; None where all do.
+
+    Of several that ended at once it is the one that did not end because of another: neither by jax, which aborts, nor as it was told.
+    """
+    while True:
+        ended = [member.ended() for member in members]
+        failed = [member for member, status in zip(members, ended, strict=True) if status]
+        if failed:
+            time.sleep(5 * _TICK)  # who has ended because of it may be seen first
+            failed = [member for member in members if member.ended()]
+            return min(failed, key=lambda member: (member.ended() in (STATUS_OF_OTHERS, -signal.SIGABRT), member.number))
+        if None not in ended:
+            return None
+        time.sleep(_TICK)
+
+
+def exit_report(member: Member, count: int) -> str:
+    """Which process is gone, how, and the last it said."""
+    lines = member.drained()[-LAST_LINES:] if member.number else []  # the leader's stand above
+    said = "".join(f"  | {line.rstrip()}\n" for line in lines)
+    said = f" Its last lines:\n{said}" if said else ""
+    return f"process {member.number} of {count} (pid {member.process.pid}) is gone: {_how(member.ended())}.{said}"
+
+
+def _how(status: int | None) -> str:
+    if status is None:
+        return "still running"
+    if status >= 0:
+        return f"exit status {status}"
+    name = signal.Signals(-status).name
+    why = ", as when memory runs out" if name == "SIGKILL" else ""
+    return f"signal {-status}, {name}{why}"
+
+
+def end(members: list[Member], grace: float, first: int | None = None) -> str:
+    """Wait until all have ended, by themselves (told by the signal `first`) or forced; what had to be done, for the message."""
+    forced = ""
+    for number in (first, signal.SIGTERM, signal.SIGKILL):
+        if number is not None:
+            for member in members:
+                member.signal(number)
+            forced = "" if number == first else f" (by {signal.Signals(number).name})"
+        if _all_ended(members, grace):
+            break
+    return forced
+
+
+def _all_ended(members: list[Member], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(member.ended() is None for member in members):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_TICK)
+    return True
+
+
+@contextmanager
+def terminations() -> Iterator[None]:
+    """SIGTERM ends the launcher as Ctrl-C does: it takes its processes along."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the end of the block: a process that was started in it is known to whoever ends them all."""
+    waiting: list[int] = []
+    before = {number: signal.signal(number, lambda given, frame: waiting.append(given)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if waiting:
+        raise KeyboardInterrupt
+
+
+def watched() -> int | None:
+    """Split this process in two: None in the one that goes on to work; in the other, once that has ended, its exit status.
+
+    jax ends a process whose group is broken without an exception. The one that is left says what that means and what to do. Processes
+    that `launch` has started are watched already.
+    """
+    if LAUNCHED in os.environ:
+        _die_with_parent()
+        return None
+    if "jax" in sys.modules or not hasattr(os, "fork"):  # a process with threads cannot be split
+        return None
+    sys.stdout.flush()
+    sys.stderr.flush()
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # what comes now waits until there is somebody to pass it on to
+    child = os.fork()
+    if child == 0:
+        os.setsid()  # Ctrl-C would reach it twice: from the terminal, and from the one that watches
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.environ[LAUNCHED] = "1"
+        _die_with_parent()
+        return None
+    for number in ends:
+        signal.signal(number, lambda given, frame: os.kill(child, given))
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status < 0:
+        aborted = " jax ends a process when another one of its group is gone, and names it above." if -status == signal.SIGABRT else ""
+        print(f"jaxrlhf: process {child} on {socket.gethostname()} ended: {_how(status)}.{aborted} {AGAIN}", file=sys.stderr, flush=True)
+    return 128 - status if status < 0 else status
+
+
+def _die_with_parent() -> None:
+    """Linux: nobody works on unwatched."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

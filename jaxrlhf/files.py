@@ -1,0 +1,55 @@
+"""Files that readers see whole or not at all, and digests of files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path beside `path` to write to. It takes the place of `path` when the block ends well, and is gone when it does not."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a file, and the folders it lies in. Text is UTF-8, and keeps lone surrogates, which a model may write."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+
+
+def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
+    """Write lines, each with its end, as they come."""
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+
+
+def digests(files: list[Path]) -> list[bytes]:
+    """The sha256 of each file, several at a time."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(_digest, files))
+
+
+def _digest(file: Path) -> bytes:
+    stat = file.stat()
+    return _digest_of_version(file.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _digest_of_version(file: Path, *version: int) -> bytes:
+    """All bytes are read, once a process for a file that does not change: a sample of a model's weights would miss a trained head."""
+    del version
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()

@@ -1,0 +1,45 @@
+"""Tensors of a folder → the parameter tree, each device's part read from the files straight to where it belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrlhf import sharding
+from jaxrlhf.models.hub.safetensors import TensorReader
+from jaxrlhf.models.hub.tensor_names import Entry, Index, leaf, put
+from jaxrlhf.types import Params
+
+
+def read_params(reader: TensorReader, entries: Sequence[Entry], stored: dict[str, str], wanted: Params, mesh: Any) -> Params:
+    """The leaves of `entries` as float32 arrays on `mesh`, by the sharding table.
+
+    `stored` maps an entry's name to its tensor's name in the files; `wanted` is a tree with the shapes of (at least) those leaves. A
+    process reads the slices that its own devices hold, each once; beside the arrays one slice at a time stands in memory.
+
+    ValueError, before anything is read, for a tensor of another shape, or one that holds no floats.
+    """
+    shapes: dict[str, Any] = {}
+    holders: dict[str, tuple[Entry, int]] = {}
+    for entry in entries:
+        name = stored[entry.name]
+        found, fits = reader.shape(name), entry.shape([leaf(wanted, path).shape for path in entry.paths])
+        if found != fits:
+            raise ValueError(
+                f"{entry.name} in {reader.files[name].parent} has shape {list(found)}, "
+                f"which does not fit the shape that config.json gives, {list(fits)}."
+            )
+        for part, path in enumerate(entry.paths):
+            put(shapes, path, leaf(wanted, path))
+            holders["/".join(path)] = entry, part
+
+    def read(path: str, index: Index) -> np.ndarray:
+        entry, part = holders[path]
+        return entry.read(lambda piece: reader.read(stored[entry.name], piece), part, index)
+
+    try:
+        return sharding.build(shapes, mesh, read)
+    finally:
+        reader.close()

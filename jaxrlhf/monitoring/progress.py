@@ -1,0 +1,29 @@
+"""Progress of work outside a run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from jaxrlhf.monitoring.runlog import RunLog
+from jaxrlhf.types import Progress
+
+
+@contextmanager
+def shown(what: str) -> Iterator[Progress]:
+    """A progress that is shown on standard error, with the time left, and not kept."""
+    with tempfile.TemporaryDirectory() as scratch, RunLog(scratch) as log:
+        stage = None
+
+        def report(done: int, total: int) -> None:
+            nonlocal stage
+            if stage is None:
+                stage = log.stage(what, total_steps=total)
+                stage.phase("compiling")
+            if done:
+                stage.step(done, {})
+            if done == total:
+                stage.close()
+
+        yield report

@@ -1,0 +1,84 @@
+"""The vectors of a file of pairs or responses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.data.pairs import Demonstration, Pair, read_demonstrations, read_pairs
+from jaxrlhf.models.hub import read_tokenizer, resolve
+from jaxrlhf.offline.encoder_identity import Backend
+from jaxrlhf.offline.vectors import embed_cached
+from jaxrlhf.types import Progress
+
+PAIR_FIELDS = ("prompt", "chosen", "rejected")
+RESPONSE_FIELDS = ("prompt", "response")
+
+
+def embed_file(
+    source: str | Sequence[str],
+    *,
+    output: str | Path,
+    fields: Sequence[str] = ("chosen", "rejected"),
+    encoder: str | None = None,
+    backend: Backend | None = None,
+    pooling: str | None = None,
+    max_length: int | None = None,
+    dtype: str = "float32",
+    batch_size: int = 64,
+    shard_rows: int = 2048,
+    mesh: Any = None,
+    tokenizer: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Embed the texts of some fields of every row into `output`, which keeps what it has: a second call embeds nothing.
+
+    source: files, folders or hub ids of preference pairs; with `fields` ("response",) anything that has a prompt and a response, such as
+    what `jaxrlhf generate` writes. `tokenizer` renders conversations. The others are those of `embed_cached`. Rows that cannot be used are
+    named on standard error.
+
+    Returns {"folder", "backend", "encoder" (its key), "rows", "texts" (distinct), "embedded" (now), "dimension"}.
+    """
+    known = RESPONSE_FIELDS if "response" in fields else PAIR_FIELDS
+    unknown = [name for name in fields if name not in known]
+    if unknown or not fields:
+        what = f"fields {', '.join(fields)}" if fields else "no field"
+        raise ValueError(f"{what}: embed some of {', '.join(PAIR_FIELDS)} of pairs, or of {', '.join(RESPONSE_FIELDS)} of responses.")
+    options: dict[str, Any] = {"split": split, "limit": limit, "tokenizer": tokenizer_of(tokenizer)}
+    rows: Sequence[Pair | Demonstration]
+    rows, report = read_demonstrations(source, **options) if known is RESPONSE_FIELDS else read_pairs(source, **options)
+    if report.dropped:
+        print(report.summary(), file=sys.stderr)
+    texts = [getattr(row, name) for row in rows for name in fields]
+    found = embed_cached(
+        texts,
+        folder=output,
+        encoder=encoder,
+        backend=backend,
+        pooling=pooling,
+        max_length=max_length,
+        dtype=dtype,
+        batch_size=batch_size,
+        mesh=mesh,
+        shard_rows=shard_rows,
+        progress=progress,
+    )
+    return {
+        "folder": str(found.folder),
+        "backend": found.identity.backend,
+        "encoder": found.identity.key,
+        "rows": len(rows),
+        "texts": len(set(texts)),
+        "embedded": found.embedded,
+        "dimension": found.dimension,
+    }
+
+
+def tokenizer_of(source: str | None) -> Any:
+    if source is None:
+        return None
+    return read_tokenizer(Path(source) if Path(source).is_dir() else resolve(source))

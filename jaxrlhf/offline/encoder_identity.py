@@ -1,0 +1,81 @@
+"""Which encoder is meant, by the bytes of its files: what a vector depends on besides its text."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from jaxrlhf.models.hub import FILES
+from jaxrlhf.models.hub.encoder import encoder_folder, read_sentence_folder
+
+Backend = Literal["flax", "sentence-transformers"]
+BACKENDS = ("flax", "sentence-transformers")
+
+
+class EncoderIdentity(NamedTuple):
+    """What a vector depends on besides its text. `key` names it on disk; `source` is for people and not part of it."""
+
+    backend: str
+    files: str  # hash of the bytes of the encoder's files, wherever they lie
+    pooling: str  # "mean", "cls"; "folder": as the files say, in a way only sentence-transformers knows
+    max_length: int | None  # None: as the files say
+    dtype: str
+    source: str
+
+    @property
+    def key(self) -> str:
+        content = {name: value for name, value in self._asdict().items() if name != "source"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def encoder_identity(
+    encoder: str | Path | None = None,
+    *,
+    backend: Backend | None = None,
+    pooling: str | None = None,
+    max_length: int | None = None,
+    dtype: str = "float32",
+) -> EncoderIdentity:
+    """Which encoder the options mean, from its files' bytes; nothing is loaded."""
+    if backend is None:
+        backend = "sentence-transformers" if importlib.util.find_spec("sentence_transformers") else "flax"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}.")
+    if backend == "sentence-transformers" and dtype != "float32":
+        raise ValueError(f"dtype {dtype} is for the backend flax; sentence-transformers computes in float32 here.")
+    if pooling not in (None, "mean", "cls"):
+        raise ValueError(f"pooling {pooling!r} is not one of mean, cls, or None for what the folder says.")
+    folder = encoder_folder(encoder)
+    if pooling is None:
+        try:
+            pooling = read_sentence_folder(folder).pooling
+        except ValueError:
+            if backend == "flax":
+                raise
+            pooling = "folder"
+    return EncoderIdentity(backend, folder_hash(folder), pooling, max_length, dtype, str(folder))
+
+
+def folder_hash(folder: Path) -> str:
+    """sha256 (80 bits of it) of the names and bytes of a model folder's files, those in its subfolders included."""
+    found = sorted({file for pattern in FILES for file in folder.rglob(pattern) if file.is_file()})
+    return _content_hash(tuple((file, file.relative_to(folder).as_posix(), *_stamp(file)) for file in found))
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=64)
+def _content_hash(files: tuple[tuple[Path, str, int, int], ...]) -> str:
+    """Files of unchanged size and time are hashed once a process."""
+    digest = hashlib.sha256()
+    for file, name, _, _ in files:
+        with file.open("rb") as stream:
+            digest.update(json.dumps([name, hashlib.file_digest(stream, "sha256").hexdigest()]).encode())
+    return digest.hexdigest()[:20]

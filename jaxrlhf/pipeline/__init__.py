@@ -1,0 +1,1 @@
+"""One run: its stages in order, into a run folder."""

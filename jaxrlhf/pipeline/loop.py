@@ -1,0 +1,148 @@
+"""The rounds of one method: which stage follows which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxrlhf.algorithms.rounds import PREFERENCE, Method, Round, method_of, num_rounds, round_of
+from jaxrlhf.config import Config
+from jaxrlhf.pipeline.stages.context import RunContext
+from jaxrlhf.pipeline.stages.evaluation import evaluation_stage
+from jaxrlhf.pipeline.stages.pairs import pairs_stage
+from jaxrlhf.pipeline.stages.policy import policy_stage
+from jaxrlhf.pipeline.stages.preference import preference_stage
+from jaxrlhf.pipeline.stages.refit import refit_stage
+from jaxrlhf.pipeline.stages.reward import reward_stage
+from jaxrlhf.pipeline.stages.reward_update import update_stage
+from jaxrlhf.pipeline.stages.sft import sft_stage, tokenizer_stage
+from jaxrlhf.pipeline.summary import Summary, update_report
+from jaxrlhf.plugins import plugin
+from jaxrlhf.storage.stage import Done
+
+HEURISTIC = "the importance weights are a heuristic here, not the density ratio of the pairs"
+
+
+@dataclass
+class Track:
+    """What the rounds so far have made; policies and evaluations stand at the number of their round, 0 is π_SFT."""
+
+    policies: list[Done]
+    evaluations: list[Done] = field(default_factory=list)
+    rewards: tuple[Done, ...] = ()  # the reward model in use: one, or the members of an ensemble
+    update: Done | None = None  # the reward update it was fitted by
+    refitted: int = 0  # the policy it was fitted for
+    last: Round | None = None
+    decision: Done | None = None  # whether this round refits, where that was a question
+
+
+def walk_through(setting: RunContext, until: str | None) -> None:
+    """The stages of one method, in order. What a round needs is one row of the table; nothing here knows a method's name."""
+    config = setting.config
+    method = method_of(config.method, config.row, plugin)
+    tokenizer = tokenizer_stage(setting)
+    sft = sft_stage(setting, tokenizer)
+    if until == "sft":
+        return
+    pairs = pairs_stage(setting, tokenizer, sft)
+    track, summary = Track([sft]), Summary(setting, pairs)
+    if until is None:
+        track.evaluations.append(evaluation_stage(setting, 0, policy=sft, sft=sft, rewards=(), ensemble=None, before=None))
+        summary.add(0, track.evaluations[0])
+    if num_rounds(method, config.rounds) < config.rounds:
+        summary.note(f"{config.method} has one round: a second one, from π_SFT on the same pairs, would repeat it.")
+    for number in range(1, num_rounds(method, config.rounds) + 1):
+        round = _next_round(setting, method, track, number, pairs)
+        if track.decision is not None and not track.decision.record["result"]["due"]:
+            summary.note(not_due(number, track.decision.record["result"], adapters=config.lora.r > 0))
+        update = _reward(setting, round, track, pairs)
+        if until == "reward":
+            return
+        track.policies.append(_policy(setting, method, round, track, pairs))
+        if until == "ppo":
+            return
+        before = track.evaluations[round.policy_start]
+        models = {"policy": track.policies[-1], "sft": sft, "rewards": track.rewards, "before": before}
+        track.evaluations.append(evaluation_stage(setting, number, ensemble=round.ensemble, **models))
+        if update is not None and update_report(update).get("needs_sampler") and (reasons := not_the_sampler(config)):
+            summary.note(f"{HEURISTIC}: {'; '.join(reasons)}.")
+        summary.add(number, track.evaluations[-1], rewards=track.rewards, update=update, decision=track.decision)
+        track.last = round
+
+
+def _next_round(setting: RunContext, method: Method, track: Track, number: int, pairs: Done) -> Round:
+    """The row's round `number`, with or without a refit."""
+    done = method.reward_update is None or (method.update_rounds == "once" and track.update is not None)
+    always = number == 1 or done or setting.config.refit.when == "round"
+    then = track.refitted
+    track.decision = (
+        None
+        if always
+        else refit_stage(
+            setting,
+            number,
+            policy=track.policies[-1],
+            evaluation=track.evaluations[-1],
+            fitted_for=track.policies[then],
+            evaluation_then=track.evaluations[then],
+            rewards=track.rewards,
+            ensemble=track.last.ensemble if track.last else None,
+            rounds=number - 1 - then,
+            pairs=pairs,
+        )
+    )
+    due = track.decision is None or track.decision.record["result"]["due"]
+    return round_of(method, number, track.last, due=due, updated=track.update is not None)
+
+
+def _reward(setting: RunContext, round: Round, track: Track, pairs: Done) -> Done | None:
+    """The round's reward update and the reward models fitted by it, put into `track`; the update, if the round has one."""
+    update, sft = None, track.policies[0]
+    if round.reward_update is not None:
+        models = {"sft": sft, "policy": track.policies[-1], "reward": track.rewards[0]}
+        update = update_stage(setting, round, pairs=pairs, before=track.update, **models)
+        track.update = update
+    if round.fits_reward:
+        track.refitted = round.number - 1
+        members = setting.config.reward.ensemble_size if round.ensemble else 1
+        track.rewards = tuple(
+            reward_stage(setting, round, sft, track.rewards[n] if track.rewards else None, pairs, update, member=n) for n in range(members)
+        )
+    return update
+
+
+def _policy(setting: RunContext, method: Method, round: Round, track: Track, pairs: Done) -> Done:
+    """The policy of a round."""
+    sft, start, reference = track.policies[0], track.policies[round.policy_start], track.policies[round.reference]
+    if round.policy_update in PREFERENCE:
+        return preference_stage(setting, round, sft=sft, start=start, reference=reference, pairs=pairs, update=track.update)
+    more = round.number < num_rounds(method, setting.config.rounds)
+    skips = method.reward_update is not None and setting.config.refit.when != "round"
+    carries = more and (skips or not (method.restart_optimizer and method.restart_critic))
+    models = {"sft": sft, "start": start, "reference": reference, "rewards": track.rewards, "previous": track.policies[-1]}
+    return policy_stage(setting, round, **models, carries=carries)
+
+
+def not_the_sampler(config: Config) -> list[str]:
+    """Why π_SFT, as the importance weights read it, is not what the pairs were drawn from; empty where it is."""
+    pairs, weights = config.pairs, config.weights
+    if pairs.source != "sample":
+        return ["the pairs were not sampled from this run's SFT policy (pairs.source: sample)"]
+    reasons = []
+    if pairs.temperature != weights.temperature:
+        reasons.append(
+            f"the pairs were sampled at temperature {pairs.temperature} and are weighed at weights.temperature {weights.temperature}"
+        )
+    if weights.max_tokens is not None and weights.max_tokens < config.ppo.response_length:
+        reasons.append(
+            f"weights.max_tokens {weights.max_tokens} leaves out what follows in responses of up to {config.ppo.response_length}"
+        )
+    return reasons
+
+
+def not_due(number: int, decision: dict[str, Any], *, adapters: bool) -> str:
+    """Why round `number` has no refit, and what it goes on with: not the moments of adapters that the last round has merged."""
+    value = "not to be had" if decision["value"] is None else f"{decision['value']:.3g}"
+    what = f"{decision['when']} is {value}, the threshold {decision['threshold']:.3g}"
+    kept = "reward model, reference and critic" if adapters else "reward model, reference, optimizer and critic"
+    return f"round {number}: no refit was due ({what}); it goes on with the {kept} of the last one."

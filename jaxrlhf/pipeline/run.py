@@ -1,0 +1,72 @@
+"""All stages of a run, in order, into a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxrlhf import distributed, sharding
+from jaxrlhf.config import Config
+from jaxrlhf.files import write_whole
+from jaxrlhf.monitoring.runlog import RunLog
+from jaxrlhf.pipeline.checks import check, check_same
+from jaxrlhf.pipeline.loop import walk_through
+from jaxrlhf.pipeline.stages.context import RunContext
+from jaxrlhf.recipe import arms, load_config, to_yaml
+from jaxrlhf.sharding.compile_cache import cache_compilations
+from jaxrlhf.storage.remote_store import store_of
+from jaxrlhf.storage.run_folder import check_places, folder_of, open_run, publish
+
+UNTIL = ("sft", "reward", "ppo")  # where a single-stage command stops; the latter two in round 1
+
+
+def run(config: Config | str | Path, *, until: str | None = None, log: RunLog | None = None) -> Path:
+    """Run a config (or the recipe at a path), or all its arms one after the other; the run folder.
+
+    Finished stages are found again by what they depend on: a run that was stopped goes on from its last finished stage, inside that
+    stage from its last checkpoint, and arms share what they have in common. `until`: stop after "sft", or after "reward" or "ppo" of
+    round 1. Raises ConfigError, DataError and the like before anything is compiled where the config or the data cannot work.
+
+    Of several processes that work as one (`jaxrlhf.distributed.group.start`) all call it with the same arguments; one writes and logs.
+    """
+    if not isinstance(config, Config):
+        config = load_config(config)
+    cache_compilations()
+    if until is not None and until not in UNTIL:
+        raise ValueError(f"until {until!r} is none of {', '.join(UNTIL)}.")
+    for one in arms(config).values():
+        check(one)
+    check_same(config)
+    check_places(config)
+    folder = folder_of(config)
+    if config.arms:
+        open_run(config)
+        if distributed.is_leader():
+            write_whole(folder / "config.yaml", to_yaml(config))
+    for one in arms(config).values():
+        _run_one(one, until, log)
+    return folder
+
+
+def _run_one(config: Config, until: str | None, log: RunLog | None) -> None:
+    folder = folder_of(config)
+    leads = distributed.is_leader()
+    open_run(config)
+    replaces = leads and (folder / "summary.json").exists() and (folder / "config.yaml").read_text(encoding="utf-8") != to_yaml(config)
+    if leads:
+        write_whole(folder / "config.yaml", to_yaml(config))
+    store = store_of(config)
+    mesh = sharding.mesh_of(config.mesh)
+    wandb = {"project": config.log.wandb, "name": config.name} if config.log.wandb else None
+    own = log or RunLog(folder if leads else None, tensorboard=config.log.tensorboard, wandb=wandb)
+    if replaces:
+        own.note(f"note: {folder} held another config's run, whose summary and links this one replaces; its stages stay in {store.root}")
+    try:
+        setting = RunContext(config, store, folder, own, mesh)
+        walk_through(setting, until)
+        if until is None:
+            setting.tidy(metrics=log is None)  # a log that was given may hold other runs
+    finally:
+        if log is None:
+            own.close()
+    if leads:
+        publish(folder)

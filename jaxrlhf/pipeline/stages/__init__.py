@@ -1,0 +1,1 @@
+"""The stages of a run: what each depends on and how it is built."""

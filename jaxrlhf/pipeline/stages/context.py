@@ -1,0 +1,185 @@
+"""What every stage of a run is given, and the driver that logs and checkpoints a training loop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxrlhf import distributed, rng, sharding
+from jaxrlhf.config import Config
+from jaxrlhf.data.read_report import ReadReport
+from jaxrlhf.models.hub import Loaded, load, save
+from jaxrlhf.monitoring.metrics_file import FILE
+from jaxrlhf.monitoring.recompiles import CompileWatch
+from jaxrlhf.monitoring.runlog import RunLog, StageLog
+from jaxrlhf.storage.checkpoint import Checkpoints
+from jaxrlhf.storage.run_folder import publish
+from jaxrlhf.storage.stage import Done, Stage
+from jaxrlhf.storage.store import Store
+from jaxrlhf.types import Metrics, Progress, TextBatch, TrainState
+
+Loop = Callable[[TrainState, int], Iterator[tuple[TrainState, Metrics]]]
+
+
+@dataclass
+class RunContext:
+    """One run: its config, where finished stages are kept, where it reports, the devices."""
+
+    config: Config
+    store: Store
+    folder: Path
+    log: RunLog
+    mesh: Any
+    stages: list[Done] = field(default_factory=list)
+    logged: set[tuple[str, int | None]] = field(default_factory=set)  # (stage, round) of the lines in metrics.jsonl that are this run's
+
+    @property
+    def key(self) -> jax.Array:
+        return rng.root_key(self.config.seed)
+
+    @property
+    def columns(self) -> Path:
+        return self.store.root / "columns"
+
+    def build(
+        self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None], *, round: int | None = None, keep_state: bool = False
+    ) -> Done:
+        """The finished stage, built if need be, linked into the run folder in the order of asking.
+
+        With `keep_state` its training state stays in the folder, for a method that carries optimizer or critic into the next round;
+        else the checkpoints go when all else is done: until then a stage that dies need not train again.
+        """
+
+        def whole(folder: Path) -> dict[str, Any] | None:
+            result = fn(folder)
+            distributed.barrier(f"{stage.name}: done with its checkpoints")
+            if not keep_state and distributed.is_leader():
+                self.store.drop_state(folder)
+            return result
+
+        name = stage.name.removeprefix(f"r{round}-")  # what it logs under
+        self.logged.add((name, round))
+        done = self.store.build(stage, whole)
+        if done.cached:
+            self.log.note(f"{stage.name}: finished before ({done.record['seconds']:.0f} s), taken from {done.folder}")
+            if (done.folder / FILE).exists():
+                self.log.replay(done.folder / FILE, name, round=round)
+        self.store.link(done, self.folder, len(self.stages), standalone=self.config.standalone)
+        self.stages.append(done)
+        if distributed.is_leader():
+            publish(self.folder)
+        return done
+
+    def saving(self, folder: Path) -> None:
+        """What lies beside the training state that is about to be saved is as safe as that."""
+        if distributed.is_leader():
+            self.store.saving(folder)
+            publish(self.folder)
+
+    def watch(self) -> CompileWatch | None:
+        """What notices compilations in the middle of a loop (log.recompiles)."""
+        return None if self.config.log.recompiles == "off" else CompileWatch(self.config.log.recompiles, widths=self.config.data.bucket)
+
+    def progress(self, what: str, *, round: int | None = None, tokens: int = 0) -> Progress:
+        """What a pass over a table reports its batches (of so many `tokens`) to, from (0, total) on: shown, and not kept."""
+        stage: StageLog | None = None
+
+        def report(done: int, total: int) -> None:
+            nonlocal stage
+            if stage is None:
+                stage = self.log.stage(what, round=round, total_steps=total, watch=self.watch())
+                stage.phase("compiling")
+            if done:
+                stage.step(done, {}, tokens=tokens)
+            if done == total:
+                stage.close()
+
+        return report
+
+    def report_rows(self, folder: Path, what: str, *reports: ReadReport) -> None:
+        """Say what was dropped on the way, and write every dropped row beside the stage."""
+        for kind, report in zip(("read", "tokenised"), reports, strict=False):
+            file = f"dropped-{what}-{kind}.jsonl"
+            if report.dropped or any(report.counts.values()):
+                self.log.note(f"{what} {kind}: {report.summary(rest=f'{file} in the folder of the stage lists them all')}")
+            if report.dropped:
+                report.write(folder / file)
+
+    def tidy(self, *, metrics: bool) -> None:
+        """Remove what an earlier config of this name left in the run folder: links, and lines of metrics.jsonl. The leader does."""
+        if not distributed.is_leader():
+            return
+        if metrics:
+            self.log.keep_only(self.logged)
+        current = {f"{number:02d}-{done.name}" for number, done in enumerate(self.stages)}
+        for link in (self.folder / "stages").iterdir():
+            if link.is_symlink() and link.name not in current:
+                link.unlink()
+
+    def load(self, done: Done, *, head: str, key: jax.Array | None = None) -> Loaded:
+        model = self.config.model
+        how = {"dtype": model.dtype, "remat": model.remat, "logits_chunk": model.logits_chunk}
+        return load(done.folder, head=head, key=key, mesh=self.mesh, **how)
+
+    def train(
+        self,
+        folder: Path,
+        name: str,
+        state: TrainState,
+        loop: Loop,
+        *,
+        steps: int,
+        tokens: int,
+        round: int | None = None,
+    ) -> TrainState:
+        """Run `loop(state, start)` to `steps`, from its last checkpoint where the stage was stopped before. `state` is used up.
+
+        `tokens` is how many a step works on. The final state is on disk too: what the stage does after its training may be stopped as well.
+        """
+        if steps == 0:
+            return state
+        checkpoint = self.config.checkpoint
+        with Checkpoints(self.store.state(folder), keep=checkpoint.keep) as checkpoints:
+            found = checkpoints.restore(sharding.template(state, self.mesh))
+            if found is not None:
+                jax.tree.map(lambda x: x.delete(), state)  # as the first step would: going on needs no more memory than starting
+                state = sharding.uncommitted(found[0], self.mesh)
+            start = int(state.step)
+            if start:
+                self.log.note(f"{name}: goes on from step {start} of {steps}")
+            with self.log.stage(name, round=round, total_steps=steps, start=start, folder=folder, watch=self.watch()) as stage:
+                if start < steps:
+                    stage.phase("compiling")
+                for n, (new, metrics) in enumerate(loop(state, start), start=start + 1):
+                    state = new
+                    stage.dispatched(n)
+                    if n % self.config.log.every == 0 or n == steps:
+                        stage.step(n, metrics, tokens=tokens * self.config.log.every)
+                    if n % checkpoint.every == 0 or n == steps:
+                        stage.flush()  # a run that goes on from here will not take this step again
+                        self.saving(folder)
+                        checkpoints.save(n, state)
+        return state
+
+
+def add_model(loaded: Loaded, folder: Path) -> None:
+    """Write the model into a stage's folder, beside its metrics, its list of dropped rows and its checkpoint (`save` replaces folders)."""
+    fresh = folder / ".model"
+    save(loaded, fresh)
+    if fresh.is_dir():  # of several processes one writes
+        for path in fresh.iterdir():
+            os.replace(path, folder / path.name)
+        fresh.rmdir()
+
+
+def placed(setting: RunContext, stream: Iterator) -> Iterator:
+    return (sharding.place_batch(batch, setting.mesh) for batch in stream)
+
+
+def width(table: TextBatch) -> int:
+    return table.prompt_BL.shape[1] + table.response_BT.shape[1]

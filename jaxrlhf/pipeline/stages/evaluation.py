@@ -1,0 +1,161 @@
+"""The stage at the end of every round: what the policy writes, what gold and the reward model say of it, how far it has moved."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxrlhf import rng
+from jaxrlhf.data.read_report import ReadReport
+from jaxrlhf.data.tokens import decode_responses, finished_responses, pad_id_of, tokenize_prompts
+from jaxrlhf.evaluation.diagnostics import agreement_with_gold, reliability, write_reliability
+from jaxrlhf.evaluation.samples import Samples, read_samples, write_samples
+from jaxrlhf.evaluation.winrate import win_rate
+from jaxrlhf.models.hub import Loaded, eos_ids
+from jaxrlhf.offline.logprobs import response_logps
+from jaxrlhf.pipeline import inputs
+from jaxrlhf.pipeline.stages.context import RunContext
+from jaxrlhf.pipeline.stages.ensemble import reward_inputs, reward_scores, spread_of
+from jaxrlhf.rollouts.dataset import renumbered, sample_dataset, sampling_of
+from jaxrlhf.scorers import Scorer
+from jaxrlhf.storage.stage import Done, Stage
+from jaxrlhf.types import TextBatch
+
+
+def evaluation_stage(
+    setting: RunContext,
+    number: int,
+    *,
+    policy: Done,
+    sft: Done,
+    rewards: tuple[Done, ...],
+    ensemble: Literal["mean", "mean-minus-spread"] | None,
+    before: Done | None,
+) -> Done:
+    """`before` is the evaluation of the policy the round started from; `rewards` the reward model of the round, or the members of its
+    `ensemble`; none where the method has none. Round 0 is π_SFT."""
+    config = setting.config
+
+    def build(folder: Path) -> dict[str, Any]:
+        setting.log.note(f"{'SFT' if number == 0 else f'round {number}'} evaluation on {config.evaluation.num_prompts} prompts")
+        loaded = setting.load(policy, head="lm")
+        gold = inputs.gold_of(config, setting.mesh)
+        samples = sample_responses(setting, folder, loaded, gold, number)
+        kl = np.zeros(len(samples.rows), np.float32) if policy.hash == sft.hash else kl_to(setting, loaded, sft, samples.tables[0], number)
+        result = {**gold_figures(samples, gold), "kl_sft": float(kl.mean()), **length_figures(samples, loaded)}
+        proxy, start = None, None
+        if rewards:
+            earlier = read_samples(before.folder, pad_id_of(loaded.tokenizer)) if before is not None else samples
+            figures, proxy, start = proxy_figures(setting, rewards, spread_of(ensemble, config), samples, earlier)
+            result |= figures
+            if earlier.gold is not None:
+                write_reliability(folder, reliability(start, earlier.gold))
+        write_samples(folder, samples, kl, eos_ids(loaded), proxy=proxy, proxy_start=start)
+        return result
+
+    slice_ = {
+        "evaluation": asdict(config.evaluation),
+        "gold": inputs.gold_identity(config),
+        "data": inputs.data_identity(config),
+        "limits": asdict(config.data.limits),
+        "response_length": config.ppo.response_length,
+        "dtype": config.model.dtype,
+    }
+    sources = {"policy": policy, "sft": sft}
+    sources |= reward_inputs(rewards)
+    sources |= {"before": before} if before is not None else {}
+    slice_ |= {"spread_coef": spread_of(ensemble, config)} if rewards and ensemble else {}
+    name = "sft-evaluation" if number == 0 else f"r{number}-evaluation"
+    return setting.build(Stage(name, "data", "evaluation", slice_, sources, version=3, parent="policy"), build, round=number)
+
+
+def sample_responses(setting: RunContext, folder: Path, loaded: Loaded, gold: Scorer | None, round: int) -> Samples:
+    """Two responses to every evaluation prompt, from the same random numbers for every policy: differences are the policies'."""
+    config = setting.config
+    rows = inputs.evaluation_prompts_of(config, loaded.tokenizer)
+    table, cut = tokenize_prompts(rows, loaded.tokenizer, inputs.limits_of(config))
+    setting.report_rows(folder, "prompts", ReadReport(kept=len(rows)), cut)
+    rows = [rows[i] for i in cut.rows]
+    sampling = sampling_of(loaded, max_new_tokens=config.ppo.response_length, temperature=config.evaluation.temperature)
+    key = rng.stream(rng.root_key(config.text_seed), "evaluation")  # π_SFT is evaluated once for all seeds that share it
+    size = min(config.evaluation.batch_size, max(len(rows), 1))
+    tables = tuple(
+        sample_dataset(
+            loaded.model,
+            loaded.params,
+            renumbered(table, number),
+            key,
+            sampling,
+            batch_size=size,
+            mesh=setting.mesh,
+            progress=setting.progress(f"evaluation, response {number + 1} of 2", round=round, tokens=size * sampling.max_new_tokens),
+        )
+        for number in (0, 1)
+    )
+    texts = tuple(decode_responses(t.response_BT, t.response_mask_BT, loaded.tokenizer, sampling.eos_ids) for t in tables)  # type: ignore[arg-type]
+    prompts = [row.prompt for row in rows]
+    scores = None if gold is None else tuple(gold(prompts, text) for text in texts)
+    return Samples(rows, tables, texts, scores)  # type: ignore[arg-type]
+
+
+def gold_figures(samples: Samples, gold: Scorer | None) -> dict[str, float | None]:
+    """Mean gold of the first responses, and how often they beat their references."""
+    nothing: dict[str, float | None] = {"win_rate": None, "win_rate_low": None, "win_rate_high": None, "tie_rate": None}
+    if gold is None or samples.gold is None:
+        return {"gold": None, **nothing}
+    scores = samples.gold[0]
+    with_reference = [i for i, row in enumerate(samples.rows) if row.reference is not None]
+    if not with_reference:
+        return {"gold": float(scores.mean()), **nothing}
+    prompts, references = ([getattr(samples.rows[i], name) for i in with_reference] for name in ("prompt", "reference"))
+    # A model in batches may round the same text twice to two scores; equal texts tie.
+    same = [samples.texts[0][i] == samples.rows[i].reference for i in with_reference]
+    won = win_rate(scores[with_reference], np.where(same, scores[with_reference], gold(prompts, references)))
+    return {"gold": float(scores.mean()), **{name: getattr(won, name) for name in nothing}}
+
+
+def length_figures(samples: Samples, loaded: Loaded) -> dict[str, float]:
+    first = samples.tables[0]
+    ended = finished_responses(first.response_BT, first.response_mask_BT, eos_ids(loaded))  # type: ignore[arg-type]
+    return {"length": float(np.asarray(first.response_mask_BT).sum(axis=1).mean()), "eos_rate": float(ended.mean())}
+
+
+def kl_to(setting: RunContext, loaded: Loaded, sft: Done, texts: TextBatch, round: int) -> np.ndarray:
+    """log π(y) − log π_SFT(y) of every response, nats [N] (k1), at the temperature they were sampled at."""
+    options = {
+        "temperature": setting.config.evaluation.temperature or 1.0,  # greedy text has no density of its own; it is read at 1
+        "batch_size": setting.config.evaluation.batch_size,
+        "mesh": setting.mesh,
+    }
+    reference = setting.load(sft, head="lm")
+    logps = [
+        response_logps(
+            one.model, one.params, texts, progress=setting.progress(f"evaluation, log-probs under {name}", round=round), **options
+        )
+        for one, name in ((loaded, "the policy"), (reference, "π_SFT"))
+    ]
+    return logps[0] - logps[1]
+
+
+def proxy_figures(
+    setting: RunContext, rewards: tuple[Done, ...], spread_coef: float | None, samples: Samples, earlier: Samples
+) -> tuple[dict[str, float | None], np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """The reward model on what the round's policy writes (`proxy`) and on what it wrote before the round (`proxy_start`).
+
+    (figures, scores [N] of the round's first responses, scores [N] of both responses from before the round).
+
+    `reward_accuracy` is taken on the latter: on text of the policy that it produced, selection puts even a perfect fit below one half.
+    With a `spread_coef` all three are of the ensemble's one score, and `proxy_spread` and `proxy_start_spread` say how far its members
+    lie apart: the mean over responses of their population deviation.
+    """
+    tables = (samples.tables[0], *earlier.tables)
+    scores, spreads = reward_scores(setting, rewards, spread_coef, tables)
+    proxy, start = scores[0], (scores[1], scores[2])
+    accuracy = None if earlier.gold is None else agreement_with_gold(start, earlier.gold)
+    figures = {"proxy": float(proxy.mean()), "proxy_start": float(start[0].mean()), "reward_accuracy": accuracy}
+    if spread_coef is not None:
+        figures |= {"proxy_spread": float(spreads[0].mean()), "proxy_start_spread": float(spreads[1].mean())}
+    return figures, proxy, start

@@ -1,0 +1,132 @@
+"""The preference pairs of a run: read, or sampled from π_SFT and labelled by gold."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxrlhf import rng
+from jaxrlhf.data.batches import take
+from jaxrlhf.data.pairs import Prompt, ReadReport
+from jaxrlhf.data.tables import read_pair_table, write_pair_table
+from jaxrlhf.data.tokens import decode_responses, eos_ids_of, pad_id_of, tokenize_pairs, tokenize_prompts
+from jaxrlhf.models.hub import Loaded, read_tokenizer
+from jaxrlhf.offline.label import label_pairs
+from jaxrlhf.pipeline import inputs
+from jaxrlhf.pipeline.stages.context import RunContext
+from jaxrlhf.rollouts.dataset import renumbered, sample_dataset, sampling_of
+from jaxrlhf.storage.stage import Done, Stage
+from jaxrlhf.types import PairBatch, TextBatch
+
+TRAIN, VALID, UPDATED, WEIGHTS, REPORT = "train.parquet", "valid.parquet", "pairs.parquet", "weights.npy", "report.json"
+
+
+def pairs_stage(setting: RunContext, tokenizer_done: Done, sft: Done) -> Done:
+    """Training pairs (and held-out ones) with their tokens: as the data has them, or sampled from π_SFT and labelled by gold."""
+    config = setting.config
+    sampled = config.pairs.source == "sample"
+
+    def build(folder: Path) -> dict[str, Any]:
+        return sampled_pairs(setting, folder, setting.load(sft, head="lm")) if sampled else stored_pairs(setting, folder, tokenizer_done)
+
+    slice_ = {
+        "pairs": asdict(config.pairs) if sampled else "data",
+        "data": inputs.data_identity(config),
+        "limits": asdict(config.data.limits),
+        "gold": inputs.gold_identity(config) if sampled else None,
+        "response_length": config.ppo.response_length if sampled else None,
+        "seed": config.seed,
+    }
+    sources = {"tokenizer": tokenizer_done} | ({"sft": sft} if sampled else {})
+    return setting.build(Stage("pairs", "data", "pairs", slice_, sources), build)
+
+
+def stored_pairs(setting: RunContext, folder: Path, tokenizer_done: Done) -> dict[str, Any]:
+    """The data's own pairs, tokenised."""
+    tokenizer, limits = read_tokenizer(tokenizer_done.folder), inputs.limits_of(setting.config)
+    train, valid, read = inputs.pairs_of(setting.config, tokenizer)
+    counts = {}
+    for name, rows in ((TRAIN, train), (VALID, valid)):
+        table, cut = tokenize_pairs(rows, tokenizer, limits, eos_ids=eos_ids_of(tokenizer))
+        setting.report_rows(folder, name.removesuffix(".parquet"), read if name == TRAIN else type(read)(), cut)
+        write_pair_table(folder / name, [rows[i] for i in cut.rows], table, pad_id=pad_id_of(tokenizer))
+        counts[name.removesuffix(".parquet")] = cut.kept
+    return {**counts, "dropped": len(read.dropped)}
+
+
+def sampled_pairs(setting: RunContext, folder: Path, sft: Loaded) -> dict[str, Any]:
+    """Two responses of π_SFT to each prompt, labelled by gold; held-out pairs from other prompts, labelled without noise."""
+    config, tokenizer = setting.config, sft.tokenizer
+    prompts, read = inputs.prompts_of(config, tokenizer)
+    rows = _cycled(prompts, config.pairs.num_pairs)
+    noisy = {"rule": config.pairs.label, "label_flip": config.pairs.label_flip}
+    result = labelled(setting, folder, TRAIN, sft, rows, read, **noisy)
+    held_out = inputs.valid_prompts_of(config, tokenizer)
+    valid = labelled(setting, folder, VALID, sft, held_out, ReadReport(kept=len(held_out)), rule="strict", label_flip=0.0)
+    return {"train": result["kept"], "valid": valid["kept"], "identical": result["identical"], "gold_mean": result["gold_mean"]}
+
+
+def labelled(
+    setting: RunContext, folder: Path, name: str, sft: Loaded, rows: list[Prompt], read: ReadReport, *, rule: Any, label_flip: float
+) -> dict[str, Any]:
+    """Write the pairs of two sampled responses to each of `rows` as the table `name`."""
+    config, tokenizer, what = setting.config, sft.tokenizer, name.removesuffix(".parquet")
+    gold = inputs.gold_of(config, setting.mesh)
+    assert gold is not None, "a config that samples pairs names a gold scorer"
+    table, cut = tokenize_prompts(rows, tokenizer, inputs.limits_of(config))
+    setting.report_rows(folder, f"{what}-prompts", read, cut)
+    rows = [rows[i] for i in cut.rows]
+    sampling = sampling_of(sft, max_new_tokens=config.ppo.response_length, temperature=config.pairs.temperature)
+    key = rng.stream(setting.key, f"pairs/{what}")
+    size = min(config.pairs.batch_size, max(len(rows), 1))
+    sides = [
+        sample_dataset(
+            sft.model,
+            sft.params,
+            renumbered(table, n),
+            rng.stream(key, "side", n),
+            sampling,
+            batch_size=size,
+            mesh=setting.mesh,
+            progress=setting.progress(f"{what} pairs, response {n} of 2", tokens=size * sampling.max_new_tokens),
+        )
+        for n in (1, 2)
+    ]
+    texts = [decode_responses(side.response_BT, side.response_mask_BT, tokenizer, sampling.eos_ids) for side in sides]  # type: ignore[arg-type]
+    asked = [row.prompt for row in rows]
+    scores = [gold(asked, text) for text in texts]
+    pairs, first, kept = label_pairs(rows, texts[0], texts[1], scores[0], scores[1], rule=rule, label_flip=label_flip, seed=config.seed)
+    write_pair_table(folder / name, pairs, pair_batch(sides[0], sides[1], first, kept), pad_id=pad_id_of(tokenizer))
+    identical = sum(a == b for a, b in zip(*texts, strict=True))
+    for number, fault in ((identical, "got the same text twice"), (len(rows) - identical - len(kept), "got two texts of equal gold")):
+        if number:
+            setting.log.note(f"{what} pairs: {number} of {len(rows)} prompts {fault}; they say nothing and are left out")
+    return {"kept": len(kept), "identical": identical, "gold_mean": float(np.mean(np.concatenate(scores)))}
+
+
+def _cycled(rows: list[Prompt], n: int) -> list[Prompt]:
+    """The first n prompts, from the start again where there are fewer (every turn is another sampling epoch)."""
+    return [rows[i % len(rows)] for i in range(n)]
+
+
+def pair_batch(first: TextBatch, second: TextBatch, first_is_chosen: np.ndarray, kept: np.ndarray) -> PairBatch:
+    """Two tables of responses as pairs: the kept rows, chosen side by label."""
+    a, b = take(first, kept), take(second, kept)
+    wins = first_is_chosen[:, None]
+    return PairBatch(
+        a.prompt_BL,
+        a.prompt_mask_BL,
+        *(np.where(wins, x, y) for x, y in ((a.response_BT, b.response_BT), (a.response_mask_BT, b.response_mask_BT))),  # type: ignore[arg-type]
+        *(np.where(wins, y, x) for x, y in ((a.response_BT, b.response_BT), (a.response_mask_BT, b.response_mask_BT))),  # type: ignore[arg-type]
+        np.ones(len(kept), np.float32),  # type: ignore[arg-type]
+        np.ones(len(kept), bool),  # type: ignore[arg-type]
+        np.arange(len(kept), dtype=np.int32),  # type: ignore[arg-type]
+    )
+
+
+def valid_pairs(pairs: Done) -> PairBatch:
+    """The held-out pairs: never filtered, never weighted, the same for every method."""
+    return read_pair_table(pairs.folder / VALID)[1]

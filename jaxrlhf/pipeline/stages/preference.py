@@ -1,0 +1,101 @@
+"""The stage of the policies that learn from pairs directly: DPO, IPO, WPO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf import rng, sharding
+from jaxrlhf.algorithms.preference import REFERENCE, needs_reference, preference_loss, preference_trainer, settings_read
+from jaxrlhf.algorithms.reward import with_columns, with_weights
+from jaxrlhf.algorithms.reward_update import Pairs, stored_pair_logps
+from jaxrlhf.algorithms.rounds import Round
+from jaxrlhf.algorithms.training import num_steps, own_copy, train
+from jaxrlhf.data.batches import batches
+from jaxrlhf.models.hub import Loaded
+from jaxrlhf.pipeline.stages.context import RunContext, add_model, placed
+from jaxrlhf.pipeline.stages.fixed_models import lora_slice, split_params
+from jaxrlhf.pipeline.stages.lineage import policy_lineage, write_lineage
+from jaxrlhf.pipeline.stages.reward_update import updated_pairs
+from jaxrlhf.plugins import plugin, source_of
+from jaxrlhf.steps.state import init_state, joined
+from jaxrlhf.storage.stage import Done, Stage
+from jaxrlhf.types import PairBatch, TrainState
+
+TEMPERATURE = 1.0  # of the log-probs on both sides of the ratio: the pair step scores the policy at 1
+
+
+def preference_stage(
+    setting: RunContext, round: Round, *, sft: Done, start: Done, reference: Done, pairs: Done, update: Done | None
+) -> Done:
+    """The policy of a round, trained from `start` on the (filtered, weighted) pairs against `reference`.
+
+    Every round has a fresh optimizer. `sft` is what other policy updates measure their distance to; this one only names it.
+    """
+    config, section, number = setting.config, setting.config.dpo, round.number
+    loss = preference_loss(section, round.policy_update, plugin)
+
+    def build(folder: Path) -> dict[str, Any]:
+        policy = setting.load(start, head="lm")
+        fitted, weights_N = updated_pairs(update, pairs)
+        used = reference if needs_reference(loss) else None
+        write_lineage(folder, policy_lineage(round, start=start, reference=used, sft=sft, pairs=pairs, update=update))
+        table, n = with_weights(fitted.tokens, weights_N), len(fitted.rows)
+        steps = num_steps(n, batch_size=section.batch_size, num_train_epochs=section.num_train_epochs, max_steps=section.max_steps)
+        if needs_reference(loss):
+            at_hand = (lambda: policy) if reference.hash == start.hash else (lambda: setting.load(reference, head="lm"))
+            table = with_reference(setting, number, fitted, table, at_hand, reference.hash, policy.tokenizer)
+        table = with_columns(table, loss, name=f"dpo.loss {section.loss!r}", updated=update is not None)
+        optimizer, step = preference_trainer(policy.model, loss, section, max(steps, 1), setting.mesh)
+        learned, rest = split_params(setting, policy, rng.stream(rng.stream(setting.key, "policy", number), "adapters"))
+        state = sharding.place(init_state(own_copy(learned), optimizer), setting.mesh)
+        policy, learned = policy._replace(params=None), None  # the memory is wanted for the training
+        frozen = () if rest is None else (rest,)
+
+        def loop(state: TrainState, start: int) -> Iterator:
+            name = f"preference/r{number}"
+            stream = batches(table, section.batch_size, seed=config.seed, name=name, bucket=config.data.bucket, start=start)
+            return train(step, state, placed(setting, islice(stream, steps - start)), *frozen)
+
+        tokens = 2 * section.batch_size * (table.prompt_BL.shape[1] + table.chosen_BT.shape[1])
+        state = setting.train(folder, "policy", state, loop, steps=steps, tokens=tokens, round=number)
+        add_model(policy._replace(params=joined(state.params, rest)), folder)
+        return {"steps": steps, "pairs": n}
+
+    slice_ = {
+        "dpo": settings_read(section, round.policy_update, loss)
+        | {"plugin": source_of(section.loss) if round.policy_update == "dpo" else None},
+        "round": number,
+        "seed": config.seed,
+        "bucket": config.data.bucket,
+        "dtype": config.model.dtype,
+        **lora_slice(config),
+    }
+    sources = {"start": start, "pairs": pairs}
+    sources |= {"reference": reference} if needs_reference(loss) else {}
+    sources |= {} if update is None else {"update": update}
+    stage = Stage(f"r{number}-policy", "model", round.policy_update, slice_, sources, parent="start")
+    return setting.build(stage, build, round=number)
+
+
+def with_reference(
+    setting: RunContext, number: int, pairs: Pairs, table: PairBatch, reference: Callable[[], Loaded], model_hash: str, tokenizer: Any
+) -> PairBatch:
+    """The table with the reference's log-probs of both sides as columns: computed once for a set of pairs, whichever arm comes first."""
+    config = setting.config
+    logps = stored_pair_logps(
+        setting.columns,
+        pairs,
+        reference,
+        model_hash=model_hash,
+        tokenizer=tokenizer,
+        limits=config.data.limits,
+        temperature=TEMPERATURE,
+        batch_size=config.dpo.eval_batch_size,
+        mesh=setting.mesh,
+        progress=setting.progress("log-probs under the reference", round=number),
+    )
+    return replace(table, columns={**table.columns, **{name: logps[logp] for name, logp in REFERENCE.items()}})

@@ -1,0 +1,229 @@
+"""Whether a round refits the reward model: a stage of its own, so that the decision is shared, logged and resumed like all else.
+
+Three measures of how far the reward model in use is from what it was fitted for; each has its threshold in the config's `refit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf.algorithms.ocrm import stored_logps
+from jaxrlhf.algorithms.reward_update import Pairs
+from jaxrlhf.data.tables import read_pair_table
+from jaxrlhf.data.tokens import pad_id_of
+from jaxrlhf.evaluation.diagnostics import agreement_with_gold
+from jaxrlhf.evaluation.samples import read_samples
+from jaxrlhf.losses import effective_sample_size, importance_weights, relative_log_ratio
+from jaxrlhf.models.hub import Loaded
+from jaxrlhf.offline.logprobs import response_logps
+from jaxrlhf.pipeline.stages.context import RunContext
+from jaxrlhf.pipeline.stages.ensemble import reward_inputs, reward_scores, spread_of
+from jaxrlhf.pipeline.stages.pairs import TRAIN
+from jaxrlhf.storage.stage import Done, Stage
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measure's value (None where there was nothing to measure), and what else the record says of it."""
+
+    value: float | None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RefitInputs:
+    """What is compared: the round's policy and its evaluation now, and those of the policy the reward models were fitted for."""
+
+    number: int
+    policy: Done
+    evaluation: Done
+    fitted_for: Done
+    evaluation_then: Done
+    rewards: tuple[Done, ...]
+    spread_coef: float | None  # of an ensemble's one score
+    pairs: Done
+
+
+def refit_stage(
+    setting: RunContext,
+    number: int,
+    *,
+    policy: Done,
+    evaluation: Done,
+    fitted_for: Done,
+    evaluation_then: Done,
+    rewards: tuple[Done, ...],
+    ensemble: str | None,
+    rounds: int,
+    pairs: Done,
+) -> Done:
+    """The decision before round `number`; its result is {"when", "value", "threshold", "due", "forced", "rounds", …}.
+
+    `policy` and its `evaluation` are the last ones; `rewards`, a model or the members of an `ensemble`, were fitted for `fitted_for`.
+
+    `rounds` have been trained since the last refit; from `refit.max_rounds` on a refit is due whatever the value (`forced`). A value that
+    cannot be taken (gold ties all samples) makes no refit due.
+    """
+    section = setting.config.refit
+    measure, threshold = MEASURES[section.when], float(getattr(section, THRESHOLDS[section.when]))
+    forced = section.max_rounds is not None and rounds >= section.max_rounds
+    since = RefitInputs(
+        number,
+        policy=policy,
+        evaluation=evaluation,
+        fitted_for=fitted_for,
+        evaluation_then=evaluation_then,
+        rewards=rewards,
+        spread_coef=spread_of(ensemble, setting.config),
+        pairs=pairs,
+    )
+
+    def build(folder: Path) -> dict[str, Any]:
+        measured = measure.of(setting, since)
+        value = measured.value
+        if value is not None and not np.isfinite(value):
+            raise ValueError(f"refit.when {section.when}: the measure before round {number} is {value}; the policy has diverged.")
+        due = forced or (value is not None and measure.due(value, threshold))
+        result = {"when": section.when, "value": value, "threshold": threshold, "due": due, "forced": forced, "rounds": rounds}
+        result |= measured.facts
+        figures = {f"refit/{name}": float(x) for name, x in result.items() if isinstance(x, bool | int | float)}
+        with setting.log.stage("refit", round=number, total_steps=1, folder=folder) as stage:
+            stage.step(1, figures)
+        return result
+
+    slice_ = {"when": section.when, "threshold": threshold, "forced": forced, "rounds": rounds, **measure.reads(setting, since)}
+    done = setting.build(Stage(f"r{number}-refit", "data", "refit", slice_, measure.inputs(since)), build, round=number)
+    setting.log.note(decision_text(number, done.record["result"]))
+    return done
+
+
+def decision_text(number: int, result: dict[str, Any]) -> str:
+    """The decision in words."""
+    value = "cannot be measured" if result["value"] is None else f"{result['value']:.3g} (threshold {result['threshold']:.3g})"
+    forced = f", {result['rounds']} rounds since the last" if result["forced"] else ""
+    return f"round {number}: {MEASURES[result['when']].what} {value}{forced}: {'refit' if result['due'] else 'no refit'}"
+
+
+def kl_measure(setting: RunContext, since: RefitInputs) -> Measured:
+    """KL(policy now ‖ policy of the last refit), nats a response: E_{y~π}[ log π(y) − log π_refit(y) ] (k1), at evaluation.temperature.
+
+    On the two responses to every prompt of the last evaluation, which the policy now has written; `stderr` is over prompts.
+    """
+    policy = setting.load(since.policy, head="lm")
+    samples = read_samples(since.evaluation.folder, pad_id_of(policy.tokenizer))
+    then = setting.load(since.fitted_for, head="lm")
+    options = {
+        "temperature": setting.config.evaluation.temperature,
+        "batch_size": setting.config.evaluation.batch_size,
+        "mesh": setting.mesh,
+    }
+
+    def logps(one: Loaded, what: str, side: int) -> np.ndarray:
+        progress = setting.progress(f"refit, response {side + 1} of 2 under {what}", round=since.number)
+        return response_logps(one.model, one.params, samples.tables[side], progress=progress, **options)
+
+    sides_2N = [logps(policy, "the policy", side) - logps(then, "that of the last refit", side) for side in (0, 1)]
+    kl_N = np.asarray(sides_2N, np.float64).mean(axis=0)  # a prompt's two responses are one observation
+    n = len(kl_N)
+    stderr = float(kl_N.std(ddof=1) / np.sqrt(n)) if n > 1 else None
+    return Measured(float(kl_N.mean()), {"stderr": stderr, "samples": 2 * n})
+
+
+def ess_measure(setting: RunContext, since: RefitInputs) -> Measured:
+    """Share of the training pairs that still count under the ratio of the policy now to that of the last refit (`ess_share`)."""
+    config = setting.config
+    rows, tokens = read_pair_table(since.pairs.folder / TRAIN)
+    pairs = Pairs(rows, tokens)
+
+    def logps(done: Done, what: str) -> dict[str, np.ndarray]:
+        progress = setting.progress(f"refit, pairs under {what}", round=since.number)
+        given = {"config": config, "columns": setting.columns, "mesh": setting.mesh, "progress": progress}
+        return stored_logps(pairs, setting.load(done, head="lm"), done.hash, **given)
+
+    now, then = logps(since.policy, "the policy"), logps(since.fitted_for, "that of the last refit")
+    share = ess_share(now, then, alpha=config.weights.alpha)
+    return Measured(share, {"ess": share * len(rows), "pairs": len(rows)})
+
+
+def ess_share(now: dict[str, np.ndarray], then: dict[str, np.ndarray], *, alpha: float) -> float:
+    """ESS / N of the weights w = r_α(y⁺) r_α(y⁻), r = π_now/π_then (α-relative), from the log-probs {"chosen_logp", "rejected_logp"} [N].
+
+    η is 1: the question is how far the policy has moved, not how much of it OCRM would use. 1 where the two policies are equal.
+    """
+    chosen, rejected = (
+        relative_log_ratio(jnp.asarray(now[name]), jnp.asarray(then[name]), alpha=alpha) for name in ("chosen_logp", "rejected_logp")
+    )
+    weights = importance_weights(chosen, rejected, eta=1.0, normalize="mean")  # the scale cancels, and does not overflow
+    return float(effective_sample_size(weights)) / len(weights)
+
+
+def accuracy_measure(setting: RunContext, since: RefitInputs) -> Measured:
+    """How far the reward model's accuracy has fallen, from the samples of the policy it was fitted for to those of the policy now.
+
+    On the two responses to every prompt of an evaluation, as gold orders them; ties of gold are left out. An ensemble is judged by the
+    one score its policy is trained on.
+    """
+    policy = setting.load(since.policy, head="lm")._replace(params=None)  # its tokenizer is what is needed
+    then, now = (read_samples(evaluation.folder, pad_id_of(policy.tokenizer)) for evaluation in (since.evaluation_then, since.evaluation))
+    scores, _ = reward_scores(setting, since.rewards, since.spread_coef, (*then.tables, *now.tables))
+    assert then.gold is not None and now.gold is not None, "a config that refits by accuracy names a gold scorer"
+    before, after = agreement_with_gold((scores[0], scores[1]), then.gold), agreement_with_gold((scores[2], scores[3]), now.gold)
+    fall = None if before is None or after is None else before - after
+    return Measured(fall, {"accuracy": after, "accuracy_then": before})
+
+
+class Measure(NamedTuple):
+    """One way to tell: what it measures, from which stages and settings, and on which side of its threshold a refit is due."""
+
+    what: str
+    of: Callable[[RunContext, RefitInputs], Measured]
+    due: Callable[[float, float], bool]
+    inputs: Callable[[RefitInputs], dict[str, Done]]
+    reads: Callable[[RunContext, RefitInputs], dict[str, Any]]
+
+
+def _policies(since: RefitInputs, *names: Literal["evaluation", "pairs"]) -> dict[str, Done]:
+    return {"policy": since.policy, "fitted_for": since.fitted_for} | {name: getattr(since, name) for name in names}
+
+
+def _rewards(since: RefitInputs) -> dict[str, Done]:
+    return reward_inputs(since.rewards) | {"policy": since.policy, "evaluation": since.evaluation, "evaluation_then": since.evaluation_then}
+
+
+def _weights_read(setting: RunContext, since: RefitInputs) -> dict[str, Any]:
+    del since
+    read = {name: getattr(setting.config.weights, name) for name in ("alpha", "temperature", "max_tokens")}
+    return read | {"dtype": setting.config.model.dtype}
+
+
+THRESHOLDS: dict[str, str] = {"kl": "kl_budget", "ess": "ess_floor", "accuracy": "accuracy_drop"}
+
+MEASURES: dict[str, Measure] = {
+    "kl": Measure(
+        "KL to the policy of the last refit, nats a response,",
+        kl_measure,
+        lambda value, budget: value > budget,
+        lambda since: _policies(since, "evaluation"),
+        lambda setting, since: {"temperature": setting.config.evaluation.temperature, "dtype": setting.config.model.dtype},
+    ),
+    "ess": Measure(
+        "share of the pairs that count under what has changed since the last refit",
+        ess_measure,
+        lambda share, floor: share < floor,
+        lambda since: _policies(since, "pairs"),
+        _weights_read,
+    ),
+    "accuracy": Measure(
+        "fall of the reward model's accuracy on the policy's own text",
+        accuracy_measure,
+        lambda fall, most: fall > most,
+        _rewards,
+        lambda setting, since: {"dtype": setting.config.model.dtype, "spread_coef": since.spread_coef},
+    ),
+}

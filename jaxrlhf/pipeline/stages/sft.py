@@ -1,0 +1,123 @@
+"""The tokenizer and π_SFT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxrlhf import rng, sharding
+from jaxrlhf.algorithms.training import num_steps, own_copy, sft_trainer, train
+from jaxrlhf.config import Config
+from jaxrlhf.data import toy
+from jaxrlhf.data.batches import batches
+from jaxrlhf.data.tokenizer import train_tokenizer
+from jaxrlhf.data.tokens import eos_ids_of, tokenize_demonstrations
+from jaxrlhf.models.families import config_from_shape
+from jaxrlhf.models.hub import Loaded, initialise, load, read_tokenizer, resolve, with_tokenizer
+from jaxrlhf.pipeline import inputs
+from jaxrlhf.pipeline.stages.context import RunContext, add_model, placed, width
+from jaxrlhf.steps.state import init_state
+from jaxrlhf.storage.stage import Done, Stage
+from jaxrlhf.types import TrainState
+
+
+def tokenizer_stage(setting: RunContext) -> Done:
+    """The run's tokenizer: the one named, the model's own, the toy task's words, or a byte-level BPE of the run's own text."""
+    config = setting.config
+    trained = config.tokenizer.source is None and config.model.source is None and config.data.train != inputs.TOY
+
+    def build(folder: Path) -> dict[str, Any]:
+        if config.tokenizer.source or config.model.source:
+            tokenizer = given_tokenizer(config)
+        elif not trained:
+            tokenizer = toy.toy_tokenizer()
+        else:
+            rows, _ = inputs.demonstrations_of(config)
+            tokenizer = train_tokenizer((row.prompt + row.response for row in rows), config.tokenizer.vocab_size)
+        tokenizer.save_pretrained(str(folder))
+        return {"vocabulary": len(tokenizer)}
+
+    slice_ = {
+        "tokenizer": asdict(config.tokenizer) | {"source": inputs.tokenizer_identity(config.tokenizer.source)},
+        "model": None if config.tokenizer.source else inputs.tokenizer_identity(config.model.source),
+        "data": inputs.data_identity(config) if trained else config.data.train,
+    }
+    return setting.build(Stage("tokenizer", "data", "tokenizer", slice_), build)
+
+
+def given_tokenizer(config: Config) -> Any:
+    """The tokenizer that `tokenizer.source` or `model.source` names; None where neither is given."""
+    source = config.tokenizer.source or config.model.source
+    if source is None:
+        return None
+    # A folder of tokenizer files alone has no config.json and is no model folder.
+    tokenizer = read_tokenizer(Path(source) if Path(source).is_dir() else resolve(source))
+    if tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer files; name a folder that has in tokenizer.source.")
+    return tokenizer
+
+
+def base_model(setting: RunContext, tokenizer: Any) -> Loaded:
+    """The model SFT starts from: read, or made from `model.shape` for this tokenizer."""
+    config = setting.config
+    how = {"dtype": config.model.dtype, "remat": config.model.remat, "logits_chunk": config.model.logits_chunk, "mesh": setting.mesh}
+    if config.model.source is not None:
+        base = load(config.model.source, head="lm", **how)
+        return with_tokenizer(base, tokenizer)
+    longest = config.data.limits.max_prompt_length + max(config.data.limits.max_response_length, config.ppo.response_length)
+    shape = {name: value for name, value in asdict(config.model.shape).items() if value is not None}
+    decoder, _ = config_from_shape(
+        shape,
+        len(tokenizer),
+        max_positions=longest,
+        pad_id=tokenizer.pad_token_id,
+        bos_id=tokenizer.bos_token_id,
+        eos_id=tokenizer.eos_token_id,
+    )
+    key = rng.stream(rng.root_key(config.text_seed), "model/init")
+    return initialise(decoder, key=key, tokenizer=tokenizer, **how)
+
+
+def sft_stage(setting: RunContext, tokenizer_done: Done) -> Done:
+    """π_SFT: the base model fitted to the demonstrations; with `sft.max_steps: 0` the base model itself."""
+    config = setting.config
+
+    def build(folder: Path) -> dict[str, Any]:
+        tokenizer = read_tokenizer(tokenizer_done.folder)
+        rows, report = inputs.demonstrations_of(config, tokenizer)
+        table, cut = tokenize_demonstrations(rows, tokenizer, inputs.limits_of(config), eos_ids=eos_ids_of(tokenizer))
+        setting.report_rows(folder, "demonstrations", report, cut)
+        base = base_model(setting, tokenizer)
+        steps = num_steps(
+            len(table.index_B),
+            batch_size=config.sft.batch_size,
+            num_train_epochs=config.sft.num_train_epochs,
+            max_steps=config.sft.max_steps,
+        )
+        optimizer, step = sft_trainer(base.model, config.sft, max(steps, 1), setting.mesh)
+        state = sharding.place(init_state(own_copy(base.params), optimizer), setting.mesh)
+        base = base._replace(params=None)  # the memory is wanted for the training
+
+        def loop(state: TrainState, start: int) -> Iterator:
+            stream = batches(table, config.sft.batch_size, seed=config.text_seed, name="sft", bucket=config.data.bucket, start=start)
+            return train(step, state, placed(setting, islice(stream, steps - start)))
+
+        state = setting.train(folder, "sft", state, loop, steps=steps, tokens=config.sft.batch_size * width(table))
+        add_model(base._replace(params=state.params), folder)
+        tokens = int(np.asarray(table.prompt_mask_BL).sum() + np.asarray(table.response_mask_BT).sum())
+        return {"steps": steps, "rows": len(table.index_B), "tokens": tokens}
+
+    slice_ = {
+        "sft": asdict(config.sft),
+        "model": inputs.model_identity(config),
+        "data": inputs.data_identity(config),
+        "limits": asdict(config.data.limits),
+        "positions": config.ppo.response_length,
+        "bucket": config.data.bucket,
+    }
+    return setting.build(Stage("sft", "model", "sft", slice_, {"tokenizer": tokenizer_done}), build)

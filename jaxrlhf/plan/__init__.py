@@ -1,0 +1,1 @@
+"""Will a recipe fit these devices, and how long will it take?"""

@@ -1,0 +1,125 @@
+"""The programs of training: SFT, reward models, PPO and RLOO, DPO and WPO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import jax
+
+from jaxrlhf.algorithms.policy_updates import POLICY_UPDATES
+from jaxrlhf.algorithms.ppo import as_compiled, passes_of
+from jaxrlhf.algorithms.preference import REFERENCE, needs_reference, preference_loss, preference_trainer
+from jaxrlhf.algorithms.reward import reward_loss, reward_trainer
+from jaxrlhf.algorithms.rounds import Round
+from jaxrlhf.algorithms.training import sft_trainer
+from jaxrlhf.pipeline.stages.ensemble import spread_of
+from jaxrlhf.plan.models import KEY
+from jaxrlhf.plan.passes import logprobs_phase, sample_phase, scoring_phase
+from jaxrlhf.plan.planner import Phase, Planner
+from jaxrlhf.plan.shapes import BIAS, NUMBER, bools, bytes_on_device, floats, ints, pairs, texts
+from jaxrlhf.plugins import plugin
+from jaxrlhf.steps.state import init_state, joined
+from jaxrlhf.types import Completion, PromptBatch, Rollout
+
+
+def sft_phase(planner: Planner) -> Phase:
+    section, (L, T, _) = planner.config.sft, planner.lengths
+    steps = planner.counts.sft_steps
+    optimizer, step = sft_trainer(planner.models[0], section, max(steps or 1, 1), planner.mesh)
+    state = jax.eval_shape(lambda p: init_state(p, optimizer), planner.policy)
+    batch = texts(section.batch_size, L, T)
+    held = {"policy": state.params, "optimizer": state.opt_state}
+    knobs = ("sft.gradient_accumulation_steps", "sft.batch_size", "model.remat", "mesh.fsdp")
+    tokens = section.batch_size * (L + T)
+    return Phase("SFT", "step", step, (state, batch), held, batch, steps, tokens, planner.layers, knobs, learned=state.params)
+
+
+def reward_phases(planner: Planner, fits: int) -> Iterator[Phase]:
+    """The step, and the pass that scores references and held-out pairs while the training state is still there."""
+    section, (L, T, _), steps = planner.config.reward, planner.lengths, planner.counts.reward_steps
+    members = section.ensemble_size if planner.counts.rounds[0].ensemble else 1
+    loss = reward_loss(section, plugin)
+    model, params = planner.models[1], planner.scalar
+    optimizer, step = reward_trainer(model, loss, section, max(steps or 1, 1), planner.mesh)
+    state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    held = {"reward": state.params, "optimizer": state.opt_state}
+    batch = pairs(section.batch_size, L, planner.pairs_width(), loss.columns)
+    calls = None if steps is None else steps * fits * members
+    knobs = ("reward.gradient_accumulation_steps", "reward.batch_size", "model.remat", "mesh.fsdp")
+    tokens = 2 * section.batch_size * (L + planner.pairs_width())
+    yield Phase("reward", "step", step, (state, batch), held, batch, calls, tokens, planner.layers, knobs, learned=state.params)
+    calls = planner.counts.passes(planner.counts.reference_rows, section.eval_batch_size, 1)
+    calls = None if calls is None else calls * fits * members
+    yield scoring_phase(
+        planner, "reward", "scores of references", params, T, section.eval_batch_size, held, calls, "reward.eval_batch_size"
+    )
+
+
+def rollout_phases(planner: Planner, round: Round, moved: bool, times: int, suffix: str) -> Iterator[Phase]:
+    """Sample, score and update of PPO or RLOO; state and frozen models are there throughout."""
+    config, section, way = planner.config, planner.config.ppo, POLICY_UPDATES[round.policy_update]
+    L, _, T = planner.lengths
+    B, (policy, scalar) = section.batch_size, planner.models
+    spread_coef = spread_of(round.ensemble, config)
+    trainer = way.trainer(
+        policy, scalar, as_compiled(section), plugin, eos_ids=planner.subjects.eos_ids, pad_id=planner.subjects.pad_id,
+        vocab_size=planner.subjects.vocab_size, spread_coef=spread_coef, mesh=planner.mesh,
+    )  # fmt: skip
+    learned, rest = planner.halves()
+    params, controller = {"policy": learned}, {"kl_coef": NUMBER}
+    if way.critic:
+        params, controller = params | {"critic": planner.scalar}, controller | {"value_bias": NUMBER}
+    members = 1 if spread_coef is None else config.reward.ensemble_size
+    reward, bias = (planner.scalar, BIAS) if spread_coef is None else ((planner.scalar,) * members, (BIAS,) * members)
+    frozen = {"reference": planner.policy, "reward": reward} | ({"sft": planner.policy} if moved else {})
+    state = jax.eval_shape(lambda p, c: init_state(p, trainer.optimizer, c), params, controller)
+    base = None if rest is None else {"policy": rest}
+    models, shown = joined(state.params, base), {"reference": "reference", "reward": "reward", "sft": "π_SFT"}
+    others = {shown[name]: tree for name, tree in frozen.items()}
+    if rest is not None and round.reference == round.policy_start:
+        del others["reference"]  # the base under the adapters is the reference
+    held = {**models, "optimizer": state.opt_state}
+    reading = held | others
+    if config.model.offload_frozen:  # on the device in their turn: the largest counts
+        name = max(others, key=lambda one: bytes_on_device(others[one], planner.mesh))
+        reading = held | {f"{name} in its turn": others[name]}
+    else:
+        held = reading
+    calls, tokens, layers = planner.counts.ppo_updates * times, B * T, planner.layers
+    knobs = ("ppo.generation_batch_size", "model.offload_frozen", "mesh.fsdp")  # another ppo.batch_size would be another training
+    how = {"top_k": section.top_k, "top_p": section.top_p, "passes": passes_of(section)}
+    yield replace(sample_phase(planner, "policy", f"sample{suffix}", B, L, T, held, calls, knobs, **how), held=held)
+    prompts = PromptBatch(ints(B, L), bools(B, L), bools(B), ints(B))
+    batch = (prompts, Completion(ints(B, T), bools(B, T), floats(B, T)))
+    knobs = ("ppo.forward_batch_size", "model.offload_frozen", "mesh.fsdp")
+    arguments = ({**models, **frozen}, batch, controller, bias)
+    yield Phase("policy", f"score{suffix}", trainer.score, arguments, reading, batch, calls, tokens, layers, knobs)
+    rollout = Rollout(
+        prompts.prompt_BL, prompts.prompt_mask_BL, ints(B, T), bools(B, T), bools(B, T), floats(B, T), floats(B, T), floats(B, T),
+        floats(B, T), floats(B, T), floats(B), bools(B),
+    )  # fmt: skip
+    knobs = ("ppo.gradient_accumulation_steps", "model.remat", "lora.r", "model.offload_frozen", "mesh.fsdp")
+    arguments = (state, rollout, KEY, *(() if base is None else (base,)))
+    yield Phase("policy", f"update{suffix}", trainer.update, arguments, held, rollout, calls, tokens, layers, knobs, learned=state.params)
+
+
+def preference_phases(planner: Planner, round: Round, moved: bool, times: int, suffix: str) -> Iterator[Phase]:
+    """Log-probs of the reference, and the steps of DPO or WPO."""
+    section, (L, _, _), steps, width = planner.config.dpo, planner.lengths, planner.counts.dpo_steps, planner.pairs_width()
+    loss = preference_loss(section, round.policy_update, plugin)
+    if needs_reference(loss):
+        held = {"policy": planner.policy} | ({"reference": planner.policy} if round.reference != round.policy_start else {})
+        calls = planner.counts.passes(planner.counts.pairs, section.eval_batch_size, 2 * times)
+        name = f"log-probs of pairs{suffix}"
+        yield logprobs_phase(planner, "policy", name, section.eval_batch_size, width, 1.0, held, calls, "dpo.eval_batch_size")
+    optimizer, step = preference_trainer(planner.models[0], loss, section, max(steps or 1, 1), planner.mesh)
+    learned, rest = planner.halves()
+    state = jax.eval_shape(lambda p: init_state(p, optimizer), learned)
+    columns = (*loss.columns, *(REFERENCE if needs_reference(loss) else ()))
+    batch = pairs(section.batch_size, L, width, tuple(dict.fromkeys(columns)))
+    held = {"policy": joined(state.params, rest), "optimizer": state.opt_state}
+    arguments = (state, batch, *(() if rest is None else (rest,)))
+    knobs = ("dpo.gradient_accumulation_steps", "dpo.batch_size", "model.remat", "lora.r", "mesh.fsdp")
+    calls, tokens = None if steps is None else steps * times, 2 * section.batch_size * (L + width)
+    yield Phase("policy", f"step{suffix}", step, arguments, held, batch, calls, tokens, planner.layers, knobs, learned=state.params)

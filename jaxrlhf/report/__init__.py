@@ -1,0 +1,1 @@
+"""The page: report.html of run folders. It reads folders and nothing else."""

@@ -1,0 +1,229 @@
+"""The arms of a report: runs that differ in nothing but their seeds, each with its diagnostics, and one row of figures an arm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxrlhf.evaluation.curves import Band, Curve, band
+from jaxrlhf.report import diagnoses as reading
+from jaxrlhf.report.costs import flops_by_part, seconds_by_part, share_of_corrections
+from jaxrlhf.report.runs import ReportError, RunRead, now_doing, read_runs, settings_key
+
+TRAINING = ("rollout/score", "kl/sft", "rollout/kl")
+
+
+@dataclass
+class View:
+    """One run and what is computed from its folder, each thing once."""
+
+    run: RunRead
+
+    @cached_property
+    def curve(self) -> Curve:
+        return reading.curve(self.run)
+
+    @cached_property
+    def reliabilities(self) -> dict[int, dict[str, Any]]:
+        return reading.reliabilities(self.run)
+
+    @cached_property
+    def drifts(self) -> dict[int, dict[str, float | None]]:
+        return reading.drifts(self.run)
+
+    @cached_property
+    def budgets(self) -> list[dict[str, Any]]:
+        return reading.budgets(self.run)
+
+    @cached_property
+    def weights(self) -> dict[int, dict[str, Any]]:
+        return reading.weights(self.run)
+
+    @cached_property
+    def filters(self) -> dict[int, dict[str, Any]]:
+        return reading.filters(self.run)
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        return seconds_by_part(self.run)
+
+    @cached_property
+    def flops(self) -> tuple[dict[str, float | None], list[str]]:
+        return flops_by_part(self.run)
+
+    @cached_property
+    def training(self) -> dict[str, list[tuple[float, float]]]:
+        return reading.training(self.run, TRAINING)
+
+    @cached_property
+    def lineage(self) -> list[dict[str, Any]]:
+        return reading.lineage_lines(self.run)
+
+    def read(self) -> None:
+        """Read all there is, so that `run.missing` is complete."""
+        for name in ("curve", "reliabilities", "drifts", "budgets", "weights", "filters", "seconds", "flops", "training", "lineage"):
+            getattr(self, name)
+
+    def by_round(self, name: str) -> list[float | None]:
+        """One figure of summary.json, π_SFT first."""
+        return [value if isinstance(value := row.get(name), int | float) else None for row in self.run.rounds]
+
+
+class Arm(NamedTuple):
+    """Runs under one name, lowest seed first."""
+
+    name: str
+    views: list[View]
+
+    @property
+    def first(self) -> View:
+        return self.views[0]
+
+    @property
+    def compared(self) -> list[View]:
+        """The seeds that means are taken of: those with the most finished rounds. One that is behind would mix rounds with one another."""
+        furthest = max(len(view.run.rounds) for view in self.views)
+        return [view for view in self.views if len(view.run.rounds) == furthest]
+
+
+class Collected(NamedTuple):
+    """All arms of a report, and the folders nothing could be shown of, in words."""
+
+    arms: list[Arm]
+    problems: list[str]
+    folders: list[Path]
+
+
+def collect(folders: Sequence[str | Path]) -> Collected:
+    """Read every folder. Raises ReportError where none of them has anything to show; one that has not is named in `problems`."""
+    found: list[tuple[Path, RunRead]] = []
+    problems: list[str] = []
+    seen: set[Path] = set()
+    for folder in map(Path, folders):
+        try:
+            runs = read_runs(folder)
+        except ReportError as error:
+            problems.append(str(error))
+            continue
+        new = [run for run in runs if run.folder.resolve() not in seen]
+        seen |= {run.folder.resolve() for run in new}
+        found += [(folder, run) for run in new]
+    if not found:
+        raise ReportError("\n".join(problems) or "name at least one run folder.")
+    arms = _arms(found)
+    for view in (view for arm in arms for view in arm.views):
+        view.read()
+    return Collected(arms, problems, [Path(one) for one in folders])
+
+
+def _arms(found: Sequence[tuple[Path, RunRead]]) -> list[Arm]:
+    """Runs of equal settings are one arm's seeds; arms of equal names and other settings are told apart by their run's name."""
+    groups: dict[tuple[str, str, Any], list[RunRead]] = {}
+    homes: dict[tuple[str, str, Any], Path] = {}
+    for folder, run in found:
+        key = (run.arm, settings_key(run), None)
+        if any(one.seed == run.seed for one in groups.get(key, [])):
+            key = (run.arm, settings_key(run), str(run.folder))  # the same settings and seed, run again: another line, no second seed
+        groups.setdefault(key, []).append(run)
+        homes.setdefault(key, folder)
+    names = [key[0] for key in groups]
+    labels: list[str] = []
+    for key in groups:
+        home = homes[key].expanduser().resolve().name
+        label = key[0] if names.count(key[0]) == 1 else f"{home}/{key[0]}" if home != key[0] else str(groups[key][0].folder)
+        while label in labels:
+            label = f"{label}′"
+        labels.append(label)
+    ordered = [sorted(runs, key=lambda run: -1 if run.seed is None else run.seed) for runs in groups.values()]
+    return [Arm(label, [View(run) for run in runs]) for label, runs in zip(labels, ordered, strict=True)]
+
+
+class Column(NamedTuple):
+    """A column of the summary table: its key, title, unit or meaning, digits, and how it is taken of a run."""
+
+    key: str
+    title: str
+    meaning: str
+    digits: int
+    of: Callable[[View], float | None]
+
+
+def _last(name: str) -> Callable[[View], float | None]:
+    return lambda view: next((value for value in reversed(view.by_round(name)) if value is not None), None)
+
+
+def _end(name: str) -> Callable[[View], float | None]:
+    return lambda view: values[-1] if (values := view.by_round(name)) else None
+
+
+def _points(view: View, name: str) -> float | None:
+    return getattr(view.curve.points[-1], name) if view.curve.points else None
+
+
+def _peak(name: str) -> Callable[[View], float | None]:
+    return lambda view: None if (peak := view.curve.peak) is None else getattr(peak, name)
+
+
+def _ece(view: View) -> float | None:
+    return view.reliabilities[max(view.reliabilities)].get("ece") if view.reliabilities else None
+
+
+def _agreement(view: View) -> float | None:
+    return view.drifts[max(view.drifts)]["agreement"] if view.drifts else None
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+COLUMNS = (
+    Column("round", "rounds", "finished", 0, lambda view: len(view.run.rounds) - 1 if view.run.rounds else None),
+    Column("gold", "gold", "true reward at the end", 3, _end("gold")),
+    Column("peak", "peak gold", "the highest of all rounds, SFT included", 3, _peak("gold")),
+    Column("peak_round", "at round", "of the peak; 0 is SFT", 0, _peak("round")),
+    Column("lost", "lost since", "gold at the peak less gold at the end", 3, lambda view: view.curve.lost),
+    Column("gap", "gap (σ)", "proxy gain less gold gain at the end, in standard deviations", 2, lambda view: view.curve.gap),
+    Column("proxy", "proxy", "the last round's reward model, nats of preference; not comparable across refits", 3, _end("proxy")),
+    Column("kl_sft", "KL to SFT", "nats a response", 2, _end("kl_sft")),
+    Column("reward_accuracy", "RM accuracy", "on fresh pairs of the policy that entered the last round", 3, _last("reward_accuracy")),
+    Column("ece", "ECE", "expected calibration error of the same", 3, _ece),
+    Column("agreement", "RM drift", "share of held-out pairs on which the last two reward models agree", 3, _agreement),
+    Column("ess", "ESS %", "of the last weighted refit", 1, lambda view: _percent(_last("ess_fraction")(view))),
+    Column("win_rate", "win rate %", "strict, against the reference responses", 1, lambda view: _percent(_end("win_rate")(view))),
+    Column("length", "length", "tokens of a response", 1, _end("length")),
+    Column("corrections", "time on RM %", "share of wall-clock without evaluation, spent on correcting the reward model", 1,
+           lambda view: _percent(share_of_corrections(view.seconds))),
+    Column("corrections_flops", "FLOPs on RM %", "share of FLOPs without evaluation, spent on correcting the reward model", 1,
+           lambda view: _percent(share_of_corrections(view.flops[0]))),
+    Column("seconds", "seconds", "of all stages, shared ones included", 0, lambda view: sum(view.seconds.values()) or None),
+)  # fmt: skip
+
+
+def table(arms: Sequence[Arm]) -> tuple[list[Column], list[dict[str, Any]]]:
+    """(columns that have a value somewhere, one row an arm): {"arm", "seeds" (of the means), "state", key: Band | None, …}."""
+    rows = []
+    for arm in arms:
+        row: dict[str, Any] = {"arm": arm.name, "seeds": len(arm.compared), "state": state_of(arm)}
+        row |= {column.key: band([column.of(view) for view in arm.compared]) for column in COLUMNS}
+        rows.append(row)
+    return [column for column in COLUMNS if any(row[column.key] is not None for row in rows)], rows
+
+
+def state_of(arm: Arm) -> str:
+    open_ = [view.run for view in arm.views if not view.run.finished]
+    if not open_:
+        return "finished"
+    return f"{len(arm.views) - len(open_)} of {len(arm.views)} finished" if len(arm.views) > 1 else now_doing(open_[0]) or "unfinished"
+
+
+def as_text(value: Band | None, digits: int) -> str:
+    """mean, or mean ± one standard error; "–" where there is nothing."""
+    if value is None:
+        return "–"
+    if digits == 0 and value.se and abs(value.mean) < 100:
+        digits = 1  # whole numbers have means that are none
+    text = f"{value.mean:,.{digits}f}" + ("" if value.se is None else f" ± {value.se:,.{digits}f}")
+    return text.replace("-", "−")

@@ -1,0 +1,174 @@
+"""Means to draw a report's figures: colours for the colour-blind, lines and marks for grey paper, and SVG that can stand in a page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrlhf.evaluation.curves import Band, over_seeds
+from jaxrlhf.report.arms import Arm, View
+
+# Okabe & Ito (2008) without their yellow, which paper does not show. INK is the page's own text colour where a figure stands in a page.
+INK = "#010203"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
+LINES = ("-", "--", "-.", ":")
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (8, 2)), (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+MARKS = ("o", "s", "^", "D", "v", "P", "X")
+SIZE = (4.7, 3.3)  # inches: on a narrow screen a figure is as wide as the screen, and its letters stay letters
+PNG_DPI = 200
+LABEL_LIMIT = 28
+ROOT_KL = "√KL to SFT (√nats a response)"
+DATA = "data"  # the gid of what shows data, and is no axis, aid or legend
+
+
+class Drawing(NamedTuple):
+    """A figure: its name (of the files), what it shows, and the means to draw it: False where there is nothing to draw."""
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[Any, Sequence[Arm]], bool]
+    missing: str  # why there may be nothing
+
+
+class Figure(NamedTuple):
+    """A figure drawn: `inline` is SVG to stand in a page, `svg` and `png` are files."""
+
+    name: str
+    title: str
+    caption: str
+    inline: str
+    svg: bytes
+    png: bytes
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """The line of the n-th arm; no two of 49 have both colour and mark in common."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": LINES[number // len(COLOURS) % len(LINES)],
+        "marker": MARKS[(number + number // len(COLOURS)) % len(MARKS)],
+    }
+
+
+def dashed_style(number: int) -> dict[str, Any]:
+    """The line of the n-th arm where it bears no marks: no two of 49 have both colour and dashes in common."""
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[(number + number // len(COLOURS)) % len(DASHES)]}
+
+
+def label_of(name: str) -> str:
+    """A name as a legend can show it: short, and not begun by the underscore that hides an entry."""
+    short = name if len(name) <= LABEL_LIMIT else f"…{name[-LABEL_LIMIT + 1 :]}"
+    return f"\u200a{short}" if short.startswith("_") else short
+
+
+def line_of(axes: Any, x: Sequence[float | None], bands: Sequence[Band | None], style: dict[str, Any], label: str | None = None) -> bool:
+    """A line through the means with a band of one standard error; False where no point has both coordinates."""
+    points = [(at, one) for at, one in zip(x, bands, strict=True) if at is not None and one is not None]
+    if not points:
+        return False
+    at = np.array([one for one, _ in points])
+    mean = np.array([one.mean for _, one in points])
+    se = np.array([one.se or 0.0 for _, one in points])
+    axes.plot(at, mean, label=label, gid=DATA, **style)
+    if se.any():
+        axes.fill_between(at, mean - se, mean + se, color=style["color"], alpha=0.16, linewidth=0)
+    return True
+
+
+def against_kl(
+    axes: Any, arms: Sequence[Arm], of: Callable[[View], Sequence[float | None]], *, style: dict[str, Any] | None = None
+) -> bool:
+    """A quantity by √KL: every seed faintly, their means as the line."""
+    drawn = False
+    for number, arm in enumerate(arms):
+        own = line_style(number) | (style or {})
+        series = [(root_kl(view), of(view)) for view in arm.views]
+        if len(series) > 1:
+            for x, y in series:
+                points = [(a, b) for a, b in zip(x, y, strict=True) if a is not None and b is not None]
+                axes.plot([a for a, _ in points], [b for _, b in points], **dashed_style(number), linewidth=0.6, alpha=0.35)
+        series = [(root_kl(view), of(view)) for view in arm.compared]
+        means = [None if one is None else one.mean for one in over_seeds([x for x, _ in series])]
+        drawn |= line_of(axes, means, over_seeds([y for _, y in series]), own, label_of(arm.name))
+    return drawn
+
+
+def root_kl(view: View) -> list[float | None]:
+    return [p.root_kl for p in view.curve.points]
+
+
+def by_round(axes: Any, arms: Sequence[Arm], of: Callable[[View], Sequence[float | None]], *, style: dict[str, Any] | None = None) -> bool:
+    drawn = False
+    for number, arm in enumerate(arms):
+        bands = over_seeds([of(view) for view in arm.compared])
+        drawn |= line_of(axes, list(range(len(bands))), bands, line_style(number) | (style or {}), None if style else label_of(arm.name))
+    whole_numbers(axes, arms)
+    return drawn
+
+
+def whole_numbers(axes: Any, arms: Sequence[Arm]) -> None:
+    """The axis of rounds: the same in every figure, from π_SFT to the last round that is there."""
+    from matplotlib.ticker import MaxNLocator
+
+    last = max((row["round"] for arm in arms for view in arm.views for row in view.run.rounds), default=0)
+    axes.set(xlabel="round (0: SFT)", xlim=(-0.15, max(last, 1) + 0.15))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+
+
+def percents(values: Sequence[float | None]) -> list[float | None]:
+    return [None if value is None else 100 * value for value in values]
+
+
+def render(drawing: Drawing, arms: Sequence[Arm]) -> Figure | None:
+    """The figure as it stands in a page and in files; None where there is nothing to draw."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas  # no pyplot: no window, no global state
+
+    style: Any = {
+        "svg.fonttype": "none", "svg.hashsalt": drawing.name, "font.size": 10, "axes.titlesize": 10, "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"], "text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False,
+        "lines.linewidth": 1.6, "lines.markersize": 5, "axes.grid": True, "grid.alpha": 0.18, "grid.linewidth": 0.6,
+        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK),
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        bars = drawing.name.startswith("cost_")
+        count = len(arms)
+        width, height = SIZE
+        canvas = Canvas(figsize=(width, height + 0.22 * max(0, (count - 1) // 2) + (0.18 * count if bars else 0)), layout="constrained")
+        FigureCanvasAgg(canvas)
+        axes = canvas.subplots()
+        if not drawing.draw(axes, arms):
+            return None
+        for n, artist in enumerate(one for one in axes.get_children() if one.get_gid() == DATA):
+            artist.set_gid(f"{DATA}-{n}")
+        handles, labels = axes.get_legend_handles_labels()
+        if labels:
+            canvas.legend(handles, labels, loc="outside lower center", ncols=2 if max(map(len, labels)) > 16 else 3, frameon=False,
+                          fontsize=9, handlelength=2.6, columnspacing=1.2)  # fmt: skip
+        vector, png = io.StringIO(), io.BytesIO()
+        canvas.patch.set_alpha(0)
+        axes.patch.set_alpha(0)
+        canvas.savefig(vector, format="svg", metadata={"Date": None, "Creator": None})
+        canvas.patch.set_alpha(1)
+        canvas.savefig(png, format="png", dpi=PNG_DPI, facecolor="white")
+    svg = vector.getvalue()
+    return Figure(drawing.name, drawing.title, drawing.caption, inline(svg, drawing), svg.replace(INK, "#000000").encode(), png.getvalue())
+
+
+def inline(svg: str, drawing: Drawing) -> str:
+    """SVG text to stand in a page: no prologue, ids of its own, the page's text colour and width, and its title in words."""
+    from html import escape
+
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'\bid="([^"]*)"', rf'id="{drawing.name}-\1"', svg)
+    svg = re.sub(r"url\(#", f"url(#{drawing.name}-", svg)
+    svg = re.sub(r'xlink:href="#', f'href="#{drawing.name}-', svg).replace(INK, "currentColor")
+    return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
+                  rf'<svg viewBox="\1" role="img" aria-label="{escape(drawing.title, quote=True)}" xmlns="http://www.w3.org/2000/svg">',
+                  svg, count=1)  # fmt: skip

@@ -1,0 +1,1 @@
+"""Seeds and arms of one recipe, and what they say together."""

@@ -1,0 +1,231 @@
+"""Every arm of a recipe at every seed, one after the other, and one table of them all."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxrlhf import distributed, sharding
+from jaxrlhf.config import Config
+from jaxrlhf.files import write_whole
+from jaxrlhf.monitoring.runlog import RunLog
+from jaxrlhf.pipeline.checks import check
+from jaxrlhf.pipeline.loop import walk_through
+from jaxrlhf.pipeline.run import run
+from jaxrlhf.pipeline.stages.context import RunContext
+from jaxrlhf.recipe import ConfigError, arms, load_config, to_yaml
+from jaxrlhf.storage.remote import is_url
+from jaxrlhf.storage.stage import Done, Stage
+from jaxrlhf.storage.store import Store
+from jaxrlhf.sweep.arms import arm_facts
+from jaxrlhf.sweep.figure import draw
+from jaxrlhf.sweep.statistics import Run, Sweep
+from jaxrlhf.sweep.table import as_json, as_markdown, with_numbers
+
+TABLE, PAGE, FIGURES, ERROR = "sweep.json", "sweep.md", "figures", "error.txt"
+
+
+class Job(NamedTuple):
+    """One run of a sweep."""
+
+    seed: int
+    arm: str
+    config: Config
+
+
+def seeds_of(text: str) -> tuple[int, ...]:
+    """`5` means the seeds 0 … 4; `3,5,9` means these, and `7,` means 7 alone. Raises ConfigError for anything else."""
+    if not text:
+        raise ConfigError("a sweep needs its seeds: --seeds 5 (the seeds 0 to 4) or --seeds 3,5,9 (these).")
+    words = [word.strip() for word in text.split(",")]
+    listed = len(words) > 1
+    words = [word for word in words if word] if listed else words
+    if not words or not all(word.isdecimal() for word in words):
+        raise ConfigError(f"--seeds {text!r} is neither how many (5: the seeds 0 to 4) nor a list of whole numbers (3,5,9).")
+    numbers = tuple(int(word) for word in words)
+    if listed and len(set(numbers)) < len(numbers):
+        raise ConfigError(f"--seeds {text!r} names a seed twice.")
+    if not listed and numbers[0] < 1:
+        raise ConfigError("--seeds 0 runs nothing; give how many (5: the seeds 0 to 4), or `0,` for seed 0 alone.")
+    return numbers if listed else tuple(range(numbers[0]))
+
+
+def jobs_of(config: Config, seeds: Iterable[int]) -> list[Job]:
+    """Every arm at every seed, seed by seed: whole comparisons are there early. A recipe without arms is one arm, named by its method."""
+    jobs = []
+    for seed in seeds:
+        of_seed = replace(config, seed=seed, name=f"{config.name}/seed-{seed}")
+        if config.arms:
+            jobs += [Job(seed, name, one) for name, one in arms(of_seed).items()]
+        else:
+            jobs.append(Job(seed, config.method, replace(of_seed, name=f"{of_seed.name}/{config.method.replace(':', '.')}")))
+    return jobs
+
+
+def sweep(config: Config | str | Path, seeds: Sequence[int], *, log: RunLog | None = None) -> Path:
+    """Run every arm of a config (or of the recipe at a path) at every seed; the folder with sweep.json, sweep.md and figures/.
+
+    All configs are checked before anything starts. Stages are shared by what they depend on, so what arms and seeds have in common is built
+    once. A run that fails is recorded and the others go on: see "runs" of sweep.json. The table is rewritten after every run, and a sweep
+    that was stopped goes on when it is called again: finished runs are recognised by their stages, without reading a model.
+    """
+    if not isinstance(config, Config):
+        config = load_config(config)
+    if distributed.count() > 1:
+        raise ConfigError(f"a sweep is one process, and this is one of {distributed.count()}; let them share its runs instead.")
+    seeds = tuple(seeds)
+    jobs = jobs_of(config, seeds)
+    if not jobs:
+        raise ConfigError("a sweep needs at least one seed.")
+    for name, place in (("output", config.output), ("store", config.store)):
+        if is_url(place):
+            raise ConfigError(f"{name} is {place}: a sweep keeps its runs on this machine; give a folder, or run the arms one by one.")
+    own = [name for name, changes in config.arms.items() if "seed" in changes]
+    if own:
+        raise ConfigError(f"arms.{own[0]} sets seed, so the seeds of a sweep would not reach it; take it out of the arm.")
+    for job in jobs:
+        check(job.config)
+    folder = Path(config.output) / config.name
+    write_whole(folder / "config.yaml", to_yaml(config))
+    for seed in seeds if config.arms else ():
+        write_whole(folder / f"seed-{seed}" / "config.yaml", to_yaml(replace(config, seed=seed, name=f"{config.name}/seed-{seed}")))
+    _run_all(config, jobs, folder, log)
+    return folder
+
+
+def _run_all(config: Config, jobs: list[Job], folder: Path, log: RunLog | None) -> None:
+    say = (log or RunLog(folder)).note
+    runs = {(job.seed, job.arm): read_finished(job) or Run(job.seed, job.arm, "pending") for job in jobs}
+    todo = [job for job in jobs if runs[job.seed, job.arm].state == "pending"]
+    names = list(dict.fromkeys(job.arm for job in jobs))
+    before = f", {len(jobs) - len(todo)} of them finished before" if len(todo) < len(jobs) else ""
+    say(f"sweep {config.name}: {len(jobs)} runs{before} ({len(names)} arms × {len(jobs) // len(names)} seeds), in {folder}")
+    settings = {name: arm_facts(next(job.config for job in jobs if job.arm == name)) for name in names}
+
+    def rewrite() -> None:
+        write_table(Sweep(config.name, config.sft_seed, settings, tuple(runs.values())), folder)
+
+    rewrite()
+    clock = RemainingTime(time.monotonic)
+    for n, job in enumerate(todo, start=1):
+        left = clock.left([one.arm for one in todo[n - 1 :]])
+        say(f"sweep: run {n} of {len(todo)}, seed {job.seed}, {job.arm}{'' if left is None else f'; about {format_duration(left)} left'}")
+        clock.start()
+        done = runs[job.seed, job.arm] = run_one(job, log)
+        clock.stop(job.arm)
+        if done.error:
+            say(f"sweep: seed {job.seed}, {job.arm} failed: {done.error}\nsweep: the other runs go on")
+        rewrite()
+
+
+def run_one(job: Job, log: RunLog | None) -> Run:
+    """The run, and what came of it. An exception is kept with its traceback in error.txt of the run's folder."""
+    folder = Path(job.config.output) / job.config.name
+    try:
+        run(job.config, log=log)
+        (folder / ERROR).unlink(missing_ok=True)
+        done = read_finished(job)
+        if done is None:
+            raise RuntimeError(f"a stage of {folder} vanished right after it was finished; is something else cleaning up?")
+        return done
+    except Exception as error:
+        write_whole(folder / ERROR, "".join(traceback.format_exception(error)))
+        return Run(job.seed, job.arm, "failed", error=f"{type(error).__name__}: {error}", folder=str(folder))
+
+
+class StageMissing(LookupError):
+    """A stage that is not there yet."""
+
+
+class ReadOnlyStore(Store):
+    """A store in which nothing is built: what is not there raises Unfinished."""
+
+    def build(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None]) -> Done:
+        del fn
+        found = self.find(stage)
+        if found is None:
+            raise StageMissing(stage.name)
+        return found
+
+
+def read_finished(job: Job) -> Run | None:
+    """What a run came to, if all its stages are finished: found by going through them as the run does, building none and loading no model.
+
+    A marker in the run's folder would be quicker and could lie: data, plug-ins and models named by the config may have changed.
+    """
+    config = job.config
+    folder = Path(config.output) / config.name
+    written = folder / "config.yaml"
+    if not written.exists() or written.read_text(encoding="utf-8") != to_yaml(config):
+        return None
+    mesh = sharding.mesh_of(config.mesh)
+    setting = RunContext(config, ReadOnlyStore(config.store or Path(config.output) / ".stages"), folder, RunLog(None), mesh)
+    try:
+        walk_through(setting, None)
+    except StageMissing:
+        return None
+    setting.tidy(metrics=False)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    fits = sum(done.record["function"] == "reward" for done in setting.stages)
+    seconds = sum(done.record["seconds"] for done in setting.stages)
+    return Run(job.seed, job.arm, "finished", summary["rounds"], tuple(summary["notes"]), fits, seconds, folder=str(folder))
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """The sweep of a folder, as its sweep.json has it."""
+    body = with_numbers(json.loads((folder / TABLE).read_text(encoding="utf-8")))
+    runs = tuple(Run(**{name: run[name] for name in Run.__dataclass_fields__}) for run in body["runs"])
+    return Sweep(body["name"], body["sft_seed"], {arm: facts["setting"] for arm, facts in body["arms"].items()}, runs)
+
+
+def failure_lines(done: Sweep) -> list[str]:
+    """What failed, and what to do; nothing where all runs are finished."""
+    failed = [run for run in done.runs if run.state == "failed"]
+    if not failed:
+        return []
+    lines = [f"seed {run.seed}, {run.arm}: {run.error} (traceback: {run.folder}/{ERROR})" for run in failed]
+    said = f"{len(failed)} of {len(done.runs)} runs failed; when the cause is removed, the same command runs these and no others:"
+    return [said, *lines]
+
+
+def write_table(state: Sweep, folder: Path) -> None:
+    """sweep.json, sweep.md and the figure, each whole or as it was."""
+    drawn = draw(state, folder / FIGURES)
+    write_whole(folder / TABLE, json.dumps(as_json(state), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(folder / PAGE, as_markdown(state, figure=drawn.relative_to(folder) if drawn else None))
+
+
+@dataclass
+class RemainingTime:
+    """How long the rest will take, from the runs of this process: as long as the same arm took, else the mean of all runs but the first.
+
+    The first run trains what the others share, and compiles. Later seeds are quicker than it says, for the same reasons.
+    """
+
+    now: Callable[[], float]
+    taken: list[tuple[str, float]] = field(default_factory=list)
+    _started: float = 0.0
+
+    def start(self) -> None:
+        self._started = self.now()
+
+    def stop(self, arm: str) -> None:
+        self.taken.append((arm, self.now() - self._started))
+
+    def left(self, arms_left: Sequence[str]) -> float | None:
+        """Seconds, or None before the second run has ended."""
+        if len(self.taken) < 2:
+            return None
+        known = dict(self.taken)
+        usual = sum(seconds for _, seconds in self.taken[1:]) / (len(self.taken) - 1)
+        return sum(known.get(arm, usual) for arm in arms_left)
+
+
+def format_duration(seconds: float) -> str:
+    """40 s, 12 min, 3.5 h."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,230 @@
+import json
+import os
+import pty
+import subprocess
+import sys
+import types
+from io import StringIO
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from jaxrlhf.monitoring.metrics_file import FILE, read, scalars
+from jaxrlhf.monitoring.runlog import RunLog
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+
+
+def quiet(folder, **options):
+    return RunLog(folder, plain=True, file=StringIO(), **options)
+
+
+def test_one_object_a_step_with_plain_numbers(tmp_path):
+    with quiet(tmp_path) as log, log.stage("reward", round=2, total_steps=2) as stage:
+        stage.step(1, {"loss/reward": jnp.float32(0.5), "count": jnp.int32(7), "on": np.bool_(True), "note": "x", "none": None})
+        stage.step(2, {"loss/reward": 0.25})
+    assert lines(tmp_path) == [
+        {"stage": "reward", "round": 2, "step": 1, "loss/reward": 0.5, "count": 7, "on": True, "note": "x", "none": None},
+        {"stage": "reward", "round": 2, "step": 2, "loss/reward": 0.25},
+    ]
+
+
+def test_a_step_is_written_when_the_next_one_has_been_dispatched(tmp_path):
+    with quiet(tmp_path) as log:
+        stage = log.stage("sft")
+        stage.step(1, {"loss": 1.0})
+        assert lines(tmp_path) == []
+        stage.step(2, {"loss": 2.0})
+        assert [line["step"] for line in lines(tmp_path)] == [1]  # and it is on disk, not in a buffer
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_numbers_that_json_lacks_are_valid_json_and_float_reads_them(tmp_path):
+    with quiet(tmp_path) as log:
+        log.stage("ppo").step(1, {"a": jnp.nan, "b": jnp.float32(jnp.inf), "c": -float("inf"), "d": jnp.bfloat16(1.5)})
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    line = json.loads((tmp_path / FILE).read_text(), parse_constant=refuse)
+    assert (line["a"], line["b"], line["c"], line["d"]) == ("NaN", "Infinity", "-Infinity", 1.5)
+    assert np.isnan(float(line["a"])) and float(line["b"]) == np.inf and float(line["c"]) == -np.inf
+
+
+def test_only_scalars_and_no_reserved_names(tmp_path):
+    with pytest.raises(ValueError, match=r"metric loss has shape \[2\]; log a scalar"):
+        scalars({"loss": jnp.ones(2)})
+    with quiet(tmp_path) as log, pytest.raises(ValueError, match="may not be called stage, round, step"):
+        log.stage("sft").step(1, {"step": 3})
+
+
+def test_a_resumed_stage_forgets_the_steps_it_takes_again_and_only_those(tmp_path):
+    with quiet(tmp_path) as log:
+        for name, round in (("sft", None), ("reward", 1), ("reward", 2)):
+            stage = log.stage(name, round=round)
+            for n in (1, 2, 3):
+                stage.step(n, {"x": n})
+    with open(tmp_path / FILE, "a") as file:
+        file.write('{"stage": "reward", "round": 2, "st')  # killed while writing
+    with quiet(tmp_path) as log:
+        assert len(lines(tmp_path)) == 9
+        log.stage("reward", round=2, start=1).step(2, {"x": 20})
+    assert [(x["stage"], x["round"], x["step"], x["x"]) for x in lines(tmp_path)] == [
+        *(("sft", None, n, n) for n in (1, 2, 3)),
+        *(("reward", 1, n, n) for n in (1, 2, 3)),
+        ("reward", 2, 1, 1),
+        ("reward", 2, 2, 20),
+    ]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    (tmp_path / FILE).write_text('{"stage": "a", "round": null, "step": 1}\nnonsense\n{}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2 is not JSON .* delete that line"):
+        read(tmp_path / FILE)
+
+
+def test_the_lines_of_a_shared_stage_reach_every_run(tmp_path):
+    shared = tmp_path / "store"
+    with quiet(tmp_path / "one") as log:
+        log.stage("reward", round=1, folder=shared).step(1, {"loss": 0.5})
+    assert lines(tmp_path / "one") == lines(shared)
+    with quiet(tmp_path / "two") as log:
+        for _ in range(2):  # twice is once: a resumed run replays again
+            assert log.replay(shared / FILE, "other", round=3) == 1
+        assert log.replay(shared / "absent.jsonl", "absent") == 0
+    assert lines(tmp_path / "two") == [{"stage": "other", "round": 3, "step": 1, "loss": 0.5}]
+
+
+def test_plain_output_says_what_is_going_on_at_a_measured_pace(tmp_path):
+    out = StringIO()
+    with RunLog(tmp_path, plain=True, every=3600, file=out) as log, log.stage("reward", round=1, total_steps=50) as stage:
+        stage.phase("compiling [100%]")
+        for n in range(1, 51):
+            stage.phase("sampling")
+            stage.step(n, {"loss/reward": 0.5, "z": 1.0, "rollout/kl": 2.0}, tokens=1000)
+        stage.note("kept 3 rows")
+    said = out.getvalue().splitlines()
+    assert said[0] == "round 1 reward: step 0/50  compiling [100%]"
+    assert said[1] == "round 1 reward: step 0/50  sampling"
+    assert said[2] == "round 1 reward: step 1/50"
+    assert said[3].startswith("round 1 reward: step 50/50  ") and "tokens/s" in said[3] and "loss/reward 0.5  rollout/kl 2" in said[3]
+    assert said[4:] == ["round 1 reward: kept 3 rows"]
+
+
+def test_the_time_left_does_not_count_the_first_step(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("jaxrlhf.monitoring.runlog.time.monotonic", lambda: now[0])
+    out = StringIO()
+    with RunLog(tmp_path, plain=True, every=0, file=out) as log:
+        stage = log.stage("sft", total_steps=1810)
+        for n in (5, 10):  # every fifth step is logged
+            now[0] = 100.0 + 2 * n  # compiling took 100 s, a step takes 2 s
+            stage.step(n, {}, tokens=5 * 500)
+    assert "sft: step 10/1810  1:00:00 left  250 tokens/s" in out.getvalue()
+
+
+TERMINAL = """
+import sys, time
+from jaxrlhf.monitoring.runlog import RunLog
+with RunLog(sys.argv[1]) as log, log.stage("policy", round=2, total_steps=3) as stage:
+    stage.phase("compiling")
+    time.sleep(0.4)
+    for n in (1, 2, 3):
+        stage.step(n, {"loss/ppo": n / 4}, tokens=100)
+        time.sleep(0.3)
+    log.note("[bold] is no markup")
+"""
+
+
+def test_a_terminal_gets_a_live_display(tmp_path):
+    leader, follower = pty.openpty()
+    env = os.environ | {"TERM": "xterm", "COLUMNS": "160", "LINES": "30"}
+    process = subprocess.Popen([sys.executable, "-c", TERMINAL, str(tmp_path)], stdout=follower, stderr=follower, env=env)
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            part = os.read(leader, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(leader)
+    assert process.wait() == 0, shown.decode()
+    text = shown.decode()
+    for expected in ("round 2 policy", "compiling", "0/3", "3/3", "tokens/s", "loss/ppo 0.5", "[bold] is no markup", "\x1b["):
+        assert expected in text, text
+
+
+def test_tensorboard_gets_a_run_a_stage(tmp_path):
+
+    with quiet(tmp_path, tensorboard=True) as log:
+        log.stage("reward", round=1).step(4, {"loss/reward": jnp.float32(0.5), "name": "text"})
+    (path,) = (tmp_path / "tensorboard" / "reward-r1").iterdir()
+    content, at, seen = path.read_bytes(), 0, []
+    while at < len(content):  # a record: length, its checksum, the event, its checksum
+        size = int.from_bytes(content[at : at + 8], "little")
+        event = Event.FromString(content[at + 12 : at + 12 + size])
+        seen += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        at += 16 + size
+    assert seen == [(4, "loss/reward", 0.5)]
+
+
+def test_wandb_is_imported_only_when_asked_and_a_run_is_continued(tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        id = "abc"
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: calls.append((name, *args, kwargs))
+
+    def init(**arguments):
+        calls.append(("init", arguments))
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with quiet(tmp_path / "none"):
+        pass
+    with pytest.raises(ImportError, match=r"pip install 'jaxrlhf\[wandb\]'"):
+        quiet(tmp_path, wandb={})
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for n in (1, 2):
+        with quiet(tmp_path, wandb={"project": "p"}) as log:
+            log.stage("ppo", round=1, start=n - 1).step(n, {"loss": 0.5, "text": "x"})
+    assert calls[0] == ("init", {"dir": str(tmp_path), "project": "p"})
+    assert calls[1] == ("define_metric", "ppo-r1/*", {"step_metric": "ppo-r1/step"})
+    assert calls[2] == ("log", {"ppo-r1/loss": 0.5, "ppo-r1/step": 1}, {}) and calls[3][0] == "finish"
+    assert calls[4] == ("init", {"dir": str(tmp_path), "id": "abc", "resume": "allow", "project": "p"})
+
+
+def test_no_folder_writes_and_shows_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with RunLog(None, tensorboard=True, wandb={}) as log, log.stage("sft", folder=tmp_path / "stage") as stage:
+        stage.phase("compiling")
+        stage.step(1, {"loss": 1.0})
+        log.note("hello")
+    assert capsys.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
+
+
+def test_a_pass_without_metrics_is_shown_and_not_kept(tmp_path):
+    file = StringIO()
+    with RunLog(tmp_path, tensorboard=True, file=file) as log, log.stage("sampling", total_steps=2) as stage:
+        stage.step(1, {}, tokens=5)
+        stage.step(2, {}, tokens=5)
+    assert read(tmp_path / FILE) == [] and not (tmp_path / "tensorboard").exists()
+    assert "sampling: step 2/2" in file.getvalue()
+
+
+def test_lines_of_an_earlier_config_go(tmp_path):
+    with RunLog(tmp_path, file=StringIO()) as log:
+        for name, round in (("sft", None), ("reward", 1), ("reward", 2)):
+            with log.stage(name, round=round) as stage:
+                stage.step(1, {"loss": 1.0})
+        log.keep_only({("sft", None), ("reward", 1)})
+    assert [(line["stage"], line["round"]) for line in read(tmp_path / FILE)] == [("sft", None), ("reward", 1)]

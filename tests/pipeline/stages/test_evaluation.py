@@ -1,0 +1,96 @@
+"""What an evaluation says where gold, or every reference, is missing, and of an ensemble."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jaxrlhf.config import Config
+from jaxrlhf.data.pairs import Prompt
+from jaxrlhf.evaluation.samples import Samples
+from jaxrlhf.pipeline.stages import ensemble
+from jaxrlhf.pipeline.stages.ensemble import reward_inputs, spread_of
+from jaxrlhf.pipeline.stages.evaluation import gold_figures, proxy_figures
+from jaxrlhf.storage.stage import Done
+
+
+def samples(*references, gold):
+    rows = [Prompt(str(i), f"p{i}", "", reference) for i, reference in enumerate(references)]
+    texts = [f"response {i}" for i in range(len(rows))]
+    return Samples(rows, (), (texts, texts), None if gold is None else (np.array(gold, np.float32),) * 2)  # type: ignore[arg-type]
+
+
+def length(prompts, responses):
+    return np.array([len(response) for response in responses], np.float32)
+
+
+def test_only_prompts_with_a_reference_count_for_the_win_rate():
+    figures = gold_figures(samples("ab", None, "abc", gold=[3, 9, 3]), length)
+    assert figures["gold"] == 5 and figures["win_rate"] == 0.5 and figures["tie_rate"] == 0.5
+    assert 0 < (figures["win_rate_low"] or 0) < 0.5 < (figures["win_rate_high"] or 0) < 1
+
+
+def test_a_response_that_is_its_reference_ties_however_gold_rounds():
+    drawn = samples("response 0", "response 0", gold=[3, 3])
+
+    def noisy(prompts, responses):  # a model in batches: the same text, another rounding
+        return np.array([2.9999998, 2.5], np.float32)
+
+    figures = gold_figures(drawn, noisy)
+    assert figures["tie_rate"] == 0.5 and figures["win_rate"] == 0.5  # the second is another text, and wins
+
+
+@pytest.mark.parametrize("gold", [None, [1, 2]])
+def test_without_references_there_is_no_win_rate(gold):
+    figures = gold_figures(samples(None, None, gold=gold), None if gold is None else length)
+    assert figures == {"gold": gold and 1.5, "win_rate": None, "win_rate_low": None, "win_rate_high": None, "tie_rate": None}
+
+
+MEMBERS = [Done(name, Path(name), name, {}) for name in ("a", "b")]
+SAYS = {
+    "a": {"late": [1.0, 3.0], "first": [0.0, 2.0], "second": [1.0, 1.0]},
+    "b": {"late": [2.0, 0.0], "first": [4.0, 0.0], "second": [1.0, 1.5]},
+}
+BIAS = {"a": 0.0, "b": 0.5}
+
+
+@pytest.fixture
+def setting(monkeypatch):
+    """Reward models whose scores are written down in SAYS, less their bias."""
+    monkeypatch.setattr(ensemble, "reward_bias", lambda loaded: BIAS[loaded.model])
+    monkeypatch.setattr(
+        ensemble, "score_responses", lambda model, params, table, *, bias, **_: np.array(SAYS[model][table], np.float32) - np.float32(bias)
+    )
+    return SimpleNamespace(load=lambda done, head: SimpleNamespace(model=done.hash, params=None), config=Config(), mesh=None)
+
+
+def proxies(setting, members, spread_coef):
+    late = Samples([], ("late", None), ([], []), None)  # type: ignore[arg-type]
+    gold = (np.array([1.0, 0.0]), np.array([0.0, 1.0]))  # of the first prompt the first response is better, of the second the second
+    early = Samples([], ("first", "second"), ([], []), gold)  # type: ignore[arg-type]
+    return proxy_figures(setting, members, spread_coef, late, early)
+
+
+def test_one_reward_model_speaks_for_itself(setting):
+    figures, proxy, start = proxies(setting, MEMBERS[:1], None)
+    assert figures == {"proxy": 2.0, "proxy_start": 1.0, "reward_accuracy": 0.0} and proxy.tolist() == [1.0, 3.0]
+    assert [scores.tolist() for scores in start] == [[0.0, 2.0], [1.0, 1.0]]
+
+
+def test_an_ensemble_speaks_with_one_voice(setting):
+    """Less its bias b says 1.5, −.5 late, 3.5, −.5 and .5, 1 before: accuracies and proxies are those of the joined scores."""
+    figures, proxy, _ = proxies(setting, MEMBERS, 0.0)
+    assert proxy.tolist() == [1.25, 1.25] and figures["proxy"] == 1.25
+    # Before: means 1.75, .75 and .75, 1.25, so the ensemble is right twice, where a is never.
+    assert figures["proxy_start"] == 1.25 and figures["reward_accuracy"] == 1.0
+    assert figures["proxy_spread"] == pytest.approx((0.25 + 1.75) / 2) and figures["proxy_start_spread"] == pytest.approx((1.75 + 1.25) / 2)
+    pessimistic, proxy, _ = proxies(setting, MEMBERS, 1.0)
+    np.testing.assert_allclose(proxy, [1.0, -0.5])
+    # 0, −.5 and .5, 1: of the first prompt it now prefers the second response.
+    assert pessimistic["proxy_start"] == pytest.approx(-0.25) and pessimistic["reward_accuracy"] == 0.5
+
+
+def test_members_are_inputs_by_number_and_the_mean_has_no_coefficient():
+    assert list(reward_inputs(MEMBERS[:1])) == ["reward"] and list(reward_inputs(MEMBERS)) == ["reward", "reward-1"]
+    assert [spread_of(kind, Config()) for kind in (None, "mean", "mean-minus-spread")] == [None, 0.0, Config().reward.spread_coef]

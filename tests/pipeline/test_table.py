@@ -1,0 +1,129 @@
+"""The words under the table follow its numbers, whichever way these came out."""
+
+import io
+import json
+
+import pytest
+import yaml
+from rich.console import Console
+
+from jaxrlhf.pipeline.table import findings, read_summaries, show, subset_table
+
+
+def row(number, gold=None, start=None, end=None, accuracy=None, **more):
+    base = {"round": number, "gold": gold, "proxy_start": start, "proxy": end, "kl_sft": 1.0, "ess": None, "reward_accuracy": accuracy}
+    return base | {"win_rate": None, "win_rate_low": None, "win_rate_high": None} | more
+
+
+def summary(*rounds, seed=0, notes=()):
+    return {"method": "ppo", "seed": seed, "rounds": list(rounds), "notes": list(notes)}
+
+
+def said(**arms) -> str:
+    return "\n".join(findings(arms))
+
+
+def test_a_stale_proxy_is_called_one():
+    text = said(a=summary(row(0, 1.0), row(1, 1.5, 0.0, 1.0), row(2, 1.2, 0.5, 2.0)))
+    assert (
+        "a: in round 2 the reward model liked the new policy better and gold did not (round 2: proxy +0.50 → +2.00, gold 1.50 → 1.20)."
+        in text
+    )
+    assert "did not fall" not in text and "did not rise" not in text
+
+
+def test_gold_that_rose_with_the_proxy():
+    text = said(a=summary(row(0, 1.0), row(1, 1.5, 0.0, 1.0)))
+    assert "a: gold did not fall in any round in which the proxy rose." in text and "did not rise" not in text
+
+
+def test_a_proxy_that_never_rose_says_nothing_of_gold():
+    text = said(a=summary(row(0, 1.0), row(1, 0.5, 0.0, -0.1), row(2, 0.2, 0.3, 0.3)))
+    assert "a: the proxy did not rise in round 1, 2;" in text and "gold did not" not in text
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        (0.7, 0.6, "fell from 0.700 (round 1) to 0.600 (round 2)"),
+        (0.6, 0.7, "rose from 0.600 (round 1) to 0.700 (round 2)"),
+        (0.6, 0.6, "stayed at 0.600 (rounds 1 and 2)"),
+    ],
+)
+def test_accuracy(first, second, words):
+    assert words in said(a=summary(row(0, 1.0), row(1, 1.5, 0.0, 1.0, first), row(2, 1.6, 0.0, 1.0, second)))
+
+
+def test_accuracy_is_told_of_the_rounds_that_have_one():
+    text = said(a=summary(row(0, 1.0), row(1, 1.5, 0.0, 1.0, None), row(2, 1.6, 0.0, 1.0, 0.5), row(3, 1.7, 0.0, 1.0, 0.6)))
+    assert "rose from 0.500 (round 2) to 0.600 (round 3)" in text
+
+
+def test_final_gold_is_compared_between_arms_that_came_equally_far():
+    a, b = summary(row(0, 1.0), row(1, 2.0, 0.0, 1.0)), summary(row(0, 1.0), row(1, 3.0, 0.0, 1.0))
+    assert "Final gold: b 3.00, a 2.00. b ends highest." in said(a=a, b=b)
+    assert "Final gold: a 2.00, b 2.00. a and b are equal." in said(a=a, b=a)
+    longer = summary(*b["rounds"], row(2, 9.0, 0.0, 1.0))
+    text = said(a=a, b=longer)
+    assert "Final gold" not in text and "not finished equally many rounds (a 1, b 2), so their final gold is not compared" in text
+    assert "inal gold" not in said(a=a)
+
+
+def test_without_gold_nothing_is_said_of_it():
+    text = said(a=summary(row(0), row(1, None, 0.0, 1.0), notes=["a note"]), b=summary(row(0), row(1, None, 0.0, 1.0), notes=["a note"]))
+    assert "gold" not in text and text.count("a note") == 1
+
+
+def test_one_seed_is_called_one_seed():
+    a = summary(row(0, 1.0), row(1, 2.0, 0.0, 1.0), seed=4)
+    assert "This is one seed (4)" in said(a=a)
+    assert "one seed" not in said(a=a, b=a | {"seed": 5})
+
+
+def test_arms_come_in_the_order_of_the_config(tmp_path):
+    for arm in ("late", "early", "removed"):
+        (tmp_path / arm).mkdir()
+        (tmp_path / arm / "summary.json").write_text(json.dumps(summary(row(0, 1.0)) | {"name": arm}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"arms": {"early": {}, "late": {}, "pending": {}}}, sort_keys=False))
+    assert list(read_summaries(tmp_path)) == ["early", "late"]  # not by age; what left the config is left out, what is not run yet too
+    assert list(read_summaries(tmp_path / "late")) == ["late"]
+    with pytest.raises(FileNotFoundError, match=r"holds no summary.json: the run has not finished a round"):
+        read_summaries(tmp_path / "nothing")
+
+
+def test_the_table_shows_what_there_is():
+    file = io.StringIO()
+    rows = row(0, 1.234), row(1, 2.0, 0.5, 0.75, 0.625, ess=17.4, win_rate=0.5, win_rate_low=0.25, win_rate_high=0.75)
+    show({"mine": summary(*rows), "other": summary(*rows)}, Console(file=file, width=200))
+    text = file.getvalue()
+    for cell in ("mine", "other", "SFT", "1.23", "0.625", "17", "0.50 [0.25, 0.75]", "–", "gold: true reward of the policy"):
+        assert cell in text, cell
+
+
+def test_without_gold_the_table_shows_the_accuracy_on_held_out_pairs():
+    file = io.StringIO()
+    rows = row(0, reward_accuracy_valid=None), row(1, None, 0.5, 0.75, reward_accuracy_valid=0.8125)
+    show({"mine": summary(*rows)}, Console(file=file, width=80))
+    text = file.getvalue()
+    assert "RM acc." in text and "0.812" in text and "whether the policy became better" in " ".join(text.split())
+    assert "win rate" not in text and "true reward" not in text
+    file = io.StringIO()
+    show({"mine": summary(*rows), "other": summary(row(0, 1.0), row(1, 2.0, 0.5, 0.75, 0.625))}, Console(file=file, width=80))
+    assert "RM acc." not in file.getvalue() and "win rate" in file.getvalue()  # one arm with gold keeps its columns
+
+
+def test_filtered_against_random_round_by_round():
+    """Rounds that have both are set side by side, the filter first; the title says whether they kept equally many pairs."""
+    zero = {"proxy": 0.2, "proxy_start": 0.1, "kl_sft": 1.0, "reward_accuracy": 0.6, "reward_accuracy_valid": 0.7, "ess": None}
+
+    def rows(update, *pairs):
+        made = [zero | {"round": n, "gold": n / 10, "update": update, "pairs": kept} for n, kept in enumerate(pairs, start=2)]
+        return {"method": update, "seed": 0, "rounds": [zero | {"round": 1, "gold": 0.0, "update": None, "pairs": 40}, *made]}
+
+    summaries = {"random": rows("random-subset", 12, 12), "near": rows("nearest", 12), "all": rows("unweighted", 40, 40)}
+    found = subset_table(summaries)
+    assert found is not None and [list(column.cells) for column in found.columns][:3] == [["2", "2"], ["near", "random"], ["12", "12"]]
+    assert [list(column.cells) for column in found.columns][3:5] == [["0.600"] * 2, ["0.700"] * 2]
+    assert str(found.title).endswith("equal budget")
+    assert "NOT the same number" in str(subset_table(summaries | {"near": rows("nearest", 11)}).title)  # type: ignore[union-attr]
+    assert subset_table({"near": summaries["near"], "all": summaries["all"]}) is None

@@ -1,0 +1,139 @@
+"""The page in a browser: what a reader clicks, and what a page must not do. Needs Chromium and the package playwright, and no network."""
+
+import os
+import shutil
+
+import pytest
+
+from jaxrlhf.report.build import report, write
+from jaxrlhf.report.figures import DRAWINGS
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="the browser test needs the package playwright (pip install -e '.[dev]')")
+BROWSER = os.environ.get("JAXRLHF_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium: apt-get install chromium, or name one in JAXRLHF_CHROMIUM; the page is not opened"
+)
+
+
+@pytest.fixture(scope="module")
+def address(two_arms, tmp_path_factory):
+    return write(report([two_arms]), tmp_path_factory.mktemp("page") / "report.html").as_uri()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as play:
+        # Root has no sandbox of its own in a container; the page is ours, and asks the network for nothing.
+        chromium = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(params=[(1280, "light"), (390, "dark")], ids=["desktop", "phone"])
+def page(browser, address, request):
+    """The page opened; at the end it has said nothing on the console and asked for nothing but itself."""
+    width, scheme = request.param
+    opened = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    said, asked = [], []
+    opened.on("console", lambda message: said.append(message.text))
+    opened.on("pageerror", lambda error: said.append(str(error)))
+    opened.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+    opened.on("request", lambda one: asked.append(one.url))
+    opened.goto(address)
+    yield opened
+    opened.close()
+    assert said == []
+    assert set(asked) == {address}
+
+
+def column(page, table, n):
+    return page.eval_on_selector_all(f"#{table} tbody tr", f"rows => rows.map(row => row.cells[{n}].textContent)")
+
+
+def test_nothing_overflows(page):
+    width = page.viewport_size["width"]
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= width
+    page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= width
+    page.evaluate("scrollTo(500, 0)")
+    assert page.evaluate("scrollX") == 0
+
+
+def test_every_figure_has_data_and_fits(page):
+    figures = page.eval_on_selector_all(
+        ".figures figure",
+        """all => all.map(one => {
+            const svg = one.querySelector("svg"), box = svg.getBoundingClientRect();
+            const drawn = [...svg.querySelectorAll('[id^="' + one.id.slice(7) + '-data-"]')].filter(x => {
+                const { width, height } = x.getBBox();
+                return width > 3 || height > 3;
+            });
+            const texts = svg.querySelectorAll("text").length;
+            return { name: one.id.slice(7), width: box.width, height: box.height, data: drawn.length, texts };
+        })""",
+    )
+    assert {one["name"] for one in figures} == {drawing.name for drawing in DRAWINGS}
+    for one in figures:
+        assert one["data"] >= 1 and one["texts"] > 3 and one["height"] > 100, one
+        assert 250 < one["width"] <= page.viewport_size["width"], one
+
+
+def test_the_table_sorts(page):
+    assert column(page, "summary", 0) == ["ppo", "ocrm"]
+    gold = page.locator("#summary").get_by_role("columnheader", name="gold", exact=True)
+    gold.get_by_role("button").click()
+    assert column(page, "summary", 0) == ["ocrm", "ppo"] and gold.get_attribute("aria-sort") == "descending"
+    gold.get_by_role("button").click()
+    assert column(page, "summary", 0) == ["ppo", "ocrm"] and gold.get_attribute("aria-sort") == "ascending"
+    page.locator("#summary").get_by_role("columnheader", name="RM drift").get_by_role("button").click()
+    assert column(page, "summary", 0) == ["ocrm", "ppo"]  # ppo has none, and stands last both ways
+    page.locator("#summary").get_by_role("columnheader", name="RM drift").get_by_role("button").click()
+    assert column(page, "summary", 0) == ["ocrm", "ppo"]
+
+
+def test_samples_are_chosen_filtered_and_sorted(page):
+    assert page.locator("#count").text_content() == "30 of 30 shown"
+    page.locator("#arm").select_option(label="ocrm")
+    page.locator("#round").select_option(label="2")
+    assert column(page, "sample-table", 1) == ["2"] * 5
+    page.locator("#filter").fill("ANSWER 3")
+    assert page.locator("#count").text_content() == "1 of 1 shown"
+    (response,) = column(page, "sample-table", 3)
+    assert response.startswith("ocrm round 2 answer 3 </script><img src=x")
+    page.locator("#filter").fill("")
+    page.locator("#ended").select_option("no")
+    assert column(page, "sample-table", 9) == ["no"]
+    page.locator("#ended").select_option("")
+    proxy = page.locator("#sample-table th", has_text="proxy").get_by_role("button")
+    proxy.click()
+    assert column(page, "sample-table", 6) == ["2.00", "1.00", "0.00", "−1.00", "−2.00"]
+    proxy.click()
+    assert column(page, "sample-table", 6)[0] == "−2.00"
+    page.locator("#sample-table th", has_text="reference").get_by_role("button").click()
+    assert column(page, "sample-table", 4)[-1] == "–"
+
+
+def test_what_was_chosen_is_there_after_a_reload(page):
+    page.locator("#filter").fill("answer 3")
+    page.reload()
+    assert page.locator("#filter").input_value() == "answer 3" and page.locator("#count").text_content() == "6 of 6 shown"
+
+
+def test_a_served_page_reloads_itself_when_the_run_goes_on(browser, make_run, tmp_path):
+    import threading
+
+    from jaxrlhf.report.server import server_of
+
+    run = make_run(tmp_path / "run", rounds=0)
+    with server_of([str(run)], 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page, said = browser.new_page(), []
+        page.on("console", lambda message: said.append(message.text))
+        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        assert page.locator("#figure-training_score").count() == 0
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"stage": "policy", "round": 1, "step": 1, "rollout/score": 0.5}\n')
+        page.locator("#figure-training_score").wait_for(timeout=30_000)
+        page.close()
+        server.shutdown()
+    assert said == []
