@@ -30,7 +30,8 @@ def start(
 ) -> bool:
     """Join the other processes, if there are any; whether there are. Before anything else is asked of JAX.
 
-    Arguments as `wanted` takes them; `timeout` is how many seconds the processes wait for each other. Raises ProcessError where they
+    Arguments as `requested_group` takes them; `timeout` is how many seconds the processes wait for each other. Raises ProcessError where
+    they
     cannot meet.
     """
     global _watchdog

@@ -36,7 +36,7 @@ def build_model(
     whole layers), and `logits_chunk` the number of positions whose logits `score_tokens` holds at a time (None: LOGITS_AT_ONCE decides).
 
     `constrain` holds hidden states, keys and values to the devices that their rows belong to, and `row_shards` is how many devices the rows
-    of a program are cut over by the compiler: both from `sharding.held_rows(mesh)`.
+    of a program are cut over by the compiler: both from `sharding.row_constraints(mesh)`.
 
     Raises ValueError for a head or a `remat` that is not known, and a `logits_chunk` below 1.
     """

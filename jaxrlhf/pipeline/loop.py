@@ -36,50 +36,50 @@ class Track:
     decision: Done | None = None  # whether this round refits, where that was a question
 
 
-def walk_through(setting: RunContext, until: str | None) -> None:
+def walk_through(run: RunContext, until: str | None) -> None:
     """The stages of one method, in order. What a round needs is one row of the table; nothing here knows a method's name."""
-    config = setting.config
+    config = run.config
     method = method_of(config.method, config.row, plugin)
-    tokenizer = tokenizer_stage(setting)
-    sft = sft_stage(setting, tokenizer)
+    tokenizer = tokenizer_stage(run)
+    sft = sft_stage(run, tokenizer)
     if until == "sft":
         return
-    pairs = pairs_stage(setting, tokenizer, sft)
-    track, summary = Track([sft]), Summary(setting, pairs)
+    pairs = pairs_stage(run, tokenizer, sft)
+    track, summary = Track([sft]), Summary(run, pairs)
     if until is None:
-        track.evaluations.append(evaluation_stage(setting, 0, policy=sft, sft=sft, rewards=(), ensemble=None, before=None))
+        track.evaluations.append(evaluation_stage(run, 0, policy=sft, sft=sft, rewards=(), ensemble=None, before=None))
         summary.add(0, track.evaluations[0])
     if num_rounds(method, config.rounds) < config.rounds:
         summary.note(f"{config.method} has one round: a second one, from π_SFT on the same pairs, would repeat it.")
     for number in range(1, num_rounds(method, config.rounds) + 1):
-        round = _next_round(setting, method, track, number, pairs)
+        round = _next_round(run, method, track, number, pairs)
         if track.decision is not None and not track.decision.record["result"]["due"]:
             summary.note(not_due(number, track.decision.record["result"], adapters=config.lora.r > 0))
-        update = _reward(setting, round, track, pairs)
+        update = _reward(run, round, track, pairs)
         if until == "reward":
             return
-        track.policies.append(_policy(setting, method, round, track, pairs))
+        track.policies.append(_policy(run, method, round, track, pairs))
         if until == "ppo":
             return
         before = track.evaluations[round.policy_start]
         models = {"policy": track.policies[-1], "sft": sft, "rewards": track.rewards, "before": before}
-        track.evaluations.append(evaluation_stage(setting, number, ensemble=round.ensemble, **models))
+        track.evaluations.append(evaluation_stage(run, number, ensemble=round.ensemble, **models))
         if update is not None and update_report(update).get("needs_sampler") and (reasons := not_the_sampler(config)):
             summary.note(f"{HEURISTIC}: {'; '.join(reasons)}.")
         summary.add(number, track.evaluations[-1], rewards=track.rewards, update=update, decision=track.decision)
         track.last = round
 
 
-def _next_round(setting: RunContext, method: Method, track: Track, number: int, pairs: Done) -> Round:
+def _next_round(run: RunContext, method: Method, track: Track, number: int, pairs: Done) -> Round:
     """The row's round `number`, with or without a refit."""
     done = method.reward_update is None or (method.update_rounds == "once" and track.update is not None)
-    always = number == 1 or done or setting.config.refit.when == "round"
+    always = number == 1 or done or run.config.refit.when == "round"
     then = track.refitted
     track.decision = (
         None
         if always
         else refit_stage(
-            setting,
+            run,
             number,
             policy=track.policies[-1],
             evaluation=track.evaluations[-1],
@@ -95,32 +95,32 @@ def _next_round(setting: RunContext, method: Method, track: Track, number: int, 
     return round_of(method, number, track.last, due=due, updated=track.update is not None)
 
 
-def _reward(setting: RunContext, round: Round, track: Track, pairs: Done) -> Done | None:
+def _reward(run: RunContext, round: Round, track: Track, pairs: Done) -> Done | None:
     """The round's reward update and the reward models fitted by it, put into `track`; the update, if the round has one."""
     update, sft = None, track.policies[0]
     if round.reward_update is not None:
         models = {"sft": sft, "policy": track.policies[-1], "reward": track.rewards[0]}
-        update = update_stage(setting, round, pairs=pairs, before=track.update, **models)
+        update = update_stage(run, round, pairs=pairs, before=track.update, **models)
         track.update = update
     if round.fits_reward:
         track.refitted = round.number - 1
-        members = setting.config.reward.ensemble_size if round.ensemble else 1
+        members = run.config.reward.ensemble_size if round.ensemble else 1
         track.rewards = tuple(
-            reward_stage(setting, round, sft, track.rewards[n] if track.rewards else None, pairs, update, member=n) for n in range(members)
+            reward_stage(run, round, sft, track.rewards[n] if track.rewards else None, pairs, update, member=n) for n in range(members)
         )
     return update
 
 
-def _policy(setting: RunContext, method: Method, round: Round, track: Track, pairs: Done) -> Done:
+def _policy(run: RunContext, method: Method, round: Round, track: Track, pairs: Done) -> Done:
     """The policy of a round."""
     sft, start, reference = track.policies[0], track.policies[round.policy_start], track.policies[round.reference]
     if round.policy_update in PREFERENCE:
-        return preference_stage(setting, round, sft=sft, start=start, reference=reference, pairs=pairs, update=track.update)
-    more = round.number < num_rounds(method, setting.config.rounds)
-    skips = method.reward_update is not None and setting.config.refit.when != "round"
+        return preference_stage(run, round, sft=sft, start=start, reference=reference, pairs=pairs, update=track.update)
+    more = round.number < num_rounds(method, run.config.rounds)
+    skips = method.reward_update is not None and run.config.refit.when != "round"
     carries = more and (skips or not (method.restart_optimizer and method.restart_critic))
     models = {"sft": sft, "start": start, "reference": reference, "rewards": track.rewards, "previous": track.policies[-1]}
-    return policy_stage(setting, round, **models, carries=carries)
+    return policy_stage(run, round, **models, carries=carries)
 
 
 def not_the_sampler(config: Config) -> list[str]:

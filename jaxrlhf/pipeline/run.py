@@ -61,10 +61,10 @@ def _run_one(config: Config, until: str | None, log: RunLog | None) -> None:
     if replaces:
         own.note(f"note: {folder} held another config's run, whose summary and links this one replaces; its stages stay in {store.root}")
     try:
-        setting = RunContext(config, store, folder, own, mesh)
-        walk_through(setting, until)
+        run = RunContext(config, store, folder, own, mesh)
+        walk_through(run, until)
         if until is None:
-            setting.tidy(metrics=log is None)  # a log that was given may hold other runs
+            run.tidy(metrics=log is None)  # a log that was given may hold other runs
     finally:
         if log is None:
             own.close()

@@ -15,8 +15,8 @@ from jaxrlhf.storage.stage import Done
 class Summary:
     """summary.json, rewritten after every round so that a stopped run has one too."""
 
-    def __init__(self, setting: RunContext, pairs: Done):
-        self._setting, self._pairs = setting, pairs
+    def __init__(self, run: RunContext, pairs: Done):
+        self._setting, self._pairs = run, pairs
         self.notes: list[str] = []
         self._rounds: list[dict[str, Any]] = []
         self._counted = 0  # stages whose seconds stand in a round already

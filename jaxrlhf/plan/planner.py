@@ -66,8 +66,8 @@ class Planner:
     def scalar(self) -> Params:
         return shapes_of(self.models[1])
 
-    def halves(self) -> tuple[Params, Params | None]:
-        """(what learns of the policy, the frozen rest): its adapters and its base, or all of it and None."""
+    def split_params(self) -> tuple[Params, Params | None]:
+        """(what learns of the policy, what is frozen): its adapters and its base, or all of it and None."""
         lora = self.config.lora
         if not lora.r:
             return self.policy, None

@@ -66,8 +66,8 @@ def rollout_phases(planner: Planner, round: Round, moved: bool, times: int, suff
         policy, scalar, as_compiled(section), plugin, eos_ids=planner.subjects.eos_ids, pad_id=planner.subjects.pad_id,
         vocab_size=planner.subjects.vocab_size, spread_coef=spread_coef, mesh=planner.mesh,
     )  # fmt: skip
-    learned, rest = planner.halves()
-    params, controller = {"policy": learned}, {"kl_coef": NUMBER}
+    trainable, rest = planner.split_params()
+    params, controller = {"policy": trainable}, {"kl_coef": NUMBER}
     if way.critic:
         params, controller = params | {"critic": planner.scalar}, controller | {"value_bias": NUMBER}
     members = 1 if spread_coef is None else config.reward.ensemble_size
@@ -114,12 +114,12 @@ def preference_phases(planner: Planner, round: Round, moved: bool, times: int, s
         name = f"log-probs of pairs{suffix}"
         yield logprobs_phase(planner, "policy", name, section.eval_batch_size, width, 1.0, held, calls, "dpo.eval_batch_size")
     optimizer, step = preference_trainer(planner.models[0], loss, section, max(steps or 1, 1), planner.mesh)
-    learned, rest = planner.halves()
-    state = jax.eval_shape(lambda p: init_state(p, optimizer), learned)
+    trainable, frozen = planner.split_params()
+    state = jax.eval_shape(lambda p: init_state(p, optimizer), trainable)
     columns = (*loss.columns, *(REFERENCE if needs_reference(loss) else ()))
     batch = pairs(section.batch_size, L, width, tuple(dict.fromkeys(columns)))
-    held = {"policy": joined(state.params, rest), "optimizer": state.opt_state}
-    arguments = (state, batch, *(() if rest is None else (rest,)))
+    held = {"policy": joined(state.params, frozen), "optimizer": state.opt_state}
+    arguments = (state, batch, *(() if frozen is None else (frozen,)))
     knobs = ("dpo.gradient_accumulation_steps", "dpo.batch_size", "model.remat", "lora.r", "mesh.fsdp")
     calls, tokens = None if steps is None else steps * times, 2 * section.batch_size * (L + width)
     yield Phase("policy", f"step{suffix}", step, arguments, held, batch, calls, tokens, planner.layers, knobs, learned=state.params)

@@ -164,15 +164,15 @@ def read_finished(job: Job) -> Run | None:
     if not written.exists() or written.read_text(encoding="utf-8") != to_yaml(config):
         return None
     mesh = sharding.mesh_of(config.mesh)
-    setting = RunContext(config, ReadOnlyStore(config.store or Path(config.output) / ".stages"), folder, RunLog(None), mesh)
+    context = RunContext(config, ReadOnlyStore(config.store or Path(config.output) / ".stages"), folder, RunLog(None), mesh)
     try:
-        walk_through(setting, None)
+        walk_through(context, None)
     except StageMissing:
         return None
-    setting.tidy(metrics=False)
+    context.tidy(metrics=False)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    fits = sum(done.record["function"] == "reward" for done in setting.stages)
-    seconds = sum(done.record["seconds"] for done in setting.stages)
+    fits = sum(done.record["function"] == "reward" for done in context.stages)
+    seconds = sum(done.record["seconds"] for done in context.stages)
     return Run(job.seed, job.arm, "finished", summary["rounds"], tuple(summary["notes"]), fits, seconds, folder=str(folder))
 
 

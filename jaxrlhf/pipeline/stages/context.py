@@ -177,8 +177,8 @@ def add_model(loaded: Loaded, folder: Path) -> None:
         fresh.rmdir()
 
 
-def placed(setting: RunContext, stream: Iterator) -> Iterator:
-    return (sharding.place_batch(batch, setting.mesh) for batch in stream)
+def placed(run: RunContext, stream: Iterator) -> Iterator:
+    return (sharding.place_batch(batch, run.mesh) for batch in stream)
 
 
 def width(table: TextBatch) -> int:

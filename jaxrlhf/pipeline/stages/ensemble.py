@@ -26,7 +26,7 @@ def reward_inputs(rewards: Sequence[Done]) -> dict[str, Done]:
 
 
 def reward_scores(
-    setting: RunContext, rewards: Sequence[Done], spread_coef: float | None, tables: Sequence[TextBatch]
+    run: RunContext, rewards: Sequence[Done], spread_coef: float | None, tables: Sequence[TextBatch]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """(scores, spreads): of the responses in every table, float32 [N] each; no spreads where there is no ensemble.
 
@@ -34,8 +34,8 @@ def reward_scores(
     """
     by_model = []
     for done in rewards:
-        loaded = setting.load(done, head="scalar")
-        options = {"batch_size": setting.config.reward.eval_batch_size, "mesh": setting.mesh, "bias": reward_bias(loaded)}
+        loaded = run.load(done, head="scalar")
+        options = {"batch_size": run.config.reward.eval_batch_size, "mesh": run.mesh, "bias": reward_bias(loaded)}
         by_model.append([score_responses(loaded.model, loaded.params, table, **options) for table in tables])
         del loaded
     if spread_coef is None:

@@ -26,7 +26,7 @@ from jaxrlhf.types import TextBatch
 
 
 def evaluation_stage(
-    setting: RunContext,
+    run: RunContext,
     number: int,
     *,
     policy: Done,
@@ -37,19 +37,19 @@ def evaluation_stage(
 ) -> Done:
     """`before` is the evaluation of the policy the round started from; `rewards` the reward model of the round, or the members of its
     `ensemble`; none where the method has none. Round 0 is π_SFT."""
-    config = setting.config
+    config = run.config
 
     def build(folder: Path) -> dict[str, Any]:
-        setting.log.note(f"{'SFT' if number == 0 else f'round {number}'} evaluation on {config.evaluation.num_prompts} prompts")
-        loaded = setting.load(policy, head="lm")
-        gold = inputs.gold_of(config, setting.mesh)
-        samples = sample_responses(setting, folder, loaded, gold, number)
-        kl = np.zeros(len(samples.rows), np.float32) if policy.hash == sft.hash else kl_to(setting, loaded, sft, samples.tables[0], number)
+        run.log.note(f"{'SFT' if number == 0 else f'round {number}'} evaluation on {config.evaluation.num_prompts} prompts")
+        loaded = run.load(policy, head="lm")
+        gold = inputs.gold_of(config, run.mesh)
+        samples = sample_responses(run, folder, loaded, gold, number)
+        kl = np.zeros(len(samples.rows), np.float32) if policy.hash == sft.hash else kl_to(run, loaded, sft, samples.tables[0], number)
         result = {**gold_figures(samples, gold), "kl_sft": float(kl.mean()), **length_figures(samples, loaded)}
         proxy, start = None, None
         if rewards:
             earlier = read_samples(before.folder, pad_id_of(loaded.tokenizer)) if before is not None else samples
-            figures, proxy, start = proxy_figures(setting, rewards, spread_of(ensemble, config), samples, earlier)
+            figures, proxy, start = proxy_figures(run, rewards, spread_of(ensemble, config), samples, earlier)
             result |= figures
             if earlier.gold is not None:
                 write_reliability(folder, reliability(start, earlier.gold))
@@ -69,15 +69,15 @@ def evaluation_stage(
     sources |= {"before": before} if before is not None else {}
     slice_ |= {"spread_coef": spread_of(ensemble, config)} if rewards and ensemble else {}
     name = "sft-evaluation" if number == 0 else f"r{number}-evaluation"
-    return setting.build(Stage(name, "data", "evaluation", slice_, sources, version=3, parent="policy"), build, round=number)
+    return run.build(Stage(name, "data", "evaluation", slice_, sources, version=3, parent="policy"), build, round=number)
 
 
-def sample_responses(setting: RunContext, folder: Path, loaded: Loaded, gold: Scorer | None, round: int) -> Samples:
+def sample_responses(run: RunContext, folder: Path, loaded: Loaded, gold: Scorer | None, round: int) -> Samples:
     """Two responses to every evaluation prompt, from the same random numbers for every policy: differences are the policies'."""
-    config = setting.config
+    config = run.config
     rows = inputs.evaluation_prompts_of(config, loaded.tokenizer)
     table, cut = tokenize_prompts(rows, loaded.tokenizer, inputs.limits_of(config))
-    setting.report_rows(folder, "prompts", ReadReport(kept=len(rows)), cut)
+    run.report_rows(folder, "prompts", ReadReport(kept=len(rows)), cut)
     rows = [rows[i] for i in cut.rows]
     sampling = sampling_of(loaded, max_new_tokens=config.ppo.response_length, temperature=config.evaluation.temperature)
     key = rng.stream(rng.root_key(config.text_seed), "evaluation")  # π_SFT is evaluated once for all seeds that share it
@@ -90,8 +90,8 @@ def sample_responses(setting: RunContext, folder: Path, loaded: Loaded, gold: Sc
             key,
             sampling,
             batch_size=size,
-            mesh=setting.mesh,
-            progress=setting.progress(f"evaluation, response {number + 1} of 2", round=round, tokens=size * sampling.max_new_tokens),
+            mesh=run.mesh,
+            progress=run.progress(f"evaluation, response {number + 1} of 2", round=round, tokens=size * sampling.max_new_tokens),
         )
         for number in (0, 1)
     )
@@ -123,25 +123,23 @@ def length_figures(samples: Samples, loaded: Loaded) -> dict[str, float]:
     return {"length": float(np.asarray(first.response_mask_BT).sum(axis=1).mean()), "eos_rate": float(ended.mean())}
 
 
-def kl_to(setting: RunContext, loaded: Loaded, sft: Done, texts: TextBatch, round: int) -> np.ndarray:
+def kl_to(run: RunContext, loaded: Loaded, sft: Done, texts: TextBatch, round: int) -> np.ndarray:
     """log π(y) − log π_SFT(y) of every response, nats [N] (k1), at the temperature they were sampled at."""
     options = {
-        "temperature": setting.config.evaluation.temperature or 1.0,  # greedy text has no density of its own; it is read at 1
-        "batch_size": setting.config.evaluation.batch_size,
-        "mesh": setting.mesh,
+        "temperature": run.config.evaluation.temperature or 1.0,  # greedy text has no density of its own; it is read at 1
+        "batch_size": run.config.evaluation.batch_size,
+        "mesh": run.mesh,
     }
-    reference = setting.load(sft, head="lm")
+    reference = run.load(sft, head="lm")
     logps = [
-        response_logps(
-            one.model, one.params, texts, progress=setting.progress(f"evaluation, log-probs under {name}", round=round), **options
-        )
+        response_logps(one.model, one.params, texts, progress=run.progress(f"evaluation, log-probs under {name}", round=round), **options)
         for one, name in ((loaded, "the policy"), (reference, "π_SFT"))
     ]
     return logps[0] - logps[1]
 
 
 def proxy_figures(
-    setting: RunContext, rewards: tuple[Done, ...], spread_coef: float | None, samples: Samples, earlier: Samples
+    run: RunContext, rewards: tuple[Done, ...], spread_coef: float | None, samples: Samples, earlier: Samples
 ) -> tuple[dict[str, float | None], np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """The reward model on what the round's policy writes (`proxy`) and on what it wrote before the round (`proxy_start`).
 
@@ -152,7 +150,7 @@ def proxy_figures(
     lie apart: the mean over responses of their population deviation.
     """
     tables = (samples.tables[0], *earlier.tables)
-    scores, spreads = reward_scores(setting, rewards, spread_coef, tables)
+    scores, spreads = reward_scores(run, rewards, spread_coef, tables)
     proxy, start = scores[0], (scores[1], scores[2])
     accuracy = None if earlier.gold is None else agreement_with_gold(start, earlier.gold)
     figures = {"proxy": float(proxy.mean()), "proxy_start": float(start[0].mean()), "reward_accuracy": accuracy}

@@ -17,19 +17,19 @@ from jaxrlhf.types import Params
 
 
 class SplitParams(NamedTuple):
-    """A policy's parameters: what learns, and the frozen rest. Without LoRA all of it learns and `rest` is None."""
+    """A policy's parameters: what learns, and the frozen part. Without LoRA all of it learns and `frozen` is None."""
 
-    learned: Params
-    rest: Params | None
+    trainable: Params
+    frozen: Params | None
 
 
-def split_params(setting: RunContext, policy: Loaded, key: jax.Array) -> SplitParams:
-    """The policy as the config lets it learn. The rest holds the policy's own arrays: whoever reads those too has no second copy."""
-    section = setting.config.lora
+def split_params(run: RunContext, policy: Loaded, key: jax.Array) -> SplitParams:
+    """The policy as the config lets it learn. `frozen` holds the policy's own arrays: whoever reads those too has no second copy."""
+    section = run.config.lora
     if not section.r:
         return SplitParams(policy.params, None)
-    learned, rest = adapters(policy.params, key, r=section.r, alpha=section.alpha, targets=section.target_modules)
-    return SplitParams(learned, sharding.place(rest, setting.mesh))
+    trainable, frozen = adapters(policy.params, key, r=section.r, alpha=section.alpha, targets=section.target_modules)
+    return SplitParams(trainable, sharding.place(frozen, run.mesh))
 
 
 def lora_slice(config: Config) -> dict[str, Any]:
@@ -39,44 +39,44 @@ def lora_slice(config: Config) -> dict[str, Any]:
 
 
 def fixed_models(
-    setting: RunContext,
-    at_hand: dict[str, Params],
+    run: RunContext,
+    loaded: dict[str, Params],
     rewards: tuple[Done, ...],
     bias: float,
     *,
     ensemble: bool,
     reference: Done,
     sft: Done,
-    rest: Params | None,
+    frozen: Params | None,
 ) -> RoundModels:
-    """The models of a round that do not learn; one that is `at_hand` (parameters by the hash of their stage) is not read again.
+    """The models of a round that do not learn; one that is `loaded` already (parameters by the hash of their stage) is not read again.
 
-    The first of `rewards`, whose bias is `bias`, is at hand; the others are the further members of an ensemble. `rest` is what lies under
-    the adapters. `at_hand` is used up: a caller that holds its models nowhere else has none in memory that the round does not need. With
+    The first of `rewards`, whose bias is `bias`, is loaded; the others are the further members of an ensemble. `frozen` is what lies under
+    the adapters. `loaded` is used up: a caller that holds its models nowhere else has none in memory that the round does not need. With
     `model.offload_frozen` each goes to the host's memory before the next is read; a reference that is the base is needed and stays.
     """
-    offloaded = setting.config.model.offload_frozen
+    offloaded = run.config.model.offload_frozen
     away = sharding.offload if offloaded else lambda params: params
 
     def params_of(done: Done) -> Params:
-        if done.hash not in at_hand:
-            return away(setting.load(done, head="lm").params)
-        params = at_hand.pop(done.hash)
-        return params if rest is not None else away(params)
+        if done.hash not in loaded:
+            return away(run.load(done, head="lm").params)
+        params = loaded.pop(done.hash)
+        return params if frozen is not None else away(params)
 
     def member(done: Done) -> tuple[Params, float]:
-        one = setting.load(done, head="scalar")
+        one = run.load(done, head="scalar")
         return away(one.params), reward_bias(one)
 
-    for hash in at_hand.keys() - {rewards[0].hash, reference.hash, sft.hash}:
-        del at_hand[hash]
-    first = away(at_hand.pop(rewards[0].hash))
+    for hash in loaded.keys() - {rewards[0].hash, reference.hash, sft.hash}:
+        del loaded[hash]
+    first = away(loaded.pop(rewards[0].hash))
     others = [member(done) for done in rewards[1:]] if ensemble else []
     return RoundModels(
         reference=params_of(reference),
         reward=(first, *(params for params, _ in others)) if ensemble else first,
         reward_bias=(bias, *(its for _, its in others)) if ensemble else bias,
         sft=params_of(sft) if reference.hash != sft.hash else None,
-        base=None if rest is None else {"policy": rest},
+        base=None if frozen is None else {"policy": frozen},
         offloaded=offloaded,
     )

@@ -24,13 +24,13 @@ from jaxrlhf.types import PairBatch, TextBatch
 TRAIN, VALID, UPDATED, WEIGHTS, REPORT = "train.parquet", "valid.parquet", "pairs.parquet", "weights.npy", "report.json"
 
 
-def pairs_stage(setting: RunContext, tokenizer_done: Done, sft: Done) -> Done:
+def pairs_stage(run: RunContext, tokenizer_done: Done, sft: Done) -> Done:
     """Training pairs (and held-out ones) with their tokens: as the data has them, or sampled from π_SFT and labelled by gold."""
-    config = setting.config
+    config = run.config
     sampled = config.pairs.source == "sample"
 
     def build(folder: Path) -> dict[str, Any]:
-        return sampled_pairs(setting, folder, setting.load(sft, head="lm")) if sampled else stored_pairs(setting, folder, tokenizer_done)
+        return sampled_pairs(run, folder, run.load(sft, head="lm")) if sampled else stored_pairs(run, folder, tokenizer_done)
 
     slice_ = {
         "pairs": asdict(config.pairs) if sampled else "data",
@@ -41,46 +41,46 @@ def pairs_stage(setting: RunContext, tokenizer_done: Done, sft: Done) -> Done:
         "seed": config.seed,
     }
     sources = {"tokenizer": tokenizer_done} | ({"sft": sft} if sampled else {})
-    return setting.build(Stage("pairs", "data", "pairs", slice_, sources), build)
+    return run.build(Stage("pairs", "data", "pairs", slice_, sources), build)
 
 
-def stored_pairs(setting: RunContext, folder: Path, tokenizer_done: Done) -> dict[str, Any]:
+def stored_pairs(run: RunContext, folder: Path, tokenizer_done: Done) -> dict[str, Any]:
     """The data's own pairs, tokenised."""
-    tokenizer, limits = read_tokenizer(tokenizer_done.folder), inputs.limits_of(setting.config)
-    train, valid, read = inputs.pairs_of(setting.config, tokenizer)
+    tokenizer, limits = read_tokenizer(tokenizer_done.folder), inputs.limits_of(run.config)
+    train, valid, read = inputs.pairs_of(run.config, tokenizer)
     counts = {}
     for name, rows in ((TRAIN, train), (VALID, valid)):
         table, cut = tokenize_pairs(rows, tokenizer, limits, eos_ids=eos_ids_of(tokenizer))
-        setting.report_rows(folder, name.removesuffix(".parquet"), read if name == TRAIN else type(read)(), cut)
+        run.report_rows(folder, name.removesuffix(".parquet"), read if name == TRAIN else type(read)(), cut)
         write_pair_table(folder / name, [rows[i] for i in cut.rows], table, pad_id=pad_id_of(tokenizer))
         counts[name.removesuffix(".parquet")] = cut.kept
     return {**counts, "dropped": len(read.dropped)}
 
 
-def sampled_pairs(setting: RunContext, folder: Path, sft: Loaded) -> dict[str, Any]:
+def sampled_pairs(run: RunContext, folder: Path, sft: Loaded) -> dict[str, Any]:
     """Two responses of π_SFT to each prompt, labelled by gold; held-out pairs from other prompts, labelled without noise."""
-    config, tokenizer = setting.config, sft.tokenizer
+    config, tokenizer = run.config, sft.tokenizer
     prompts, read = inputs.prompts_of(config, tokenizer)
     rows = _cycled(prompts, config.pairs.num_pairs)
     noisy = {"rule": config.pairs.label, "label_flip": config.pairs.label_flip}
-    result = labelled(setting, folder, TRAIN, sft, rows, read, **noisy)
+    result = labelled(run, folder, TRAIN, sft, rows, read, **noisy)
     held_out = inputs.valid_prompts_of(config, tokenizer)
-    valid = labelled(setting, folder, VALID, sft, held_out, ReadReport(kept=len(held_out)), rule="strict", label_flip=0.0)
+    valid = labelled(run, folder, VALID, sft, held_out, ReadReport(kept=len(held_out)), rule="strict", label_flip=0.0)
     return {"train": result["kept"], "valid": valid["kept"], "identical": result["identical"], "gold_mean": result["gold_mean"]}
 
 
 def labelled(
-    setting: RunContext, folder: Path, name: str, sft: Loaded, rows: list[Prompt], read: ReadReport, *, rule: Any, label_flip: float
+    run: RunContext, folder: Path, name: str, sft: Loaded, rows: list[Prompt], read: ReadReport, *, rule: Any, label_flip: float
 ) -> dict[str, Any]:
     """Write the pairs of two sampled responses to each of `rows` as the table `name`."""
-    config, tokenizer, what = setting.config, sft.tokenizer, name.removesuffix(".parquet")
-    gold = inputs.gold_of(config, setting.mesh)
+    config, tokenizer, what = run.config, sft.tokenizer, name.removesuffix(".parquet")
+    gold = inputs.gold_of(config, run.mesh)
     assert gold is not None, "a config that samples pairs names a gold scorer"
     table, cut = tokenize_prompts(rows, tokenizer, inputs.limits_of(config))
-    setting.report_rows(folder, f"{what}-prompts", read, cut)
+    run.report_rows(folder, f"{what}-prompts", read, cut)
     rows = [rows[i] for i in cut.rows]
     sampling = sampling_of(sft, max_new_tokens=config.ppo.response_length, temperature=config.pairs.temperature)
-    key = rng.stream(setting.key, f"pairs/{what}")
+    key = rng.stream(run.key, f"pairs/{what}")
     size = min(config.pairs.batch_size, max(len(rows), 1))
     sides = [
         sample_dataset(
@@ -90,8 +90,8 @@ def labelled(
             rng.stream(key, "side", n),
             sampling,
             batch_size=size,
-            mesh=setting.mesh,
-            progress=setting.progress(f"{what} pairs, response {n} of 2", tokens=size * sampling.max_new_tokens),
+            mesh=run.mesh,
+            progress=run.progress(f"{what} pairs, response {n} of 2", tokens=size * sampling.max_new_tokens),
         )
         for n in (1, 2)
     ]
@@ -103,7 +103,7 @@ def labelled(
     identical = sum(a == b for a, b in zip(*texts, strict=True))
     for number, fault in ((identical, "got the same text twice"), (len(rows) - identical - len(kept), "got two texts of equal gold")):
         if number:
-            setting.log.note(f"{what} pairs: {number} of {len(rows)} prompts {fault}; they say nothing and are left out")
+            run.log.note(f"{what} pairs: {number} of {len(rows)} prompts {fault}; they say nothing and are left out")
     return {"kept": len(kept), "identical": identical, "gold_mean": float(np.mean(np.concatenate(scores)))}
 
 

@@ -17,6 +17,7 @@ from jaxrlhf.algorithms.policy_updates import POLICY_UPDATES
 from jaxrlhf.algorithms.ppo import as_compiled, num_updates, rollout_prompts, train_ppo
 from jaxrlhf.algorithms.rounds import Round
 from jaxrlhf.algorithms.training import own_copy
+from jaxrlhf.config import Config, PPOConfig
 from jaxrlhf.data.tokens import pad_id_of, tokenize_prompts
 from jaxrlhf.models.hub import Loaded, eos_ids, reward_bias
 from jaxrlhf.pipeline import inputs
@@ -31,16 +32,16 @@ from jaxrlhf.storage.stage import Done, Stage
 from jaxrlhf.types import Params, PromptBatch, TrainState
 
 
-def prompt_table(setting: RunContext, folder: Path, tokenizer: Any) -> PromptBatch:
+def prompt_table(run: RunContext, folder: Path, tokenizer: Any) -> PromptBatch:
     """All PPO prompts as tokens."""
-    rows, report = inputs.prompts_of(setting.config, tokenizer)
-    table, cut = tokenize_prompts(rows, tokenizer, inputs.limits_of(setting.config))
-    setting.report_rows(folder, "prompts", report, cut)
+    rows, report = inputs.prompts_of(run.config, tokenizer)
+    table, cut = tokenize_prompts(rows, tokenizer, inputs.limits_of(run.config))
+    run.report_rows(folder, "prompts", report, cut)
     return table
 
 
 def policy_stage(
-    setting: RunContext, round: Round, *, sft: Done, start: Done, reference: Done, rewards: tuple[Done, ...], previous: Done, carries: bool
+    run: RunContext, round: Round, *, sft: Done, start: Done, reference: Done, rewards: tuple[Done, ...], previous: Done, carries: bool
 ) -> Done:
     """The policy of a round: PPO or RLOO from `start` against `rewards`, its KL taken to `reference`.
 
@@ -50,55 +51,39 @@ def policy_stage(
     RLOO has no critic: the row's restart_critic and the fields in `POLICY_UPDATES["rloo"].unread` are without effect.
     With LoRA every round has new adapters on the merged policy it starts from, and so a new optimizer.
     """
-    config, number = setting.config, round.number
-    section, way, spread_coef = config.ppo, POLICY_UPDATES[round.policy_update], spread_of(round.ensemble, config)
+    config, way = run.config, POLICY_UPDATES[round.policy_update]
     restarts = (round.restart_optimizer or config.lora.r > 0, round.restart_critic or not way.critic)
-    kl_coef = section.kl_coef_previous if round.moved_reference and section.kl_coef_previous is not None else section.kl_coef
+    moved = round.moved_reference and config.ppo.kl_coef_previous is not None
+    section = replace(config.ppo, kl_coef=config.ppo.kl_coef_previous if moved else config.ppo.kl_coef, kl_coef_previous=None)  # type: ignore[arg-type]
+    given = {"sft": sft, "start": start, "reference": reference, "rewards": rewards, "previous": previous}
+    stage = _stage_of(config, round, section, restarts, carries, **given)
 
     def build(folder: Path) -> dict[str, Any]:
-        write_lineage(folder, policy_lineage(round, start=start, reference=reference, sft=sft, rewards=rewards))
-        policy, scorer = setting.load(start, head="lm"), setting.load(rewards[0], head="scalar")
-        tokenizer = policy.tokenizer
-        trainer = way.trainer(
-            policy.model,
-            scorer.model,
-            as_compiled(section),
-            plugin,
-            eos_ids=eos_ids(policy),
-            pad_id=pad_id_of(tokenizer),
-            vocab_size=len(tokenizer),
-            spread_coef=spread_coef,
-            mesh=setting.mesh,
-        )
-        key = rng.stream(setting.key, "policy", number)
-        learned, rest = split_params(setting, policy, rng.stream(key, "adapters"))
-        state = initial_state(learned, scorer if way.critic else None, trainer.optimizer, kl_coef)
-        state = with_previous_state(setting, sharding.place(state, setting.mesh), previous, restarts)
-        at_hand, bias = {start.hash: policy.params, rewards[0].hash: scorer.params}, reward_bias(scorer)
-        policy, scorer, learned = policy._replace(params=None), scorer._replace(params=None), None  # what is not fixed is in memory once
-        models = {"reference": reference, "sft": sft, "rest": rest}
-        fixed = fixed_models(setting, at_hand, rewards, bias, ensemble=spread_coef is not None, **models)
-        updates, table = num_updates(section), prompt_table(setting, folder, tokenizer)
-        before = 0 if section.round_prompts == "same" else (number - 1) * updates
+        return _train_policy(run, round, folder, section, restarts, **given)
 
-        def loop(state: TrainState, done: int) -> Iterator:
-            samples, bucket = way.samples(section), config.data.bucket
-            stream = rollout_prompts(table, section, samples=samples, seed=config.seed, bucket=bucket, start=before + done)
-            return train_ppo(trainer, state, fixed, islice(stream, updates - done), key=key, start=done, mesh=setting.mesh)
+    return run.build(stage, build, round=round.number, keep_state=carries)
 
-        tokens = section.batch_size * section.response_length
-        state = setting.train(folder, "policy", state, loop, steps=updates, tokens=tokens, round=number)
-        add_model(policy._replace(params=joined(state.params["policy"], rest)), folder)
-        prompt_length = float(np.asarray(table.prompt_mask_BL).sum(axis=1).mean())
-        result = {"updates": updates, "episodes": updates * section.batch_size, "kl_coef": float(state.controller["kl_coef"])}
-        return result | {"prompt_length": prompt_length}  # mean tokens of a prompt: with the metrics, what the FLOPs are counted from
 
-    again = number > 1 and section.round_prompts == "same"  # round 1 has the same prompts either way
-    unread = (*way.unread, "generation_batch_size") + (() if again else ("round_prompts",))
-    read = {k: v for k, v in asdict(replace(section, kl_coef=kl_coef, kl_coef_previous=None)).items() if k not in unread}
+def _stage_of(
+    config: Config,
+    round: Round,
+    section: PPOConfig,
+    restarts: tuple[bool, bool],
+    carries: bool,
+    *,
+    sft: Done,
+    start: Done,
+    reference: Done,
+    rewards: tuple[Done, ...],
+    previous: Done,
+) -> Stage:
+    """What a policy depends on; fields that its way of learning does not read are no part of it."""
+    again = round.number > 1 and section.round_prompts == "same"  # round 1 has the same prompts either way
+    unread = (*POLICY_UPDATES[round.policy_update].unread, "generation_batch_size") + (() if again else ("round_prompts",))
+    spread_coef = spread_of(round.ensemble, config)
     slice_ = {
-        "ppo": read | {"plugin": source_of(section.loss)},
-        "round": number,
+        "ppo": {k: v for k, v in asdict(section).items() if k not in unread} | {"plugin": source_of(section.loss)},
+        "round": round.number,
         "seed": config.seed,
         "data": inputs.data_identity(config),
         "limits": asdict(config.data.limits),
@@ -110,8 +95,59 @@ def policy_stage(
     slice_ |= ({} if spread_coef is None else {"spread_coef": spread_coef}) | lora_slice(config)
     sources = {"start": start, "reference": reference, **reward_inputs(rewards), "sft": sft}
     sources |= {} if all(restarts) else {"previous": previous}
-    stage = Stage(f"r{number}-policy", "model", round.policy_update, slice_, sources, parent="start")
-    return setting.build(stage, build, round=number, keep_state=carries)
+    return Stage(f"r{round.number}-policy", "model", round.policy_update, slice_, sources, parent="start")
+
+
+def _train_policy(
+    run: RunContext,
+    round: Round,
+    folder: Path,
+    section: PPOConfig,
+    restarts: tuple[bool, bool],
+    *,
+    sft: Done,
+    start: Done,
+    reference: Done,
+    rewards: tuple[Done, ...],
+    previous: Done,
+) -> dict[str, Any]:
+    """Train and write the policy; what its record says."""
+    write_lineage(folder, policy_lineage(round, start=start, reference=reference, sft=sft, rewards=rewards))
+    config, way, spread_coef = run.config, POLICY_UPDATES[round.policy_update], spread_of(round.ensemble, run.config)
+    policy, scorer = run.load(start, head="lm"), run.load(rewards[0], head="scalar")
+    trainer = way.trainer(
+        policy.model,
+        scorer.model,
+        as_compiled(section),
+        plugin,
+        eos_ids=eos_ids(policy),
+        pad_id=pad_id_of(policy.tokenizer),
+        vocab_size=len(policy.tokenizer),
+        spread_coef=spread_coef,
+        mesh=run.mesh,
+    )
+    key = rng.stream(run.key, "policy", round.number)
+    trainable, frozen = split_params(run, policy, rng.stream(key, "adapters"))
+    state = initial_state(trainable, scorer if way.critic else None, trainer.optimizer, section.kl_coef)
+    state = with_previous_state(run, sharding.place(state, run.mesh), previous, restarts)
+    loaded, bias = {start.hash: policy.params, rewards[0].hash: scorer.params}, reward_bias(scorer)
+    policy, scorer, trainable = policy._replace(params=None), scorer._replace(params=None), None  # what is not fixed is in memory once
+    models = {"reference": reference, "sft": sft, "frozen": frozen}
+    fixed = fixed_models(run, loaded, rewards, bias, ensemble=spread_coef is not None, **models)
+    updates, table = num_updates(section), prompt_table(run, folder, policy.tokenizer)
+    before = 0 if section.round_prompts == "same" else (round.number - 1) * updates
+
+    def loop(state: TrainState, done: int) -> Iterator:
+        samples, bucket = way.samples(section), config.data.bucket
+        stream = rollout_prompts(table, section, samples=samples, seed=config.seed, bucket=bucket, start=before + done)
+        return train_ppo(trainer, state, fixed, islice(stream, updates - done), key=key, start=done, mesh=run.mesh)
+
+    tokens = section.batch_size * section.response_length
+    state = run.train(folder, "policy", state, loop, steps=updates, tokens=tokens, round=round.number)
+    add_model(policy._replace(params=joined(state.params["policy"], frozen)), folder)
+    prompt_length = float(np.asarray(table.prompt_mask_BL).sum(axis=1).mean())
+    result = {"updates": updates, "episodes": updates * section.batch_size, "kl_coef": float(state.controller["kl_coef"])}
+    return result | {"prompt_length": prompt_length}  # mean tokens of a prompt: with the metrics, what the FLOPs are counted from
 
 
 def initial_state(policy: Params, critic: Loaded | None, optimizer: optax.GradientTransformation, kl_coef: float) -> TrainState:
@@ -122,7 +158,7 @@ def initial_state(policy: Params, critic: Loaded | None, optimizer: optax.Gradie
     return init_state(own_copy(params), optimizer, controller)
 
 
-def with_previous_state(setting: RunContext, state: TrainState, previous: Done, restarts: tuple[bool, bool]) -> TrainState:
+def with_previous_state(run: RunContext, state: TrainState, previous: Done, restarts: tuple[bool, bool]) -> TrainState:
     """The state with the previous round's optimizer moments and critic, where the method keeps them; schedules restart.
 
     `restarts`: whether the optimizer, and whether the critic starts anew (always, where there is none).
@@ -130,11 +166,11 @@ def with_previous_state(setting: RunContext, state: TrainState, previous: Done, 
     restart_optimizer, restart_critic = restarts
     if restart_optimizer and restart_critic:
         return state
-    with Checkpoints(setting.store.state_of(previous)) as checkpoints:
-        found = checkpoints.restore(sharding.template(state, setting.mesh))
+    with Checkpoints(run.store.state_of(previous)) as checkpoints:
+        found = checkpoints.restore(sharding.template(state, run.mesh))
     if found is None:
         raise FileNotFoundError(f"{previous.folder} holds no training state to go on from; delete it to train that round again.")
-    old = sharding.uncommitted(found[0], setting.mesh)
+    old = sharding.uncommitted(found[0], run.mesh)
     opt_state = state.opt_state if restart_optimizer else restarted_schedules(old.opt_state)
     if restart_critic:
         return replace(state, opt_state=opt_state)

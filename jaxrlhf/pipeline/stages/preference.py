@@ -28,41 +28,39 @@ from jaxrlhf.types import PairBatch, TrainState
 TEMPERATURE = 1.0  # of the log-probs on both sides of the ratio: the pair step scores the policy at 1
 
 
-def preference_stage(
-    setting: RunContext, round: Round, *, sft: Done, start: Done, reference: Done, pairs: Done, update: Done | None
-) -> Done:
+def preference_stage(run: RunContext, round: Round, *, sft: Done, start: Done, reference: Done, pairs: Done, update: Done | None) -> Done:
     """The policy of a round, trained from `start` on the (filtered, weighted) pairs against `reference`.
 
     Every round has a fresh optimizer. `sft` is what other policy updates measure their distance to; this one only names it.
     """
-    config, section, number = setting.config, setting.config.dpo, round.number
+    config, section, number = run.config, run.config.dpo, round.number
     loss = preference_loss(section, round.policy_update, plugin)
 
     def build(folder: Path) -> dict[str, Any]:
-        policy = setting.load(start, head="lm")
+        policy = run.load(start, head="lm")
         fitted, weights_N = updated_pairs(update, pairs)
         used = reference if needs_reference(loss) else None
         write_lineage(folder, policy_lineage(round, start=start, reference=used, sft=sft, pairs=pairs, update=update))
         table, n = with_weights(fitted.tokens, weights_N), len(fitted.rows)
         steps = num_steps(n, batch_size=section.batch_size, num_train_epochs=section.num_train_epochs, max_steps=section.max_steps)
         if needs_reference(loss):
-            at_hand = (lambda: policy) if reference.hash == start.hash else (lambda: setting.load(reference, head="lm"))
-            table = with_reference(setting, number, fitted, table, at_hand, reference.hash, policy.tokenizer)
+            reference_model = (lambda: policy) if reference.hash == start.hash else (lambda: run.load(reference, head="lm"))
+            table = with_reference(run, number, fitted, table, reference_model, reference.hash, policy.tokenizer)
         table = with_columns(table, loss, name=f"dpo.loss {section.loss!r}", updated=update is not None)
-        optimizer, step = preference_trainer(policy.model, loss, section, max(steps, 1), setting.mesh)
-        learned, rest = split_params(setting, policy, rng.stream(rng.stream(setting.key, "policy", number), "adapters"))
-        state = sharding.place(init_state(own_copy(learned), optimizer), setting.mesh)
-        policy, learned = policy._replace(params=None), None  # the memory is wanted for the training
-        frozen = () if rest is None else (rest,)
+        optimizer, step = preference_trainer(policy.model, loss, section, max(steps, 1), run.mesh)
+        trainable, frozen = split_params(run, policy, rng.stream(rng.stream(run.key, "policy", number), "adapters"))
+        state = sharding.place(init_state(own_copy(trainable), optimizer), run.mesh)
+        policy, trainable = policy._replace(params=None), None  # the memory is wanted for the training
+        base = () if frozen is None else (frozen,)
 
         def loop(state: TrainState, start: int) -> Iterator:
             name = f"preference/r{number}"
             stream = batches(table, section.batch_size, seed=config.seed, name=name, bucket=config.data.bucket, start=start)
-            return train(step, state, placed(setting, islice(stream, steps - start)), *frozen)
+            return train(step, state, placed(run, islice(stream, steps - start)), *base)
 
         tokens = 2 * section.batch_size * (table.prompt_BL.shape[1] + table.chosen_BT.shape[1])
-        state = setting.train(folder, "policy", state, loop, steps=steps, tokens=tokens, round=number)
-        add_model(policy._replace(params=joined(state.params, rest)), folder)
+        state = run.train(folder, "policy", state, loop, steps=steps, tokens=tokens, round=number)
+        add_model(policy._replace(params=joined(state.params, frozen)), folder)
         return {"steps": steps, "pairs": n}
 
     slice_ = {
@@ -78,16 +76,16 @@ def preference_stage(
     sources |= {"reference": reference} if needs_reference(loss) else {}
     sources |= {} if update is None else {"update": update}
     stage = Stage(f"r{number}-policy", "model", round.policy_update, slice_, sources, parent="start")
-    return setting.build(stage, build, round=number)
+    return run.build(stage, build, round=number)
 
 
 def with_reference(
-    setting: RunContext, number: int, pairs: Pairs, table: PairBatch, reference: Callable[[], Loaded], model_hash: str, tokenizer: Any
+    run: RunContext, number: int, pairs: Pairs, table: PairBatch, reference: Callable[[], Loaded], model_hash: str, tokenizer: Any
 ) -> PairBatch:
     """The table with the reference's log-probs of both sides as columns: computed once for a set of pairs, whichever arm comes first."""
-    config = setting.config
+    config = run.config
     logps = stored_pair_logps(
-        setting.columns,
+        run.columns,
         pairs,
         reference,
         model_hash=model_hash,
@@ -95,7 +93,7 @@ def with_reference(
         limits=config.data.limits,
         temperature=TEMPERATURE,
         batch_size=config.dpo.eval_batch_size,
-        mesh=setting.mesh,
-        progress=setting.progress("log-probs under the reference", round=number),
+        mesh=run.mesh,
+        progress=run.progress("log-probs under the reference", round=number),
     )
     return replace(table, columns={**table.columns, **{name: logps[logp] for name, logp in REFERENCE.items()}})

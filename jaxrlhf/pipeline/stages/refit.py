@@ -51,7 +51,7 @@ class RefitInputs:
 
 
 def refit_stage(
-    setting: RunContext,
+    run: RunContext,
     number: int,
     *,
     policy: Done,
@@ -70,7 +70,7 @@ def refit_stage(
     `rounds` have been trained since the last refit; from `refit.max_rounds` on a refit is due whatever the value (`forced`). A value that
     cannot be taken (gold ties all samples) makes no refit due.
     """
-    section = setting.config.refit
+    section = run.config.refit
     measure, threshold = MEASURES[section.when], float(getattr(section, THRESHOLDS[section.when]))
     forced = section.max_rounds is not None and rounds >= section.max_rounds
     since = RefitInputs(
@@ -80,12 +80,12 @@ def refit_stage(
         fitted_for=fitted_for,
         evaluation_then=evaluation_then,
         rewards=rewards,
-        spread_coef=spread_of(ensemble, setting.config),
+        spread_coef=spread_of(ensemble, run.config),
         pairs=pairs,
     )
 
     def build(folder: Path) -> dict[str, Any]:
-        measured = measure.of(setting, since)
+        measured = measure.of(run, since)
         value = measured.value
         if value is not None and not np.isfinite(value):
             raise ValueError(f"refit.when {section.when}: the measure before round {number} is {value}; the policy has diverged.")
@@ -93,13 +93,13 @@ def refit_stage(
         result = {"when": section.when, "value": value, "threshold": threshold, "due": due, "forced": forced, "rounds": rounds}
         result |= measured.facts
         figures = {f"refit/{name}": float(x) for name, x in result.items() if isinstance(x, bool | int | float)}
-        with setting.log.stage("refit", round=number, total_steps=1, folder=folder) as stage:
+        with run.log.stage("refit", round=number, total_steps=1, folder=folder) as stage:
             stage.step(1, figures)
         return result
 
-    slice_ = {"when": section.when, "threshold": threshold, "forced": forced, "rounds": rounds, **measure.reads(setting, since)}
-    done = setting.build(Stage(f"r{number}-refit", "data", "refit", slice_, measure.inputs(since)), build, round=number)
-    setting.log.note(decision_text(number, done.record["result"]))
+    slice_ = {"when": section.when, "threshold": threshold, "forced": forced, "rounds": rounds, **measure.reads(run, since)}
+    done = run.build(Stage(f"r{number}-refit", "data", "refit", slice_, measure.inputs(since)), build, round=number)
+    run.log.note(decision_text(number, done.record["result"]))
     return done
 
 
@@ -110,22 +110,22 @@ def decision_text(number: int, result: dict[str, Any]) -> str:
     return f"round {number}: {MEASURES[result['when']].what} {value}{forced}: {'refit' if result['due'] else 'no refit'}"
 
 
-def kl_measure(setting: RunContext, since: RefitInputs) -> Measured:
+def kl_measure(run: RunContext, since: RefitInputs) -> Measured:
     """KL(policy now ‖ policy of the last refit), nats a response: E_{y~π}[ log π(y) − log π_refit(y) ] (k1), at evaluation.temperature.
 
     On the two responses to every prompt of the last evaluation, which the policy now has written; `stderr` is over prompts.
     """
-    policy = setting.load(since.policy, head="lm")
+    policy = run.load(since.policy, head="lm")
     samples = read_samples(since.evaluation.folder, pad_id_of(policy.tokenizer))
-    then = setting.load(since.fitted_for, head="lm")
+    then = run.load(since.fitted_for, head="lm")
     options = {
-        "temperature": setting.config.evaluation.temperature,
-        "batch_size": setting.config.evaluation.batch_size,
-        "mesh": setting.mesh,
+        "temperature": run.config.evaluation.temperature,
+        "batch_size": run.config.evaluation.batch_size,
+        "mesh": run.mesh,
     }
 
     def logps(one: Loaded, what: str, side: int) -> np.ndarray:
-        progress = setting.progress(f"refit, response {side + 1} of 2 under {what}", round=since.number)
+        progress = run.progress(f"refit, response {side + 1} of 2 under {what}", round=since.number)
         return response_logps(one.model, one.params, samples.tables[side], progress=progress, **options)
 
     sides_2N = [logps(policy, "the policy", side) - logps(then, "that of the last refit", side) for side in (0, 1)]
@@ -135,16 +135,16 @@ def kl_measure(setting: RunContext, since: RefitInputs) -> Measured:
     return Measured(float(kl_N.mean()), {"stderr": stderr, "samples": 2 * n})
 
 
-def ess_measure(setting: RunContext, since: RefitInputs) -> Measured:
+def ess_measure(run: RunContext, since: RefitInputs) -> Measured:
     """Share of the training pairs that still count under the ratio of the policy now to that of the last refit (`ess_share`)."""
-    config = setting.config
+    config = run.config
     rows, tokens = read_pair_table(since.pairs.folder / TRAIN)
     pairs = Pairs(rows, tokens)
 
     def logps(done: Done, what: str) -> dict[str, np.ndarray]:
-        progress = setting.progress(f"refit, pairs under {what}", round=since.number)
-        given = {"config": config, "columns": setting.columns, "mesh": setting.mesh, "progress": progress}
-        return stored_logps(pairs, setting.load(done, head="lm"), done.hash, **given)
+        progress = run.progress(f"refit, pairs under {what}", round=since.number)
+        given = {"config": config, "columns": run.columns, "mesh": run.mesh, "progress": progress}
+        return stored_logps(pairs, run.load(done, head="lm"), done.hash, **given)
 
     now, then = logps(since.policy, "the policy"), logps(since.fitted_for, "that of the last refit")
     share = ess_share(now, then, alpha=config.weights.alpha)
@@ -163,15 +163,15 @@ def ess_share(now: dict[str, np.ndarray], then: dict[str, np.ndarray], *, alpha:
     return float(effective_sample_size(weights)) / len(weights)
 
 
-def accuracy_measure(setting: RunContext, since: RefitInputs) -> Measured:
+def accuracy_measure(run: RunContext, since: RefitInputs) -> Measured:
     """How far the reward model's accuracy has fallen, from the samples of the policy it was fitted for to those of the policy now.
 
     On the two responses to every prompt of an evaluation, as gold orders them; ties of gold are left out. An ensemble is judged by the
     one score its policy is trained on.
     """
-    policy = setting.load(since.policy, head="lm")._replace(params=None)  # its tokenizer is what is needed
+    policy = run.load(since.policy, head="lm")._replace(params=None)  # its tokenizer is what is needed
     then, now = (read_samples(evaluation.folder, pad_id_of(policy.tokenizer)) for evaluation in (since.evaluation_then, since.evaluation))
-    scores, _ = reward_scores(setting, since.rewards, since.spread_coef, (*then.tables, *now.tables))
+    scores, _ = reward_scores(run, since.rewards, since.spread_coef, (*then.tables, *now.tables))
     assert then.gold is not None and now.gold is not None, "a config that refits by accuracy names a gold scorer"
     before, after = agreement_with_gold((scores[0], scores[1]), then.gold), agreement_with_gold((scores[2], scores[3]), now.gold)
     fall = None if before is None or after is None else before - after
@@ -196,10 +196,10 @@ def _rewards(since: RefitInputs) -> dict[str, Done]:
     return reward_inputs(since.rewards) | {"policy": since.policy, "evaluation": since.evaluation, "evaluation_then": since.evaluation_then}
 
 
-def _weights_read(setting: RunContext, since: RefitInputs) -> dict[str, Any]:
+def _weights_read(run: RunContext, since: RefitInputs) -> dict[str, Any]:
     del since
-    read = {name: getattr(setting.config.weights, name) for name in ("alpha", "temperature", "max_tokens")}
-    return read | {"dtype": setting.config.model.dtype}
+    read = {name: getattr(run.config.weights, name) for name in ("alpha", "temperature", "max_tokens")}
+    return read | {"dtype": run.config.model.dtype}
 
 
 THRESHOLDS: dict[str, str] = {"kl": "kl_budget", "ess": "ess_floor", "accuracy": "accuracy_drop"}
@@ -210,7 +210,7 @@ MEASURES: dict[str, Measure] = {
         kl_measure,
         lambda value, budget: value > budget,
         lambda since: _policies(since, "evaluation"),
-        lambda setting, since: {"temperature": setting.config.evaluation.temperature, "dtype": setting.config.model.dtype},
+        lambda run, since: {"temperature": run.config.evaluation.temperature, "dtype": run.config.model.dtype},
     ),
     "ess": Measure(
         "share of the pairs that count under what has changed since the last refit",
@@ -224,6 +224,6 @@ MEASURES: dict[str, Measure] = {
         accuracy_measure,
         lambda fall, most: fall > most,
         _rewards,
-        lambda setting, since: {"dtype": setting.config.model.dtype, "spread_coef": since.spread_coef},
+        lambda run, since: {"dtype": run.config.model.dtype, "spread_coef": since.spread_coef},
     ),
 }

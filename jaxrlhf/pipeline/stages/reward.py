@@ -33,21 +33,21 @@ OF_ENSEMBLES = ("ensemble_size", "spread_coef")  # of config.reward, but nothing
 
 
 def reward_stage(
-    setting: RunContext, round: Round, sft: Done, previous: Done | None, pairs: Done, update: Done | None, *, member: int = 0
+    run: RunContext, round: Round, sft: Done, previous: Done | None, pairs: Done, update: Done | None, *, member: int = 0
 ) -> Done:
     """The reward model of a round: Bradley–Terry on the (weighted) pairs, then the bias that puts reference responses at 0.
 
     Its scores of the held-out pairs, bias taken off, stay in the folder (float32 [2, M], chosen and rejected): what drift is told by.
     `member` numbers the models of an ensemble: each has its own new head and its own order of the pairs; 0 is the model of a run without.
     """
-    config = setting.config
+    config = run.config
     continues = previous is not None and round.reward_start == "previous"
     start = previous if previous is not None and continues else sft
     of_member = f"/{member}" if member else ""
 
     def build(folder: Path) -> dict[str, Any]:
-        key = rng.stream(setting.key, f"reward/head{of_member}", round.number)
-        base = setting.load(start, head="scalar", key=None if continues else key)
+        key = rng.stream(run.key, f"reward/head{of_member}", round.number)
+        base = run.load(start, head="scalar", key=None if continues else key)
         loss = reward_loss(config.reward, plugin)
         fitted, weights_N = updated_pairs(update, pairs)
         given = {"start": start, "sft": sft, "pairs": pairs, "update": update, "fitted": fitted, "weights_N": weights_N}
@@ -56,19 +56,19 @@ def reward_stage(
         valid = valid_pairs(pairs)
         n, section = len(table.index_B), config.reward
         steps = num_steps(n, batch_size=section.batch_size, num_train_epochs=section.num_train_epochs, max_steps=section.max_steps)
-        optimizer, step = reward_trainer(base.model, loss, section, max(steps, 1), setting.mesh)
-        state = sharding.place(init_state(own_copy(base.params), optimizer), setting.mesh)
+        optimizer, step = reward_trainer(base.model, loss, section, max(steps, 1), run.mesh)
+        state = sharding.place(init_state(own_copy(base.params), optimizer), run.mesh)
         base = base._replace(params=None)
 
         def loop(state: TrainState, start: int) -> Iterator:
             name = f"reward{of_member}/r{round.number}"
             stream = batches(table, section.batch_size, seed=config.seed, name=name, bucket=config.data.bucket, start=start)
-            return train(step, state, placed(setting, islice(stream, steps - start)))
+            return train(step, state, placed(run, islice(stream, steps - start)))
 
         tokens = 2 * section.batch_size * (table.prompt_BL.shape[1] + table.chosen_BT.shape[1])
-        state = setting.train(folder, "reward", state, loop, steps=steps, tokens=tokens, round=round.number)
-        options = {"batch_size": section.eval_batch_size, "mesh": setting.mesh}
-        references = reference_responses(setting, base.tokenizer)
+        state = run.train(folder, "reward", state, loop, steps=steps, tokens=tokens, round=round.number)
+        options = {"batch_size": section.eval_batch_size, "mesh": run.mesh}
+        references = reference_responses(run, base.tokenizer)
         bias = float(score_responses(base.model, state.params, references, **options).mean())
         add_model(with_reward_bias(base._replace(params=state.params), bias), folder)
         scores = score_pairs(base.model, state.params, valid, **options)
@@ -90,12 +90,12 @@ def reward_stage(
     sources = {"previous" if continues else "sft": start, "pairs": pairs} | ({} if update is None else {"update": update})
     name = f"r{round.number}-reward" + (f"-{member + 1}" if member else "")
     stage = Stage(name, "model", "reward", slice_, sources, version=2, parent=next(iter(sources)))
-    return setting.build(stage, build, round=round.number)
+    return run.build(stage, build, round=round.number)
 
 
-def reference_responses(setting: RunContext, tokenizer: Any) -> TextBatch:
+def reference_responses(run: RunContext, tokenizer: Any) -> TextBatch:
     """The responses whose mean score is 0 by definition: the demonstrations, as many as `reward.num_reference_rows`."""
-    rows, _ = inputs.demonstrations_of(setting.config, tokenizer)
-    limit = setting.config.reward.num_reference_rows
-    table, _ = tokenize_demonstrations(rows[:limit], tokenizer, inputs.limits_of(setting.config), eos_ids=eos_ids_of(tokenizer))
+    rows, _ = inputs.demonstrations_of(run.config, tokenizer)
+    limit = run.config.reward.num_reference_rows
+    table, _ = tokenize_demonstrations(rows[:limit], tokenizer, inputs.limits_of(run.config), eos_ids=eos_ids_of(tokenizer))
     return table

@@ -36,34 +36,34 @@ def check_update(config: Config, name: str) -> None:
         encoder_identity(**encoder_options(config.encoder))
 
 
-def update_stage(setting: RunContext, round: Round, *, pairs: Done, sft: Done, policy: Done, reward: Done, before: Done | None) -> Done:
+def update_stage(run: RunContext, round: Round, *, pairs: Done, sft: Done, policy: Done, reward: Done, before: Done | None) -> Done:
     """A reward update: which pairs the next reward model is fitted on, and with which weights. `before` is the last update."""
-    config = setting.config
+    config = run.config
     name = round.reward_update or ""
 
     def build(folder: Path) -> dict[str, Any]:
         rows, tokens = read_pair_table(pairs.folder / TRAIN)
         given, columns = Pairs(rows, tokens), set(tokens.columns)
-        sampler = setting.load(sft, head="lm")
+        sampler = run.load(sft, head="lm")
         context = RoundContext(
             round=round.number,
-            policy=setting.load(policy, head="lm"),
+            policy=run.load(policy, head="lm"),
             sft=sampler,
-            reward=setting.load(reward, head="scalar"),
-            key=rng.stream(setting.key, "update", round.number),
+            reward=run.load(reward, head="scalar"),
+            key=rng.stream(run.key, "update", round.number),
             folder=folder,
             config=config,
-            columns=setting.columns,
+            columns=run.columns,
             policy_hash=policy.hash,
             sft_hash=sft.hash,
-            mesh=setting.mesh,
-            progress=lambda what: setting.progress(f"update, {what}", round=round.number),
+            mesh=run.mesh,
+            progress=lambda what: run.progress(f"update, {what}", round=round.number),
             prompts=lambda: inputs.prompts_of(config, sampler.tokenizer)[0],
             kept_before=None if before is None else frozenset(updated_pairs(before, pairs)[0].ids),
         )
         update: Callable = reward_update_named(name, plugin)
         (folder / REPORT).unlink(missing_ok=True)  # of an attempt that was stopped
-        setting.log.note(f"round {round.number} update: {name} on {len(rows)} pairs")
+        run.log.note(f"round {round.number} update: {name} on {len(rows)} pairs")
         chosen, weights_N = update(context, given)
         try:
             with_weights(chosen.tokens, weights_N)
@@ -76,14 +76,14 @@ def update_stage(setting: RunContext, round: Round, *, pairs: Done, sft: Done, p
             name: value for name, value in report_of(folder).items() if isinstance(value, int | float) and not isinstance(value, bool)
         }
         if health:
-            with setting.log.stage("update", round=round.number, total_steps=1, folder=folder) as stage:
+            with run.log.stage("update", round=round.number, total_steps=1, folder=folder) as stage:
                 stage.step(1, {f"weights/{name}": value for name, value in health.items()})
         return {"update": name, "pairs": len(chosen.rows), "of": len(rows)}
 
     slice_ = {"update": name, "round": round.number, "seed": config.seed, **_read_by(name, config)}
     sources = {"pairs": pairs, "sft": sft, "policy": policy, "reward": reward} | ({} if before is None else {"before": before})
     stage = Stage(f"r{round.number}-update", "data", "update", slice_, sources, version=3, parent="policy")
-    return setting.build(stage, build, round=round.number)
+    return run.build(stage, build, round=round.number)
 
 
 def _read_by(name: str, config: Config) -> dict[str, Any]:

@@ -26,9 +26,9 @@ from jaxrlhf.storage.stage import Done, Stage
 from jaxrlhf.types import TrainState
 
 
-def tokenizer_stage(setting: RunContext) -> Done:
+def tokenizer_stage(run: RunContext) -> Done:
     """The run's tokenizer: the one named, the model's own, the toy task's words, or a byte-level BPE of the run's own text."""
-    config = setting.config
+    config = run.config
     trained = config.tokenizer.source is None and config.model.source is None and config.data.train != inputs.TOY
 
     def build(folder: Path) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def tokenizer_stage(setting: RunContext) -> Done:
         "model": None if config.tokenizer.source else inputs.tokenizer_identity(config.model.source),
         "data": inputs.data_identity(config) if trained else config.data.train,
     }
-    return setting.build(Stage("tokenizer", "data", "tokenizer", slice_), build)
+    return run.build(Stage("tokenizer", "data", "tokenizer", slice_), build)
 
 
 def given_tokenizer(config: Config) -> Any:
@@ -62,10 +62,10 @@ def given_tokenizer(config: Config) -> Any:
     return tokenizer
 
 
-def base_model(setting: RunContext, tokenizer: Any) -> Loaded:
+def base_model(run: RunContext, tokenizer: Any) -> Loaded:
     """The model SFT starts from: read, or made from `model.shape` for this tokenizer."""
-    config = setting.config
-    how = {"dtype": config.model.dtype, "remat": config.model.remat, "logits_chunk": config.model.logits_chunk, "mesh": setting.mesh}
+    config = run.config
+    how = {"dtype": config.model.dtype, "remat": config.model.remat, "logits_chunk": config.model.logits_chunk, "mesh": run.mesh}
     if config.model.source is not None:
         base = load(config.model.source, head="lm", **how)
         return with_tokenizer(base, tokenizer)
@@ -83,31 +83,31 @@ def base_model(setting: RunContext, tokenizer: Any) -> Loaded:
     return initialise(decoder, key=key, tokenizer=tokenizer, **how)
 
 
-def sft_stage(setting: RunContext, tokenizer_done: Done) -> Done:
+def sft_stage(run: RunContext, tokenizer_done: Done) -> Done:
     """π_SFT: the base model fitted to the demonstrations; with `sft.max_steps: 0` the base model itself."""
-    config = setting.config
+    config = run.config
 
     def build(folder: Path) -> dict[str, Any]:
         tokenizer = read_tokenizer(tokenizer_done.folder)
         rows, report = inputs.demonstrations_of(config, tokenizer)
         table, cut = tokenize_demonstrations(rows, tokenizer, inputs.limits_of(config), eos_ids=eos_ids_of(tokenizer))
-        setting.report_rows(folder, "demonstrations", report, cut)
-        base = base_model(setting, tokenizer)
+        run.report_rows(folder, "demonstrations", report, cut)
+        base = base_model(run, tokenizer)
         steps = num_steps(
             len(table.index_B),
             batch_size=config.sft.batch_size,
             num_train_epochs=config.sft.num_train_epochs,
             max_steps=config.sft.max_steps,
         )
-        optimizer, step = sft_trainer(base.model, config.sft, max(steps, 1), setting.mesh)
-        state = sharding.place(init_state(own_copy(base.params), optimizer), setting.mesh)
+        optimizer, step = sft_trainer(base.model, config.sft, max(steps, 1), run.mesh)
+        state = sharding.place(init_state(own_copy(base.params), optimizer), run.mesh)
         base = base._replace(params=None)  # the memory is wanted for the training
 
         def loop(state: TrainState, start: int) -> Iterator:
             stream = batches(table, config.sft.batch_size, seed=config.text_seed, name="sft", bucket=config.data.bucket, start=start)
-            return train(step, state, placed(setting, islice(stream, steps - start)))
+            return train(step, state, placed(run, islice(stream, steps - start)))
 
-        state = setting.train(folder, "sft", state, loop, steps=steps, tokens=config.sft.batch_size * width(table))
+        state = run.train(folder, "sft", state, loop, steps=steps, tokens=config.sft.batch_size * width(table))
         add_model(base._replace(params=state.params), folder)
         tokens = int(np.asarray(table.prompt_mask_BL).sum() + np.asarray(table.response_mask_BT).sum())
         return {"steps": steps, "rows": len(table.index_B), "tokens": tokens}
@@ -120,4 +120,4 @@ def sft_stage(setting: RunContext, tokenizer_done: Done) -> Done:
         "positions": config.ppo.response_length,
         "bucket": config.data.bucket,
     }
-    return setting.build(Stage("sft", "model", "sft", slice_, {"tokenizer": tokenizer_done}), build)
+    return run.build(Stage("sft", "model", "sft", slice_, {"tokenizer": tokenizer_done}), build)
