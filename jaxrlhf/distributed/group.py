@@ -31,8 +31,7 @@ def start(
     """Join the other processes, if there are any; whether there are. Before anything else is asked of JAX.
 
     Arguments as `requested_group` takes them; `timeout` is how many seconds the processes wait for each other. Raises ProcessError where
-    they
-    cannot meet.
+    they cannot meet.
     """
     global _watchdog
     group = requested_group(coordinator, num_processes, process_id)
