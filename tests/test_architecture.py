@@ -1,6 +1,7 @@
 """The rules of docs/architecture.md, read from the source with `ast`."""
 
 import ast
+import re
 import sys
 from collections import Counter
 from functools import cache
@@ -212,3 +213,30 @@ def test_the_core_imports_without_torch():
     text = (PACKAGE.parent / "pyproject.toml").read_text()
     core = text.split("dependencies = [")[1].split("]\n")[0]
     assert "torch" not in core and "sentence-transformers" not in core and "orbax-checkpoint" in core
+
+
+PAGE = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def test_the_page_draws_these_floors():
+    picture = PAGE.split("## The floors")[1].split("```")[1]
+    drawn = [[word for word in line.split() if word in RANK] for line in picture.splitlines() if line.strip()]
+    assert [set(floor) for floor in reversed(drawn)] == [set(floor) for floor in FLOORS]
+
+
+def test_the_page_lists_every_room_and_names_what_is_there():
+    tree = PAGE.split("## The tree")[1].split("```")[1]
+    rooms = {room(path) for path in FILES} - {""}
+    assert {word.rstrip("/").removesuffix(".py") for word in re.findall(r"(?:^|  )([a-z]+(?:/|\.py))", tree, re.MULTILINE)} == rooms
+    named = set(re.findall(r"`([a-z_/]+(?:\.py|/))`", PAGE)) - {"tests/test_architecture.py"}
+    assert len(named) > 40 and {name for name in named if not (PACKAGE / name).exists() and not (PACKAGE.parent / name).exists()} == set()
+
+
+def test_the_walks_name_functions_of_these_files():
+    rows = re.findall(r"^\| \d+ \|.*\| `([a-z_/]+\.py)` \| `(\w+)` \|$", PAGE, re.MULTILINE)
+    rows += [(file, name) for name, file in re.findall(r"`(\w+)` in\s+`([a-z_/]+\.py)`", PAGE)]
+    rows += re.findall(r"`([a-z_/]+\.py)`, `(\w+)`", PAGE) + re.findall(r"`([a-z_/]+\.py)` \(`(\w+)[.`]", PAGE)
+    assert len(rows) >= 30
+    for file, name in rows:
+        defined = {getattr(node, "name", None) or ast.unparse(getattr(node, "target", node)) for node in tree_of(PACKAGE / file).body}
+        assert name in defined, f"docs/architecture.md: {file} has no {name}"
