@@ -1,4 +1,4 @@
-"""The text of a compiled program as computations and instructions, and how often its loops run. `hlo.py` counts with it."""
+"""The text of a compiled program as computations and instructions, and how often its loops run. The rest of this folder counts with it."""
 
 import math
 import re
