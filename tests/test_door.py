@@ -1,5 +1,6 @@
 """The public door: five names, resolved on first use."""
 
+import importlib
 import subprocess
 import sys
 
@@ -34,3 +35,25 @@ def test_every_name_of_the_door_is_there():
     assert all(callable(getattr(jaxrlhf, name)) for name in jaxrlhf.__all__)
     with pytest.raises(AttributeError, match=r"no attribute 'lod'"):
         jaxrlhf.lod  # noqa: B018
+
+
+PUBLIC = {
+    "jaxrlhf.models.hub": "load save Loaded initialise rehead resolve read_config read_tokenizer eos_ids head_of reward_bias with_reward_bias",
+    "jaxrlhf.rollouts.generate": "generate",
+    "jaxrlhf.recipe": "load_config",
+    "jaxrlhf.config": "Config DataConfig PPOConfig RewardConfig SFTConfig DPOConfig WeightsConfig FilterConfig LoraConfig MeshConfig ToyTask",
+    "jaxrlhf.types": "PairBatch PromptBatch TextBatch Completion Rollout TokenStats TrainState PairOutputs PairLoss PolicyLoss Model",
+    "jaxrlhf.losses": "PAIR_LOSSES POLICY_LOSSES bradley_terry_loss dpo_loss importance_weights ppo_policy_loss relative_log_ratio wpo_weights",
+    "jaxrlhf.sharding": "step Replicas make_mesh place place_batch",
+    "jaxrlhf.algorithms.rounds": "METHODS Method Round",
+    "jaxrlhf.offline.embed": "embed_texts",
+    "jaxrlhf.offline.logprobs": "pair_logps",
+    "jaxrlhf.pipeline.stages.lineage": "lineage",
+    "jaxrlhf.distributed": "start finish agree barrier is_leader",
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_documented_names_are_where_the_documentation_says(module):
+    found = importlib.import_module(module)
+    assert [name for name in PUBLIC[module].split() if not hasattr(found, name)] == []
