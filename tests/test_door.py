@@ -38,12 +38,12 @@ def test_every_name_of_the_door_is_there():
 
 
 PUBLIC = {
-    "jaxrlhf.models.hub": "load save Loaded initialise rehead resolve read_config read_tokenizer eos_ids head_of reward_bias with_reward_bias",
+    "jaxrlhf.models.hub": "load save Loaded initialise rehead read_config read_tokenizer eos_ids head_of reward_bias with_reward_bias",
     "jaxrlhf.rollouts.generate": "generate",
     "jaxrlhf.recipe": "load_config",
-    "jaxrlhf.config": "Config DataConfig PPOConfig RewardConfig SFTConfig DPOConfig WeightsConfig FilterConfig LoraConfig MeshConfig ToyTask",
+    "jaxrlhf.config": "Config DataConfig PPOConfig RewardConfig SFTConfig DPOConfig WeightsConfig FilterConfig LoraConfig ToyTask",
     "jaxrlhf.types": "PairBatch PromptBatch TextBatch Completion Rollout TokenStats TrainState PairOutputs PairLoss PolicyLoss Model",
-    "jaxrlhf.losses": "PAIR_LOSSES POLICY_LOSSES bradley_terry_loss dpo_loss importance_weights ppo_policy_loss relative_log_ratio wpo_weights",
+    "jaxrlhf.losses": "PAIR_LOSSES POLICY_LOSSES bradley_terry_loss dpo_loss importance_weights ppo_policy_loss relative_log_ratio",
     "jaxrlhf.sharding": "step Replicas make_mesh place place_batch",
     "jaxrlhf.algorithms.rounds": "METHODS Method Round",
     "jaxrlhf.offline.embed": "embed_texts",
