@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf import distributed
-from jaxrlhf.monitoring import recompiles
+from jaxrlhf.monitoring.recompiles import count_compilations
 from jaxrlhf.storage.record import RECORD, hash_of, read_record, record_of
 from jaxrlhf.storage.stage import Done, Stage, StageError
 
@@ -109,7 +109,7 @@ class Store:
             partial.mkdir(exist_ok=True)
             started = time.monotonic()
             try:
-                with recompiles.count_compilations() as compiled:
+                with count_compilations() as compiled:
                     result = fn(partial)
                 record = record_of(stage, result, time.monotonic() - started, resumed) | {"compile_seconds": round(compiled.seconds, 3)}
                 _finish(partial, self.root / hash, record)
