@@ -50,7 +50,7 @@ class LogConfig:
     tensorboard: bool = True
     wandb: str | None = None  # project name; nothing is sent anywhere unless it is given
     every: int = 1  # steps between lines of metrics.jsonl
-    # What a program does that is compiled after the first step of a loop. YAML reads a bare `off` as False.
+    # When something compiles after the first step of a loop: a line, an error, or nothing. YAML reads a bare `off` as False.
     recompiles: Annotated[Literal["warn", "error", "off"], BeforeValidator(lambda given: "off" if given is False else given)] = "warn"
 
 

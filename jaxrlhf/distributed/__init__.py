@@ -1,7 +1,7 @@
-"""Several processes that work as one: how they find each other, agree on what to do, and end together.
+"""Run several processes as one: they find each other, agree on values, and end together.
 
-Process 0 is the leader: it decides, locks, writes and logs. In a process that stands alone `agree` and `barrier` do nothing, and importing
-this imports no JAX.
+Process 0 is the leader: it decides, locks, writes and logs. In a single process `agree` and `barrier` do nothing. Importing this does not
+import JAX.
 """
 
 from jaxrlhf.distributed.cluster import ProcessError

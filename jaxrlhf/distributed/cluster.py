@@ -1,4 +1,4 @@
-"""How a process finds out that it is one of several, and how it finds the others. Imports nothing: it is asked before JAX is."""
+"""Find out whether this process is one of several, and how it reaches the others. Runs before JAX is imported."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ ENVIRONMENT = {"coordinator": "JAX_COORDINATOR_ADDRESS", "num_processes": "JAX_N
 
 
 class ProcessError(RuntimeError):
-    """Processes that cannot find each other or do not do the same; the message says why and what to do."""
+    """Processes that cannot reach each other or have diverged; the message says why and what to do."""
 
 
 class Group(NamedTuple):
-    """How this process finds the others; what is None, jax asks `cluster` for."""
+    """How this process reaches the others; JAX gets what is None from `cluster`."""
 
     coordinator: str | None
     num_processes: int | None
@@ -24,15 +24,15 @@ class Group(NamedTuple):
 
 
 def requested_group(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> Group | None:
-    """What the arguments, else the environment (ENVIRONMENT), else a cluster say; None for a process that stands alone.
+    """The group that the arguments, else the environment (ENVIRONMENT), else a cluster describe; None for a single process.
 
-    `num_processes` 1 stands alone wherever it runs. Raises ProcessError for what cannot be. Imports nothing.
+    `num_processes` 1 is a single process wherever it runs. Raises ProcessError for values that cannot be. Does not import JAX.
     """
     coordinator = coordinator or os.environ.get(ENVIRONMENT["coordinator"]) or None
     count = _number("num_processes", num_processes)
     number = _number("process_id", process_id)
     if count is not None and count < 1:
-        raise ProcessError(f"num_processes is {count}; there is at least 1.")
+        raise ProcessError(f"num_processes is {count}; it must be at least 1.")
     if count == 1 and (number or 0) == 0:
         return None
     cluster = _cluster()
@@ -56,16 +56,16 @@ def requested_group(coordinator: str | None = None, num_processes: int | None = 
 
 
 def check_alone(command: str) -> None:
-    """Raise ProcessError where this is one of several processes that were started for a command that is one process.
+    """Raise ProcessError where several processes were started for a command that runs in one.
 
-    On a TPU machine it may be: each of a pod's machines can do by itself what needs no more.
+    On TPU machines that is allowed: each machine of a pod can run such a command by itself.
     """
     group = requested_group()
     if group is not None and group.cluster in (None, "SLURM", "Open MPI"):
         count = group.num_processes or os.environ.get("SLURM_NTASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE")
         raise ProcessError(
             f"jaxrlhf {command} is one process, and this is one of {count}: start it once (srun --ntasks=1). "
-            "Several processes can share a run, sft, reward or ppo."
+            "Only run, sft, reward and ppo work in several processes."
         )
 
 
@@ -76,7 +76,7 @@ def _number(name: str, given: int | None) -> int | None:
     try:
         return int(text)
     except ValueError:
-        raise ProcessError(f"{name} (from {ENVIRONMENT[name]}) is {text!r}, which is no whole number.") from None
+        raise ProcessError(f"{name} (from {ENVIRONMENT[name]}) is {text!r}; give a whole number.") from None
 
 
 def _address(coordinator: str) -> tuple[str, int]:
@@ -87,7 +87,7 @@ def _address(coordinator: str) -> tuple[str, int]:
 
 
 def _cluster() -> str | None:
-    """The surroundings in which jax finds the other processes by itself, where there are several."""
+    """The cluster in which JAX finds the other processes by itself; None where there is none, or only one process."""
     env = os.environ
     if _several(env.get("SLURM_NTASKS")) and {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"} <= env.keys():
         return "SLURM"
@@ -108,7 +108,7 @@ def _several(count: str | None) -> bool:
 
 
 def _tpu_machine() -> bool:
-    """Whether this is a Cloud TPU machine, which may be one of a pod: only its metadata server knows, and jax asks that."""
+    """Whether this is a Cloud TPU machine, which may be one of a pod: JAX asks its metadata server."""
     from importlib.util import find_spec
 
     chips = os.path.exists("/dev/accel0") or (os.path.isdir("/dev/vfio") and len(os.listdir("/dev/vfio")) > 1)
@@ -116,9 +116,9 @@ def _tpu_machine() -> bool:
 
 
 def check_free(coordinator: str) -> None:
-    """Raise ProcessError where the port is taken: jax may crash where it cannot listen."""
+    """Raise ProcessError where the port is taken: JAX may crash if it cannot listen."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a run that has ended left behind is no obstacle
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that a finished run still holds in TIME_WAIT is free
         try:
             probe.bind(("", _address(coordinator)[1]))
         except OSError as error:
@@ -129,7 +129,7 @@ def check_free(coordinator: str) -> None:
 
 
 def wait_for(coordinator: str, timeout: int) -> None:
-    """Until process 0 answers: jax would end this process without an exception if it never does."""
+    """Wait until process 0 answers: if it never does, JAX would end this process without an exception."""
     host, port = _address(coordinator)
     deadline, reason = time.monotonic() + timeout, ""
     while time.monotonic() < deadline:
@@ -140,13 +140,13 @@ def wait_for(coordinator: str, timeout: int) -> None:
             reason = str(error)
         time.sleep(0.2)
     raise ProcessError(
-        f"process 0 does not answer at {host}:{port} for {timeout} s ({reason}): start it too, look at the address, and "
-        "see that its port is open."
+        f"process 0 does not answer at {host}:{port} for {timeout} s ({reason}): start it too, check the address, and "
+        "check that its port is open."
     )
 
 
 def devices_of_task() -> list[int] | None:
-    """In SLURM jax gives every task one GPU, that of its number on the node; a task that is alone on its node has all of them."""
+    """All GPUs of the node for a SLURM task that is alone on it: JAX gives every task one GPU. None elsewhere."""
     tasks, gpus = os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""), os.environ.get("SLURM_GPUS_ON_NODE", "")
     alone = tasks == "1" or tasks.startswith("1(x")
     if not alone or not gpus.isdigit() or "JAX_LOCAL_DEVICE_IDS" in os.environ:

@@ -1,4 +1,4 @@
-"""Values that all processes agree on, and barriers. In a process that stands alone they do nothing."""
+"""Send the leader's values to all processes, and wait for all processes. In a single process they do nothing."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from jaxrlhf.distributed.membership import coordinator_client, count, index, is_
 if TYPE_CHECKING:
     import numpy as np
 
-PATIENCE_MS = 7 * 24 * 3600 * 1000  # one process may work alone for long; that it lives, the heartbeat says
-_PIECE = 500_000  # characters of a value that travel in one message
-_ROWS = 16384  # of a table that travel at a time
+PATIENCE_MS = 7 * 24 * 3600 * 1000  # one process may work alone for long; the heartbeat finds dead ones
+_PIECE = 500_000  # characters of a value in one message
+_ROWS = 16384  # of a table that are sent at a time
 
-_numbers = itertools.count()  # of agreements and barriers, which all processes pass in the same order
+_numbers = itertools.count()  # numbers agreements and barriers, which all processes call in the same order
 
 
-def agree(value: Any, what: str = "a value") -> Any:
-    """The leader's `value` (anything JSON takes) in every process; what the others pass is ignored.
+def agree(value: Any, what: str) -> Any:
+    """The leader's `value` (any JSON value) in every process; what the others pass is ignored.
 
-    All processes call it, in the same order. `what` names the place; ProcessError where a process is at another one.
+    All processes call it, in the same order. `what` names the call; ProcessError where a process is at another one.
     """
     if count() == 1:
         return value
@@ -39,14 +39,14 @@ def agree(value: Any, what: str = "a value") -> Any:
     told = json.loads("".join(client.blocking_key_value_get(f"{key}/{n}", PATIENCE_MS) for n in range(pieces)))
     if told["what"] != what:
         raise ProcessError(
-            f"process {index()} is at {what!r} and process 0 at {told['what']!r}: they do not do the same. Start all with the same "
+            f"process {index()} is at {what!r} and process 0 at {told['what']!r}: they have diverged. Start all with the same "
             "command, config, code and data."
         )
     return told["value"]
 
 
 def agree_on_columns(columns: dict[str, np.ndarray] | None, what: str) -> dict[str, np.ndarray]:
-    """`agree` for arrays by name, to the bit; None from the others. For what lies on a disk that they may not see."""
+    """`agree` for arrays by name, bit by bit; the others pass None. For files on a disk that only the leader may see."""
     if count() == 1 and columns is not None:
         return columns
     import numpy as np
@@ -57,7 +57,7 @@ def agree_on_columns(columns: dict[str, np.ndarray] | None, what: str) -> dict[s
 
 
 def agree_on_rows(rows_ND: np.ndarray | None, what: str) -> np.ndarray:
-    """The leader's float32 [N, D] in every process, where that is too much for `agree`: from device to device, a block at a time."""
+    """The leader's float32 [N, D] in every process, for tables too large for `agree`: from device to device, in blocks of rows."""
     if count() == 1 and rows_ND is not None:
         return rows_ND
     import numpy as np

@@ -1,8 +1,8 @@
 """Start, finish and abort a group of processes that work as one.
 
-`jax.distributed` is the engine: its coordinator, in process 0, knows the processes, keeps the small values they exchange, hears their
-heartbeats and ends those that are left when one is silent for HEARTBEAT seconds. What is added here: an ordinary exception in one process
-ends the others too, and whoever watches is told which process is gone.
+`jax.distributed` does the work: its coordinator, in process 0, knows the processes, stores the small values they exchange, receives their
+heartbeats, and ends all others when one is silent for HEARTBEAT seconds. Added here: an exception in one process ends the others too, and
+their messages name the process that is gone.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _watchdog: Watchdog | None = None
 def start(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None, *, timeout: int = START_TIMEOUT
 ) -> bool:
-    """Join the other processes, if there are any; whether there are. Before anything else is asked of JAX.
+    """Join the other processes, if there are any; whether there are. Call it before any other use of JAX.
 
-    Arguments as `requested_group` takes them; `timeout` is how many seconds the processes wait for each other. Raises ProcessError where
-    they cannot meet.
+    Arguments as in `requested_group`; `timeout`: seconds that the processes wait for each other. Raises ProcessError where they cannot
+    connect.
     """
     global _watchdog
     group = requested_group(coordinator, num_processes, process_id)
@@ -47,7 +47,7 @@ def start(
     patience.daemon = True
     patience.start()
     try:
-        # Otherwise SIGTERM would only be noted, and a process that a scheduler wants to end would go on until it is killed.
+        # With the service JAX only records SIGTERM, and a process that a scheduler ends would go on until it is killed.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             group.coordinator,
@@ -71,7 +71,7 @@ def start(
 
 
 def _told_to_others(shown: Callable[..., Any]) -> Callable[..., None]:
-    """What becomes of an exception that nobody has caught: it is shown, and ends the others too."""
+    """An excepthook that shows an uncaught exception and ends the other processes too."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         shown(kind, error, trace)
@@ -84,12 +84,12 @@ def _not_started(group: Group, error: Exception) -> str:
     where = group.coordinator or f"found through {group.cluster}"
     if "before any JAX" in str(error) or "backend" in str(error):
         return "JAX was in use before the processes were joined; call jaxrlhf.distributed.start() before anything else."
-    alone = " A process that is to run alone is started with --num_processes 1." if group.cluster else ""
+    alone = " Start a single process with --num_processes 1." if group.cluster else ""
     return f"the processes could not be joined ({where}): {error or repr(error)}.{alone}"
 
 
 def finish() -> None:
-    """The end of a run that went well, in every process: wait for each other and let go. Nothing, in a process that stands alone."""
+    """End a successful run in every process: wait for each other and disconnect. Does nothing in a single process."""
     if _watchdog is None:
         return
     import jax
@@ -100,9 +100,9 @@ def finish() -> None:
 
 
 def failure_elsewhere(error: BaseException) -> str | None:
-    """What to say where `error` has its cause in another process: that one's end. None where the error is this process's own.
+    """The message for an `error` that another process caused by ending; None where the error is this process's own.
 
-    Waits until it is known, at most SILENT seconds and a look.
+    Waits until the others are known to be alive or not, at most SILENT + 2 · PERIOD seconds.
     """
     if _watchdog is None or not _from_between(error):
         return None
@@ -115,7 +115,7 @@ def failure_elsewhere(error: BaseException) -> str | None:
 
 
 def _from_between(error: BaseException | None) -> bool:
-    """Whether the runtime raised it, and not a `raise` statement with a message for users: a collective that broke looks like that."""
+    """Whether the JAX runtime raised it, as it does for a broken collective."""
     while error is not None:
         if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
             return True
@@ -129,8 +129,10 @@ def is_grouped() -> bool:
 
 
 def abort(status: int, message: str | None = None) -> None:
-    """End this process of a group, and with it the others, who are told `message` (None: it ends because of another). Returns where the
-    process stands alone."""
+    """End this process and the others of its group, which show `message` (None: another process ended first).
+
+    Returns in a single process.
+    """
     if _watchdog is None:
         return
     if message is not None:

@@ -1,6 +1,6 @@
-"""Several processes of one run on this machine, and whoever watches over a process of a group: `jaxrlhf launch`.
+"""Start and watch the processes of one run on this machine (`jaxrlhf launch`), and watch one process of a group.
 
-Nothing here imports JAX: what watches must not be what may die.
+Nothing here imports JAX, which may end the process it runs in.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import IO
 from jaxrlhf.distributed.cluster import ENVIRONMENT
 from jaxrlhf.distributed.watchdog import AGAIN, STATUS_OF_OTHERS
 
-LAUNCHED = "JAXRLHF_LAUNCHED"  # set for processes that something watches already
-GRACE = 10.0  # seconds that the others have to end by themselves once one has
+LAUNCHED = "JAXRLHF_LAUNCHED"  # set for processes that are watched already
+GRACE = 10.0  # seconds that the others have to end by themselves after the first
 LAST_LINES = 15  # of the output of the process that is gone
-NOISE = ("[Gloo] Rank ",)  # what a library prints once a device
+NOISE = ("[Gloo] Rank ",)  # lines that a library prints for every device
 _TICK = 0.1
 
 
 class Member:
-    """A process of the group: its output is read as it comes, and that of the leader shown."""
+    """A process of the group. Its output is read as it comes; that of the leader is shown."""
 
     def __init__(self, number: int, command: Sequence[str], environment: dict[str, str]):
         self.number = number
@@ -69,7 +69,7 @@ class Member:
 
 
 def launch(command: Sequence[str], processes: int, devices: int | None = None, *, grace: float = GRACE) -> int:
-    """Run `command` in so many processes that find each other over the loopback device; the exit status of the group."""
+    """Run `command` in `processes` processes that connect over the loopback device; the exit status of the group."""
     port = free_port()
     members: list[Member] = []
     interrupted = False
@@ -100,7 +100,7 @@ def launch(command: Sequence[str], processes: int, devices: int | None = None, *
     others = [f"process {member.number} ({_how(member.ended())})" for member in members if member is not first]
     after = f"; {', '.join(others)} ended {time.monotonic() - started:.0f} s later{forced}" if others else ""
     way_out = (
-        AGAIN if (first.ended() or 0) < 0 else "Mend the cause, then start all again with the same command: the run goes on where it was."
+        AGAIN if (first.ended() or 0) < 0 else "Fix the cause, then start all again with the same command: the run goes on where it was."
     )
     print(
         f"jaxrlhf: process {first.number} of {len(members)} went first ({_how(first.ended())}){after}. {way_out}",
@@ -112,7 +112,7 @@ def launch(command: Sequence[str], processes: int, devices: int | None = None, *
 
 
 def environment_of(number: int, processes: int, devices: int | None, port: int) -> dict[str, str]:
-    """What makes a process number `number` of the group."""
+    """The environment variables of process number `number`."""
     address = f"127.0.0.1:{port}"
     group = {"coordinator": address, "num_processes": str(processes), "process_id": str(number)}
     environment = {**os.environ, **{ENVIRONMENT[name]: value for name, value in group.items()}}
@@ -130,15 +130,15 @@ def free_port() -> int:
 
 
 def _first_to_fail(members: list[Member]) -> Member | None:
-    """Wait for the first process that does not end well; None where all do.
+    """Wait for the first process that fails; None where all succeed.
 
-    Of several that ended at once it is the one that did not end because of another: neither by jax, which aborts, nor as it was told.
+    Of several that ended at once it is one that did not end because of another, by JAX's abort or with STATUS_OF_OTHERS.
     """
     while True:
         ended = [member.ended() for member in members]
         failed = [member for member, status in zip(members, ended, strict=True) if status]
         if failed:
-            time.sleep(5 * _TICK)  # who has ended because of it may be seen first
+            time.sleep(5 * _TICK)  # a process that ended because of it may be seen first
             failed = [member for member in members if member.ended()]
             return min(failed, key=lambda member: (member.ended() in (STATUS_OF_OTHERS, -signal.SIGABRT), member.number))
         if None not in ended:
@@ -147,8 +147,8 @@ def _first_to_fail(members: list[Member]) -> Member | None:
 
 
 def exit_report(member: Member, count: int) -> str:
-    """Which process is gone, how, and the last it said."""
-    lines = member.drained()[-LAST_LINES:] if member.number else []  # the leader's stand above
+    """Which process is gone, how it ended, and its last lines."""
+    lines = member.drained()[-LAST_LINES:] if member.number else []  # the leader's output is on the screen
     said = "".join(f"  | {line.rstrip()}\n" for line in lines)
     said = f" Its last lines:\n{said}" if said else ""
     return f"process {member.number} of {count} (pid {member.process.pid}) is gone: {_how(member.ended())}.{said}"
@@ -165,7 +165,7 @@ def _how(status: int | None) -> str:
 
 
 def end(members: list[Member], grace: float, first: int | None = None) -> str:
-    """Wait until all have ended, by themselves (told by the signal `first`) or forced; what had to be done, for the message."""
+    """Wait until all have ended, by themselves (after the signal `first`) or by force; which force it took, for the message."""
     forced = ""
     for number in (first, signal.SIGTERM, signal.SIGKILL):
         if number is not None:
@@ -188,7 +188,7 @@ def _all_ended(members: list[Member], seconds: float) -> bool:
 
 @contextmanager
 def terminations() -> Iterator[None]:
-    """SIGTERM ends the launcher as Ctrl-C does: it takes its processes along."""
+    """SIGTERM ends the launcher as Ctrl-C does, so that it ends its processes."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -198,7 +198,7 @@ def terminations() -> Iterator[None]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the end of the block: a process that was started in it is known to whoever ends them all."""
+    """Delay Ctrl-C and SIGTERM to the end of the block, so that no process started in it is missed when all are ended."""
     waiting: list[int] = []
     before = {number: signal.signal(number, lambda given, frame: waiting.append(given)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -211,23 +211,23 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def watched() -> int | None:
-    """Split this process in two: None in the one that goes on to work; in the other, once that has ended, its exit status.
+    """Fork: None in the child, which does the work; in the parent the child's exit status, once it has ended.
 
-    jax ends a process whose group is broken without an exception. The one that is left says what that means and what to do. Processes
-    that `launch` has started are watched already.
+    JAX ends a process whose group is broken without an exception; the parent then says what that means and what to do. Processes that
+    `launch` has started are watched already.
     """
     if LAUNCHED in os.environ:
         _die_with_parent()
         return None
-    if "jax" in sys.modules or not hasattr(os, "fork"):  # a process with threads cannot be split
+    if "jax" in sys.modules or not hasattr(os, "fork"):  # a process with threads cannot be forked safely
         return None
     sys.stdout.flush()
     sys.stderr.flush()
     ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # what comes now waits until there is somebody to pass it on to
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # signals wait until there is a child to pass them on to
     child = os.fork()
     if child == 0:
-        os.setsid()  # Ctrl-C would reach it twice: from the terminal, and from the one that watches
+        os.setsid()  # Ctrl-C would reach it twice: from the terminal and from its parent
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.environ[LAUNCHED] = "1"
         _die_with_parent()
@@ -237,12 +237,12 @@ def watched() -> int | None:
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status < 0:
-        aborted = " jax ends a process when another one of its group is gone, and names it above." if -status == signal.SIGABRT else ""
+        aborted = " JAX ends a process when another one of its group is gone, and names it above." if -status == signal.SIGABRT else ""
         print(f"jaxrlhf: process {child} on {socket.gethostname()} ended: {_how(status)}.{aborted} {AGAIN}", file=sys.stderr, flush=True)
     return 128 - status if status < 0 else status
 
 
 def _die_with_parent() -> None:
-    """Linux: nobody works on unwatched."""
+    """On Linux, end this process when its parent ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -1,4 +1,4 @@
-"""How many processes there are, which one this is, and whether it leads. Nothing here touches JAX in a process that stands alone."""
+"""The number of processes, the index of this one, and whether it leads. In a single process JAX is not used."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def index() -> int:
 
 
 def _joined() -> Any:
-    """The module jax where it has joined this process with others, else None; a process that has not imported it stands alone."""
+    """The module jax where it has joined this process with others, else None; a process that has not imported it is a single one."""
     jax = sys.modules.get("jax")
     return jax if jax is not None and jax.distributed.is_initialized() else None
 
 
 def is_leader() -> bool:
-    """Whether this process decides, writes and logs; a process that stands alone does."""
+    """Whether this process decides, writes and logs; a single process does."""
     return index() == 0
 
 

@@ -1,4 +1,4 @@
-"""Tells the other processes that this one lives, and hears whether they do."""
+"""Show the other processes that this one is alive, and notice when one of them is not."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from contextlib import suppress
 
 from jaxrlhf.distributed.membership import coordinator_client, count, index
 
-HEARTBEAT = 30  # seconds without a sign of life after which jax takes a process for dead, and ends the others
+HEARTBEAT = 30  # seconds without a heartbeat after which JAX declares a process dead, and ends the others
 STATUS_OF_OTHERS = 75  # exit status of a process that ends because another one did
-PERIOD = 2.0  # seconds between two looks at the others
-SILENT = 12.0  # seconds without a word after which a process is said to be silent
+PERIOD = 2.0  # seconds between two checks of the others
+SILENT = 12.0  # seconds without a new counter after which a process is reported as silent
 AGAIN = "Start all processes again with the same command: the run goes on from its last checkpoint."
 
 
 def end_process(status: int) -> None:
-    """Without the hooks that run at exit: jax's would wait for the other processes."""
+    """Exit without the exit hooks: JAX's would wait for the other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -31,16 +31,16 @@ def say(text: str) -> None:
 
 
 class Watchdog:
-    """Tells the others that this process lives, and hears whether they do."""
+    """A thread that counts up a key of this process at the coordinator and reads those of the others."""
 
     def __init__(self) -> None:
         import jax
 
         self._client, self._me, self._count = coordinator_client(), index(), count()
-        self._lost = jax.errors.JaxRuntimeError  # the coordinator is gone, or has let go
-        self._period = max(PERIOD, self._count / 64)  # the coordinator answers all of them
+        self._lost = jax.errors.JaxRuntimeError  # the coordinator is gone, or has disconnected
+        self._period = max(PERIOD, self._count / 64)  # one coordinator answers all
         self._stopped, self._lock = threading.Event(), threading.Lock()
-        self._heard: dict[int, tuple[str, float]] = {}  # process → (its last word, when it was new)
+        self._heard: dict[int, tuple[str, float]] = {}  # process → (its last counter, when it was new)
         self._silent: set[int] = set()
         self._names: dict[int, str] = {}
         name = f"process {self._me} of {self._count} (pid {os.getpid()} on {socket.gethostname()})"
@@ -53,10 +53,10 @@ class Watchdog:
                 self._client.key_value_set(f"jaxrlhf/alive/{self._me}", str(n), allow_overwrite=True)
                 self._listen()
                 failed = self._failed()
-            except self._lost:  # jax ends this process now
+            except self._lost:  # JAX ends this process now
                 return
-            except Exception as error:  # a fault of this watch must not make it deaf
-                say(f"could not look after the other processes ({error!r}); trying again.")
+            except Exception as error:  # an error here must not stop the watchdog
+                say(f"could not check the other processes ({error!r}); trying again.")
                 failed = None
             if failed and not self._stopped.is_set():
                 say(failed)
@@ -69,35 +69,35 @@ class Watchdog:
         self._stopped.set()
 
     def announce(self, message: str) -> None:
-        """Let the others know that this process ends because of `message`."""
+        """Tell the others that this process ends because of `message`."""
         self.stop()
         with suppress(self._lost):
             self._client.key_value_set(f"jaxrlhf/failed/{self._me}", message)
             self._until_all_heard()
 
     def acknowledge(self) -> None:
-        """Let the leader know that this process ends because another one did."""
+        """Tell the leader that this process ends because another one did."""
         with suppress(self._lost):
             self._client.key_value_set(f"jaxrlhf/heard/{self._me}", "", allow_overwrite=True)
             self._until_all_heard()
 
     def _until_all_heard(self) -> None:
-        """What the others read goes with the leader, which waits until all know, but the one that failed."""
+        """The coordinator's values end with the leader, so it waits until all but the failed process have read them."""
         deadline = time.monotonic() + 2 * self._period + 1
         while self._me == 0 and time.monotonic() < deadline and len(self._client.key_value_dir_get("jaxrlhf/heard/")) < self._count - 1:
             time.sleep(0.1)
 
     def lost_peer(self) -> str | None:
-        """Why another process is gone, in a sentence; None as long as all are there."""
+        """Why another process is gone, in a sentence; None while all are alive."""
         try:
             if failed := self._failed():
                 self.stop()
                 return failed
         except self._lost:
-            return f"process 0, through which the processes talk, is gone. {AGAIN}"
+            return f"process 0, which runs the coordinator, is gone. {AGAIN}"
         with self._lock:
             silent = sorted(self._silent)
-        return f"{' and '.join(map(self._called, silent))} cannot be heard any more. {AGAIN}" if silent else None
+        return f"{' and '.join(map(self._called, silent))} went silent. {AGAIN}" if silent else None
 
     def _failed(self) -> str | None:
         for key, message in self._client.key_value_dir_get("jaxrlhf/failed/"):
@@ -107,19 +107,17 @@ class Watchdog:
         return None
 
     def _listen(self) -> None:
-        """Whose word is not new for SILENT seconds is said to be silent, once; whether it is dead, jax decides."""
+        """Report, once, each process whose counter has not changed for SILENT seconds; whether it is dead, JAX decides."""
         now = time.monotonic()
-        words = {int(key.rsplit("/", 1)[1]): word for key, word in self._client.key_value_dir_get("jaxrlhf/alive/")}
+        counters = {int(key.rsplit("/", 1)[1]): counter for key, counter in self._client.key_value_dir_get("jaxrlhf/alive/")}
         with self._lock:
-            for number, word in words.items():
-                if self._heard.get(number, ("", 0.0))[0] != word:
-                    self._heard[number] = word, now
+            for number, counter in counters.items():
+                if self._heard.get(number, ("", 0.0))[0] != counter:
+                    self._heard[number] = counter, now
             silent = {n for n, (_, when) in self._heard.items() if n != self._me and now - when > SILENT + self._period}
             fresh, self._silent = silent - self._silent, silent
         for number in sorted(fresh):
-            say(
-                f"{self._called(number)} cannot be heard for {SILENT:.0f} s; if it is gone, jax ends this one within {HEARTBEAT} s. {AGAIN}"
-            )
+            say(f"{self._called(number)} is silent for {SILENT:.0f} s; if it is gone, JAX ends this one within {HEARTBEAT} s. {AGAIN}")
 
     def _called(self, number: int) -> str:
         if number not in self._names:

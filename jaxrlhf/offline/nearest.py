@@ -125,7 +125,7 @@ def _mean_of_nearest(k: int, mesh: Any) -> Search:
             best, _ = lax.scan(tile, jnp.full((responses_BD.shape[0], k), -jnp.inf), (tiles_STD, live_ST))
         return best.mean(axis=1), jnp.square(responses_BD).sum(axis=1)
 
-    return sharding.rows(lambda tiles, responses_BD: search(responses_BD, *tiles), mesh, apart=True)
+    return sharding.rows(lambda tiles, responses_BD: search(responses_BD, *tiles), mesh, per_device=True)
 
 
 @lru_cache(maxsize=16)
@@ -145,7 +145,7 @@ def _first_nearest(mesh: Any) -> Search:
         (_, index), _ = lax.scan(tile, start, (firsts, (tiles_STD, live_ST)))
         return index, jnp.square(responses_BD).sum(axis=1)
 
-    return sharding.rows(lambda tiles, responses_BD: search(responses_BD, *tiles), mesh, apart=True)
+    return sharding.rows(lambda tiles, responses_BD: search(responses_BD, *tiles), mesh, per_device=True)
 
 
 def _by_blocks(

@@ -1,6 +1,6 @@
-"""Where arrays live and what runs on them: the one door to devices. Nothing outside looks inside what is passed around as `mesh`.
+"""Place arrays on devices and compile what runs on them. Only this folder imports `jax.sharding`.
 
-`mesh_of` makes that value from the config: a mesh, or `Replicas` for `jax.pmap`. Only this folder imports `jax.sharding`.
+`mesh_of` makes the value that all others pass around as `mesh`, without looking inside: a mesh, or `Replicas` for `jax.pmap`.
 """
 
 from jaxrlhf.sharding.compile import Compiled, constrain_rows, row_constraints, rows, rows_and_metrics, step

@@ -1,4 +1,4 @@
-"""Compiled programs that are kept between processes."""
+"""Switch on JAX's persistent compilation cache, unless the user has configured it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _log = logging.getLogger(__name__)
 
 
 def cache_compilations() -> None:
-    """Keep compiled programs between processes, unless the user has chosen a folder (or a URL) for them or switched that off.
+    """Keep compiled programs between processes, unless the user has set jax_compilation_cache_dir (a folder, a URL, or "" for none).
 
-    Nothing about the cache can end a run: JAX compiles what it cannot read, and a folder that cannot be written is said once.
-    Programs for a CPU are made for its instructions, so machines that differ have folders of their own under one home.
+    The cache cannot end a run: JAX compiles again what it cannot read, and a folder that cannot be written is a warning.
+    Programs are compiled for the instructions of one CPU, so each kind of machine has its own folder.
     """
     import jax
 
@@ -27,7 +27,7 @@ def cache_compilations() -> None:
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"{folder} is not writable")
     except (OSError, RuntimeError) as error:  # RuntimeError: no home
-        _log.warning("compiled programs are not kept for the next run (%s); JAX_COMPILATION_CACHE_DIR names another folder.", error)
+        _log.warning("compiled programs are not kept for the next run (%s); set JAX_COMPILATION_CACHE_DIR to another folder.", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
@@ -35,7 +35,7 @@ def cache_compilations() -> None:
 
 
 def _machine() -> str:
-    """A name that machines share whose CPUs take the same instructions."""
+    """A name that is equal for machines whose CPUs have the same instructions."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         facts = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")

@@ -1,6 +1,6 @@
-"""The devices: a mesh with the axes data, fsdp and tensor, or replicas for pmap, and the batch sizes that fit them.
+"""Make a mesh with the axes data, fsdp and tensor (or replicas for pmap), and check batch sizes against it.
 
-`data` splits the batch and copies the parameters; `fsdp` splits both; `tensor` splits the width of the layers.
+`data` shards the batch and replicates the parameters; `fsdp` shards both; `tensor` shards the width of the layers.
 """
 
 import functools
@@ -23,7 +23,7 @@ ROWS, WHOLE = PartitionSpec(BATCH_AXES), PartitionSpec()
 
 @dataclass(frozen=True)
 class Replicas:
-    """The devices of a mesh that has only its `data` axis, run by `jax.pmap`: every device holds a whole copy of the model."""
+    """A mesh with only its `data` axis, run by `jax.pmap`: every device holds a whole copy of the model."""
 
     mesh: Mesh
 
@@ -41,12 +41,12 @@ Devices = Mesh | Replicas | None  # what the library passes around as `mesh`; No
 
 
 def raw_mesh(mesh: Devices) -> Mesh | None:
-    """The mesh itself, whichever engine runs on it."""
+    """The mesh itself, for jit and for pmap."""
     return mesh.mesh if isinstance(mesh, Replicas) else mesh
 
 
 def only_device(mesh: Devices) -> tuple[bool, Any]:
-    """(True, device) where there is nothing to shard. None: the default device, whose arrays stay uncommitted and cost jit nothing."""
+    """(True, device) where there is only one device. Device None: the default one, whose arrays stay uncommitted."""
     grid = raw_mesh(mesh)
     if grid is None:
         return True, None
@@ -57,13 +57,13 @@ def only_device(mesh: Devices) -> tuple[bool, Any]:
 
 
 def is_data_parallel(mesh: Devices) -> bool:
-    """Whether every device holds all parameters and works on its own rows: then nothing is left to the compiler to cut."""
+    """Whether every device holds all parameters and works on its own rows, so that XLA has nothing to shard."""
     grid = raw_mesh(mesh)
     return grid is not None and grid.size > 1 and grid.size == grid.shape["data"]
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of `data` × `fsdp` × `tensor` devices (default: all of them); one axis may be −1, "all the rest".
+    """A mesh of `data` × `fsdp` × `tensor` devices (default: all of them); one axis may be −1: all remaining devices.
 
     Raises ValueError where the product is not the number of devices.
     """
@@ -71,22 +71,22 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     sizes: dict[str, int] = dict(zip(AXES, (data, fsdp, tensor), strict=True))
     shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"mesh {shown}: an axis is a positive number, or -1 for all the rest.")
+        raise ValueError(f"mesh {shown}: an axis is a positive number, or -1 for all remaining devices.")
     free: list[str] = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1:
         raise ValueError(f"mesh {shown}: only one axis may be -1; give {free[1]} a number.")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free and len(devices) % fixed:
-        raise ValueError(f"mesh {shown}: {fixed} does not divide the {len(devices)} devices there are; give axes whose product does.")
+        raise ValueError(f"mesh {shown}: {len(devices)} devices do not divide by {fixed}; give axes whose product divides {len(devices)}.")
     if free:
         sizes[free[0]] = len(devices) // fixed
     elif fixed != len(devices):
-        raise ValueError(f"mesh {shown} wants {fixed} devices and there are {len(devices)}; make one axis -1, or pass `devices`.")
+        raise ValueError(f"mesh {shown} needs {fixed} devices and there are {len(devices)}; make one axis -1, or pass `devices`.")
     return Mesh(_arranged(devices, tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _arranged(devices: list[Any], sizes: tuple[int, ...]) -> np.ndarray:
-    """The devices in the shape of the mesh: in their order, and on TPUs so that neighbours on an axis are neighbours on the torus."""
+    """The devices in the shape of the mesh: in order, and on TPUs so that neighbours on an axis are neighbours in the torus."""
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(sizes)
     from jax.experimental import mesh_utils
@@ -95,7 +95,7 @@ def _arranged(devices: list[Any], sizes: tuple[int, ...]) -> np.ndarray:
 
 
 def data_shards(mesh: Devices) -> int:
-    """How many parts a batch is cut into."""
+    """How many shards a batch has."""
     grid = raw_mesh(mesh)
     return 1 if grid is None else math.prod(grid.shape[name] for name in BATCH_AXES)
 
@@ -113,17 +113,25 @@ def check_batch_size(batch_size: int, shards: int, *, name: str = "batch_size", 
         raise ValueError(f"{name} {batch_size} does not divide over {over}; try {fits}.")
 
 
-def rows_at_once(rows: int, batch_size: int, mesh: Devices) -> int:
-    """Batch size of a pass over `rows` rows without training: no larger than it need be, and one that divides over the mesh.
+def batch_specs(batch: Any, mesh: Mesh) -> Any:
+    """ROWS for every leaf with rows, WHOLE for scalars. Raises ValueError where the rows do not divide over the mesh."""
+    for leaf in jax.tree.leaves(batch):
+        if np.ndim(leaf):
+            check_batch_size(np.shape(leaf)[0], data_shards(mesh))
+    return jax.tree.map(lambda leaf: ROWS if np.ndim(leaf) else WHOLE, batch)
 
-    Such passes fill their last batch anyway, so rounding up changes no result.
+
+def rows_at_once(rows: int, batch_size: int, mesh: Devices) -> int:
+    """Batch size of a pass over `rows` rows without training: no larger than needed, and divisible over the mesh.
+
+    Such passes pad their last batch anyway, so rounding up changes no result.
     """
     shards = data_shards(mesh)
     return -(-min(batch_size, max(rows, 1)) // shards) * shards
 
 
 def mesh_of(config: Any) -> Devices:
-    """The devices of a config's section `mesh`: its axes, and `engine` "jit" or "pmap".
+    """The devices that a config's section `mesh` asks for: its axes, and `engine` "jit" or "pmap".
 
     Raises ValueError for axes that do not fit the devices, and for a pmap over more than `data` or more than one process.
     """

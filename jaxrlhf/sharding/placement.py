@@ -7,14 +7,14 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxrlhf.sharding.mesh import ROWS, WHOLE, Devices, check_batch_size, data_shards, only_device, raw_mesh
+from jaxrlhf.sharding.mesh import WHOLE, Devices, batch_specs, only_device, raw_mesh
 from jaxrlhf.sharding.rules import path_of, shardings
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
         return jax.device_put(leaf, sharding)
-    # Several processes: every one holds the whole array and hands over the part of its own devices.
+    # Several processes: each holds the whole array and passes the slices of its own devices.
     if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
     leaf = np.asarray(leaf)
@@ -22,10 +22,9 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def place(tree: Any, mesh: Devices) -> Any:
-    """Put parameters, optimizer state or a whole TrainState on the mesh by the table; numpy leaves are welcome.
+    """Put parameters, optimizer state or a whole TrainState on the mesh by the sharding table; leaves may be numpy arrays.
 
-    The arrays handed in stay valid unless a later step that donates its input is given the very same buffers (device_put does not copy
-    what already lives in the right place).
+    `jax.device_put` does not copy what is in the right place already: a step that donates its input may then delete the arrays passed here.
     """
     single, device = only_device(mesh)
     if single or mesh is None:
@@ -34,10 +33,10 @@ def place(tree: Any, mesh: Devices) -> Any:
 
 
 def uncommitted(tree: Any, mesh: Devices) -> Any:
-    """A tree that was restored from a checkpoint as `place` would have put it; the arrays handed in are used up.
+    """A restored checkpoint as `place` would have put it; the arrays passed in are deleted.
 
-    On the default device `place` leaves arrays uncommitted, and what a checkpoint gives back is committed: jit makes another program of
-    that, which the cache of compiled programs does not have. Leaf by leaf through the host, so that no second copy of the tree exists.
+    On the default device `place` leaves arrays uncommitted, and a checkpoint returns committed ones: jit compiles another program for
+    those, which the compilation cache does not have. Leaf by leaf through the host, so that no second copy of the tree exists.
     """
     single, device = only_device(mesh)
     if not single or device is not None:
@@ -54,17 +53,14 @@ def uncommitted(tree: Any, mesh: Devices) -> Any:
 
 
 def place_batch(batch: Any, mesh: Devices) -> Any:
-    """Put a batch on the mesh, its leading axis cut over `data` and `fsdp`. Every process passes the same global batch.
+    """Put a batch on the mesh, its leading axis sharded over `data` and `fsdp`. Every process passes the same global batch.
 
     Raises ValueError where the batch size does not divide over the data shards.
     """
     (single, device), grid = only_device(mesh), raw_mesh(mesh)
     if single or grid is None:
         return jax.device_put(batch, device)
-    for leaf in jax.tree.leaves(batch):
-        if np.ndim(leaf):
-            check_batch_size(np.shape(leaf)[0], data_shards(grid))
-    return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(grid, ROWS if np.ndim(leaf) else WHOLE)), batch)
+    return jax.tree.map(lambda leaf, spec: _put(leaf, NamedSharding(grid, spec)), batch, batch_specs(batch, grid))
 
 
 def replicate(tree: Any, mesh: Devices) -> Any:
@@ -76,9 +72,9 @@ def replicate(tree: Any, mesh: Devices) -> Any:
 
 
 def build(shapes: Any, mesh: Devices, read: Callable[[str, tuple[slice, ...]], np.ndarray]) -> Any:
-    """Arrays placed by the table and filled from `read(path, index)`, one slice (with bounds) of one leaf of `shapes` at a time.
+    """Arrays placed by the sharding table and filled from `read(path, index)`, one slice of one leaf of `shapes` at a time.
 
-    A process asks for what its own devices hold, each slice once however many of them hold it, and no whole is ever put together.
+    A process reads what its own devices hold, each slice once even if several devices hold it; no whole array is ever built.
     """
     single, device = only_device(mesh)
     if single or mesh is None:
@@ -102,12 +98,12 @@ def build(shapes: Any, mesh: Devices, read: Callable[[str, tuple[slice, ...]], n
 
 
 def _sent(part: np.ndarray, devices: list[Any]) -> list[jax.Array]:
-    """A copy on each device, there when this returns, so that slices read later do not pile up before it."""
+    """A copy on each device. Waits for the transfer, so that later slices do not pile up in host memory."""
     return jax.block_until_ready([jax.device_put(part, device) for device in devices])
 
 
 def init_on_mesh(make: Callable[..., Any], mesh: Devices, *args: Any) -> Any:
-    """The parameters that `make(*args)` computes, each device computing its own part by the table; the same bits on any mesh."""
+    """The parameters that `make(*args)` computes, each device its own shard by the sharding table; the same bits on any mesh."""
     single, device = only_device(mesh)
     if single or mesh is None:
         return jax.device_put(make(*args), device)
@@ -115,7 +111,7 @@ def init_on_mesh(make: Callable[..., Any], mesh: Devices, *args: Any) -> Any:
 
 
 def gather(tree: Any) -> Any:
-    """The whole of every array on this host, as numpy: for export, metrics and tests. Of several processes all must call it."""
+    """Every array whole on this host, as numpy: for export, metrics and tests. With several processes all must call it."""
     return jax.tree.map(_whole, tree)
 
 
@@ -126,5 +122,5 @@ def _whole(x: Any) -> Any:
         from jax.experimental import multihost_utils
 
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-    # An array keeps the copy on the host that was made of it; this one over the same memory goes, and its copy with it.
+    # A jax.Array caches its copy on the host. A new array over the same buffers is freed together with that copy.
     return np.asarray(jax.make_array_from_single_device_arrays(x.shape, x.sharding, [shard.data for shard in x.addressable_shards]))

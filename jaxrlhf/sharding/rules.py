@@ -1,4 +1,4 @@
-"""One table from a parameter's path to mesh axes, and the shardings and templates of whole trees by it."""
+"""The sharding table, from a parameter's path to mesh axes, and the shardings and templates of whole trees by it."""
 
 import re
 from typing import Any
@@ -10,14 +10,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxrlhf.sharding.mesh import WHOLE, Devices, Replicas, only_device, warn_once
 
 # (pattern, axes), first match wins; patterns are searched in paths like "backbone/layers_0/attention/q/kernel", so the moments of an
-# optimizer and the parts of {"policy": …, "critic": …} follow their parameter by its path's end. Kernels are [in, out].
+# optimizer and the entries of {"policy": …, "critic": …} match like the parameter itself. Kernels are [in, out].
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    # Column-parallel: the output width is split, so attention heads and hidden units stay whole on a shard.
+    # Column-parallel: the output width is sharded, so attention heads and hidden units stay whole on a shard.
     (r"\b(q|k|v|up|gate|dense)/kernel$", PartitionSpec("fsdp", "tensor")),
     (r"\b(q|k|v|up|gate|dense)/bias$", PartitionSpec("tensor")),
-    # Row-parallel: the input width is split; XLA adds the partial results.
+    # Row-parallel: the input width is sharded; XLA sums the partial results.
     (r"\b(out|down)/kernel$", PartitionSpec("tensor", "fsdp")),
-    # Adapters beside these kernels: cut as W is on the side that faces it, whole along the rank.
+    # LoRA adapters: the axis they share with their kernel is sharded as there, the rank is whole.
     (r"\b(q|k|v|up|gate)/lora_a$", PartitionSpec("fsdp")),
     (r"\b(q|k|v|up|gate)/lora_b$", PartitionSpec(None, "tensor")),
     (r"\b(out|down)/lora_a$", PartitionSpec("tensor")),
@@ -36,11 +36,11 @@ def path_of(path: tuple[Any, ...]) -> str:
 
 
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The axes of one leaf: the first rule that fits, less the axes that do not divide."""
+    """The axes of one leaf: the first rule that matches, without the axes that do not divide."""
     spec = next((axes for pattern, axes in RULES if re.search(pattern, path)), None)
     if spec is None or len(spec) > len(shape):
         if len(shape) > 1 and mesh.size > mesh.shape["data"]:
-            warn_once(f"{path} {list(shape)}: no rule in the sharding table fits; it is replicated.")
+            warn_once(f"{path} {list(shape)}: no rule in the sharding table matches; it is replicated.")
         return PartitionSpec()
     kept = []
     for axis, size in zip(spec, shape, strict=False):
@@ -57,7 +57,7 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 def shardings(tree: Any, mesh: Mesh | Replicas) -> Any:
     """The sharding of every leaf of a tree of parameters or optimizer state (arrays or ShapeDtypeStructs), by the table.
 
-    Of `Replicas` it is spelled as `jax.pmap` spells that of its results: a state that comes from a step compiles nothing anew.
+    For `Replicas` it equals the sharding of `jax.pmap`'s results, so that a state returned by a step does not compile the step again.
     """
     if isinstance(mesh, Replicas):
         line = Mesh(mesh.mesh.devices.ravel(), ("data",), axis_types=(AxisType.Auto,))
@@ -66,17 +66,14 @@ def shardings(tree: Any, mesh: Mesh | Replicas) -> Any:
 
 
 def struct(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf), sharding=where)
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jax.numpy.asarray(leaf).dtype
+    return jax.ShapeDtypeStruct(np.shape(leaf), dtype, sharding=where)
 
 
 def template(tree: Any, mesh: Devices) -> Any:
-    """ShapeDtypeStructs with shardings: what `checkpoint.restore` needs to put every leaf where it belongs, on any mesh."""
+    """ShapeDtypeStructs with shardings: where `Checkpoints.restore` puts every leaf, on any mesh."""
     single, device = only_device(mesh)
     if single or mesh is None:
         where = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
         return jax.tree.map(lambda leaf: struct(leaf, where), tree)
     return jax.tree.map(struct, tree, shardings(tree, mesh))
-
-
-def _dtype(leaf: Any) -> Any:
-    return leaf.dtype if hasattr(leaf, "dtype") else jax.numpy.asarray(leaf).dtype

@@ -51,7 +51,7 @@ def accumulate_gradients(
 
     `loss_fn(params, microbatch)` returns a loss and metrics that are already divided by the total of the *whole*
     batch, so that sums over microbatches and devices are exact whatever the rows' lengths. Microbatch i takes rows
-    i, i + steps, … : a batch that is sharded over devices stays sharded. `keep_rows` (`sharding.keep_rows(mesh)`) holds every microbatch
+    i, i + steps, … : a batch that is sharded over devices stays sharded. `keep_rows` (`sharding.constrain_rows(mesh)`) holds a microbatch
     to that where the compiler decides. Raises ValueError where the rows (of a device, given `axis_name`) do not divide by `steps`.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)

@@ -113,7 +113,7 @@ def make_ppo_step(
     seed and step) shuffles rows over the *global* batch, so one device, a mesh and pmap take the same minibatches. A minibatch may
     split the responses to one prompt: advantages are part of the rollout.
     `adaptive` ({"target", "horizon"}) moves the KL coefficient in `state.controller` after the update.
-    `keep_rows` (`sharding.keep_rows(mesh)`) is called on every minibatch: where the compiler decides, the rows that a shuffle picks
+    `keep_rows` (`sharding.constrain_rows(mesh)`) is called on every minibatch: where the compiler decides, the rows that a shuffle picks
     have to be dealt out to the devices again, or every device computes all of them.
     Metrics are means over all minibatches; `…_first` is the first minibatch, where the ratio must be 1.
     """

@@ -1,1 +1,1 @@
-"""What is on disk, or at a URL: stages, the store of them, run folders, checkpoints."""
+"""Read and write what a run keeps on disk or at a URL: stages, their store, run folders, checkpoints."""

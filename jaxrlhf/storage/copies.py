@@ -1,4 +1,4 @@
-"""Copies on this machine of files and folders at URLs, and folders that are put there whole."""
+"""Download files and folders from URLs into folders of this machine, and upload folders so that they appear whole."""
 
 from __future__ import annotations
 
@@ -11,62 +11,62 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxrlhf.storage.record import RECORD
 from jaxrlhf.storage.remote import RemoteError, clear_errors, fetch_file, is_url, join, names, put_file, read, write
 
 LINKS = "links.json"  # in a run folder at a URL: the name of each link among its stages → the URL of the stage
-WORK = "JAXRLHF_WORK"  # environment variable: where the copies on this machine lie
+WORK = "JAXRLHF_WORK"  # environment variable: the folder of the copies on this machine
 
 
 def work_folder(url: str) -> Path:
-    """The folder of this machine that stands for the folder at `url`: $JAXRLHF_WORK, else ~/.cache/jaxrlhf/work, and a name made of it."""
+    """The folder on this machine for the folder at `url`: in $JAXRLHF_WORK or ~/.cache/jaxrlhf/work, named after the URL."""
     root = os.environ.get(WORK) or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxrlhf" / "work"
     url = url.rstrip("/")
     return Path(root).absolute() / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{re.sub('[^A-Za-z0-9.-]+', '_', url)[-60:]}"
 
 
-def put_folder(folder: Path, url: str, *, last: str, skip: tuple[str, ...] = ()) -> None:
-    """Put the files of `folder` (less the folders in `skip`) at `url`; the file `last`, a JSON object, after all others.
+def put_folder(folder: Path, url: str, *, last: str) -> None:
+    """Upload the files of `folder` to `url`, and after all others the file `last`, a JSON object.
 
-    `last` is put with `files`: the size and sha256 of each of the others. Who finds it finds them all, and can tell whether one of them
-    was replaced by somebody else's since. Where `folder` has no such file, it holds nothing else.
+    `last` is uploaded with the key `files`: size and sha256 of each other file. A reader that finds it finds all files, and can tell
+    whether one was replaced since. Where `folder` has no file `last`, the uploaded one holds `files` alone.
     """
-    files = {name: _identity(folder / name) for name in files_in(folder, skip) if name != last}
+    files = {name: _identity(folder / name) for name in files_in(folder) if name != last}
     for name in files:
         put_file(folder / name, join(url, name))
     record = json.loads((folder / last).read_text(encoding="utf-8")) if (folder / last).exists() else {}
     write(join(url, last), (json.dumps(record | {"files": files}, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def fetch_folder(url: str, folder: Path, *, last: str, wanted: Callable[[str], bool] = lambda name: True) -> bool:
-    """Fetch what `put_folder` put into `folder`, which appears whole or not at all; whether there was such a folder.
+def fetch_folder(url: str, folder: Path, *, last: str, keep: Callable[[str], bool] = lambda name: True) -> bool:
+    """Download what `put_folder` uploaded into `folder`, which appears whole or not at all; whether there was such a folder.
 
-    `wanted` chooses files by name. Raises RemoteError where a file is not the one that the record names, even when asked again.
+    `keep` chooses files by name. Raises RemoteError where a file still differs from its entry in `last` at the second attempt.
     """
-    for attempt in (1, 2):
-        content = read(join(url, last))
-        if content is None:
-            return False
+    again = False
+    while (content := read(join(url, last))) is not None:
         files = _files(content, join(url, last))
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.fetch")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            wrong = _fetch(url, partial, {name: facts for name, facts in files.items() if wanted(name)})
+            wrong = _fetch(url, partial, {name: facts for name, facts in files.items() if keep(name)})
             if wrong is None:
                 (partial / last).write_bytes(content)
                 _take_place(partial, folder, last)
                 return True
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        if attempt == 2:
+        if again:
             raise RemoteError(
                 f"{join(url, wrong)} is not the file that {last} beside it names: another run is writing it, or it is damaged. Try again; "
-                f"if it stays so, remove {url}, which is then made again."
+                f"if it stays so, delete {url}, and it is built again."
             )
+        again = True
     return False
 
 
 def _take_place(partial: Path, folder: Path, last: str) -> None:
-    """Rename, and leave a folder of the same content as it is: another process of this machine has fetched it, and may be reading."""
+    """Rename, unless the folder exists with the same content: another process may have downloaded it, and be reading."""
     try:
         os.replace(partial, folder)
     except OSError:  # not empty
@@ -77,7 +77,7 @@ def _take_place(partial: Path, folder: Path, last: str) -> None:
 
 
 def _fetch(url: str, folder: Path, files: Mapping[str, Any]) -> str | None:
-    """Fetch the files; the name of the first that is missing or another one."""
+    """Download the files; the name of the first that is missing or differs."""
     folder.mkdir(parents=True)
     for name, facts in files.items():
         if not fetch_file(join(url, name), folder / name) or _identity(folder / name) != list(facts):
@@ -104,17 +104,17 @@ def cached(url: str) -> Path:
     return file
 
 
-def cached_folder(url: str, *, last: str = "stage.json") -> Path:
+def cached_folder(url: str) -> Path:
     """The copy on this machine of a folder at `url`: a finished stage, the link to one in a run folder, or any folder of files.
 
-    It is fetched once for each content. Raises FileNotFoundError where there is no such folder.
+    Each content is downloaded once. Raises FileNotFoundError where there is no such folder.
     """
     url = url.rstrip("/")
-    content = read(join(url, last))
+    content = read(join(url, RECORD))
     if content is not None:
         folder = work_folder(f"{url}#{hashlib.sha256(content).hexdigest()[:16]}")
         if not folder.is_dir():
-            fetch_folder(url, folder, last=last)
+            fetch_folder(url, folder, last=RECORD)
         return folder
     files = [name for name in names(url) if "/" not in name]
     if files:
@@ -133,7 +133,7 @@ def cached_folder(url: str, *, last: str = "stage.json") -> Path:
 
 
 def _same_file(file: Path, other: Path) -> None:
-    """A second name for a file, or a copy where the file system has none."""
+    """A hard link, or a copy where the file system has none."""
     try:
         os.link(file, other)
     except FileExistsError:  # another process was first
@@ -143,7 +143,7 @@ def _same_file(file: Path, other: Path) -> None:
 
 
 def files_in(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
-    """The files in a folder and below, as relative paths, sorted; without those in the folders named in `skip`, and without links."""
+    """The files in a folder and below, as sorted relative paths; without links and without the folders named in `skip`."""
     found = []
     for where, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name not in skip]
@@ -158,8 +158,8 @@ def _identity(file: Path) -> list[Any]:
 
 
 def _files(content: bytes, url: str) -> dict[str, Any]:
-    """The files that a record names, with their identities."""
+    """The files that a record names, with size and sha256 of each."""
     try:
         return dict(json.loads(content)["files"])
     except (ValueError, KeyError, TypeError) as error:
-        raise RemoteError(f"{url} cannot be read ({error}); remove the folder it is in, which is then made again.") from error
+        raise RemoteError(f"{url} cannot be read ({error}); delete its folder, and it is built again.") from error

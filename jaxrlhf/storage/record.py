@@ -1,4 +1,4 @@
-"""stage.json: what a finished stage says of itself."""
+"""Write and read stage.json, the record of a finished stage."""
 
 import importlib.metadata
 import json
@@ -18,7 +18,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StageError(f"{path} is missing, so the stage is not whole; delete {Path(folder)} to build it again.") from None
+        raise StageError(f"{path} is missing, so the stage is not complete; delete {Path(folder)} to build it again.") from None
     except (OSError, ValueError) as error:
         raise StageError(f"{path} cannot be read ({error}); delete {Path(folder)} to build the stage again.") from error
     if not isinstance(record, dict) or not record.get("finished"):

@@ -1,8 +1,8 @@
-"""Folders and files at URLs: object stores (gs://, s3:// and whatever fsspec has a package for), and the copies of them on this machine.
+"""Read and write files at URLs through fsspec: gs://, s3:// and every protocol it has a package for.
 
-An object store has no rename, no links and no locks, and a file there is replaced as a whole. So nothing is worked on in place: what is
-read is fetched to a folder of this machine, what is made is made in such a folder and put there when it is finished, and the file that
-says so is put last. `file://` is this machine: such a URL is a path like any other.
+An object store has no rename, no links and no locks, and a file is only ever replaced as a whole. So nothing is changed in place: inputs
+are downloaded to a folder of this machine, results are built in such a folder and uploaded when finished, the file that marks them as
+finished last. A `file://` URL is a path of this machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 EXTRAS = {"gs": ("gcs", "gcsfs"), "gcs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs"), "s3a": ("s3", "s3fs")}  # protocol → our extra, its package
-DIRECT = ("gs",)  # where the checkpoint library writes by itself, every process its own part
+DIRECT = ("gs",)  # protocols to which orbax writes directly, every process its own part
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
 
@@ -24,13 +24,13 @@ class RemoteError(RuntimeError):
 
 
 def is_url(path: object) -> TypeGuard[str]:
-    """Whether it is a URL of another place than this machine's file system."""
+    """Whether it is a URL outside of this machine's file system."""
     match = _URL.match(path) if isinstance(path, str) else None
     return match is not None and match[1].lower() not in ("file", "local")
 
 
 def as_path(path: str | Path) -> Path:
-    """A path, or a file:// URL of one."""
+    """The path of a path or of a file:// URL."""
     text = str(path)
     match = _URL.match(text)
     return Path(text[match.end() :] if match and match[1].lower() in ("file", "local") else text)
@@ -42,11 +42,11 @@ def join(url: str, *names: str) -> str:
 
 
 def check_writable(url: str) -> None:
-    """Raise RemoteError unless something can be written to the folder at `url`, and read again: before hours are spent."""
+    """Raise RemoteError unless a file can be written to the folder at `url` and read again: before hours of computing."""
     probe = join(url, f".probe-{os.getpid()}")
     write(probe, b"jaxrlhf")
     if read(probe) != b"jaxrlhf":
-        raise RemoteError(f"{url} does not give back what is written to it; use another place.")
+        raise RemoteError(f"{url} does not return what was written to it; use another URL.")
     remove(probe)
 
 
@@ -66,7 +66,7 @@ def write(url: str, content: bytes) -> None:
 
 
 def remove(url: str) -> None:
-    """Remove a file, or a folder with all that is in it; nothing where it is not there."""
+    """Remove a file or a folder with its content, if it exists."""
     with clear_errors(url, "remove") as (fs, path):
         fs.invalidate_cache()
         if fs.exists(path):
@@ -74,7 +74,7 @@ def remove(url: str) -> None:
 
 
 def names(url: str) -> list[str]:
-    """The files in a folder and the folders in it, as paths relative to it, sorted; none where there is no such folder."""
+    """The files in a folder and below, as sorted relative paths; none where there is no such folder."""
     with clear_errors(url, "list") as (fs, path):
         fs.invalidate_cache()
         root = path.rstrip("/") + "/"
@@ -92,7 +92,7 @@ def put_file(file: Path, url: str) -> None:
 
 
 def fetch_file(url: str, file: Path) -> bool:
-    """Fetch one file; whether it was there."""
+    """Download one file; whether it exists."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with clear_errors(url, "read") as (fs, path):
         try:
@@ -104,7 +104,7 @@ def fetch_file(url: str, file: Path) -> bool:
 
 
 def expand(url: str) -> list[str]:
-    """The URLs a pattern stands for, or the files of a folder, sorted; the URL itself where it is a file; none where there is nothing."""
+    """The URLs that match a pattern, or the files of a folder, sorted; the URL itself where it is a file."""
     protocol = url.split("://", 1)[0]
     with clear_errors(url, "read") as (fs, path):
         fs.invalidate_cache()
@@ -116,19 +116,16 @@ def expand(url: str) -> list[str]:
 
 
 def _parent(fs: Any, path: str) -> None:
-    """Folders are names on an object store; elsewhere they are made."""
+    """Make the folder of a file, except on object stores, where a folder is only a prefix."""
     parent = path.rstrip("/").rsplit("/", 1)[0]
-    if parent and getattr(fs, "protocol", None) and not set(_protocols(fs)) & {"gs", "gcs", "s3", "s3a"}:
+    protocols = [fs.protocol] if isinstance(fs.protocol, str) else fs.protocol
+    if parent and EXTRAS.keys().isdisjoint(protocols):
         fs.makedirs(parent, exist_ok=True)
-
-
-def _protocols(fs: Any) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
 @contextmanager
 def clear_errors(url: str, verb: str) -> Iterator[tuple[Any, str]]:
-    """(file system, path) of a URL, and one clear error for whatever goes wrong there."""
+    """(file system, path) of a URL; whatever goes wrong in the block becomes one RemoteError."""
     protocol = url.split("://", 1)[0].lower()
     try:
         import fsspec
@@ -151,7 +148,7 @@ def clear_errors(url: str, verb: str) -> Iterator[tuple[Any, str]]:
 def _reason(error: Exception, protocol: str) -> str:
     said = f"{type(error).__name__}: {error}"
     if isinstance(error, ValueError) and "rotocol not known" in str(error):
-        return f"no file system of that protocol is known here ({error}); gs:// and s3:// are, with the extras gcs and s3."
+        return f"fsspec does not know this protocol ({error}); use gs:// or s3://, with the extras gcs and s3."
     if "redential" in said or "nonymous" in said:
         give = {
             "gs": "gcloud auth application-default login, or GOOGLE_APPLICATION_CREDENTIALS=key.json",
@@ -159,7 +156,7 @@ def _reason(error: Exception, protocol: str) -> str:
         }.get(protocol, "see the documentation of its fsspec package")
         return f"{said}. Give it credentials: {give}."
     if isinstance(error, PermissionError) or "403" in said or "Forbidden" in said or "AccessDenied" in said:
-        return f"{said}. These credentials may not do that there."
+        return f"{said}. These credentials do not allow it; use others, or another URL."
     if "404" in said or "NoSuchBucket" in said or "bucket does not exist" in said.lower():
         return f"{said}. Is the bucket's name right, and does it exist?"
     return f"{said}. Run the same command again to go on."

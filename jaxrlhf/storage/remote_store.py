@@ -1,4 +1,4 @@
-"""The store of finished stages at a URL, and which store a run has."""
+"""The store of finished stages at a URL, and the store that a config asks for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxrlhf.storage.store import STATE, Store
 
 
 def store_of(config: Config) -> Store:
-    """Where the finished stages of a run are."""
+    """The store of a run: config.store, or .stages in config.output."""
     if config.store is not None:
         place = config.store
     else:
@@ -25,12 +25,12 @@ def store_of(config: Config) -> Store:
 
 
 class RemoteStore(Store):
-    """A store at a URL, worked on through a folder of this machine, where all that was built or needed stays for the next run."""
+    """A store at a URL. It works in a folder of this machine, which keeps every stage that was built or read for the next run."""
 
     def __init__(self, url: str):
         super().__init__(copies.work_folder(url))
         self.url = url.rstrip("/")
-        self._unneeded: set[str] = set()  # stages whose training state goes when they are there
+        self._unneeded: set[str] = set()  # stages whose training state is removed once they are uploaded
 
     def state(self, folder: Path) -> str:
         return self._state(self.shared(folder).name.removeprefix(".partial-"))
@@ -39,23 +39,22 @@ class RemoteStore(Store):
         return self._state(done.hash)
 
     def drop_state(self, folder: Path) -> None:
-        self._unneeded.add(folder.name.removeprefix(".partial-"))  # only once the stage has left this machine
+        self._unneeded.add(folder.name.removeprefix(".partial-"))  # removed once the stage is uploaded
 
     def saving(self, folder: Path) -> None:
         if (folder / FILE).exists():
-            hash = folder.name.removeprefix(".partial-")
-            remote.put_file(folder / FILE, remote.join(self.url, f".state-{hash}", FILE))
+            remote.put_file(folder / FILE, self._state(folder.name.removeprefix(".partial-"), FILE))
 
-    def _state(self, hash: str) -> str:
-        return remote.join(self.url, f".state-{hash}", STATE)
+    def _state(self, hash: str, name: str = STATE) -> str:
+        return remote.join(self.url, f".state-{hash}", name)
 
     def _build(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None]) -> Done:
-        def goes_on(folder: Path) -> dict[str, Any] | None:
+        def resumed(folder: Path) -> dict[str, Any] | None:
             if not any(folder.iterdir()):  # another machine may have begun it
-                remote.fetch_file(remote.join(self.url, f".state-{stage.hash}", FILE), folder / FILE)
+                remote.fetch_file(self._state(stage.hash, FILE), folder / FILE)
             return fn(folder)
 
-        return super()._build(stage, goes_on)
+        return super()._build(stage, resumed)
 
     def _load(self, stage: Stage, *, cached: bool) -> Done | None:
         done = super()._load(stage, cached=cached)

@@ -1,11 +1,11 @@
-"""Runs and stages at URLs: worked on in a folder of this machine, and put there when they are finished.
+"""The run folder: made, downloaded and uploaded. A run at a URL works in a folder of this machine.
 
     gs://bucket/runs/NAME/             config.yaml summary.json metrics.jsonl report.html …; links.json names the stages
-    gs://bucket/runs/.stages/HASH/     a finished stage; its stage.json is put last and names every file with its sha256
+    gs://bucket/runs/.stages/HASH/     a finished stage; its stage.json is uploaded last and names every file with its sha256
                      .state-HASH/      the training state of an unfinished one, and its metrics so far
 
-A stage is found on this machine, else at the URL (and fetched), else built here and put there. Object stores have no locks: two machines
-that build the same stage at once both build it, and the one that finishes last is kept; the contents are equal.
+A stage is taken from this machine, else downloaded, else built and uploaded. Object stores have no locks: two machines may build the same
+stage at once, and the upload of the last one stays; the contents are equal.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from jaxrlhf.config import Config
 from jaxrlhf.monitoring.metrics_file import FILE
 from jaxrlhf.storage import copies, remote
 from jaxrlhf.storage.copies import LINKS
-from jaxrlhf.storage.record import RECORD
+from jaxrlhf.storage.record import RECORD, hash_of
 from jaxrlhf.storage.remote_store import RemoteStore, store_of
 
-PUT = ".put.json"  # in the copy of a run folder: its URL, and what was put there
-TAKEN = ("config.yaml", "summary.json", FILE, "wandb_id")  # of a run that another machine has begun
+PUT = ".put.json"  # in the copy of a run folder: its URL, and what was uploaded
+TAKEN = ("config.yaml", "summary.json", FILE, "wandb_id")  # downloaded of a run that another machine has begun
 WEIGHTS = (".safetensors",)
 
 
 def folder_of(config: Config) -> Path:
-    """The run folder on this machine: the run folder itself, or the copy of one at a URL."""
+    """The run folder on this machine; for a run at a URL, its copy."""
     return (copies.work_folder(config.output) if remote.is_url(config.output) else remote.as_path(config.output)) / config.name
 
 
 def check_places(config: Config) -> None:
-    """Raise RemoteError where the run's URLs cannot be written, or several processes do not see one store: before anything is built."""
+    """Raise RemoteError where the run's URLs cannot be written or the processes do not see the same store."""
     for url in (config.output, config.store or ""):
         if remote.is_url(url) and distributed.is_leader():
             remote.check_writable(url)
@@ -51,7 +51,7 @@ def check_places(config: Config) -> None:
 
 
 def check_seen_by_all(folder: Path, patience: float = 10.0) -> None:
-    """Raise RemoteError in a process that does not see in `folder` what the leader puts there. `patience`: seconds a file may take."""
+    """Raise RemoteError in a process that does not see what the leader writes into `folder` within `patience` seconds."""
     if distributed.count() == 1:
         return
     name = f".seen-by-all-{os.getpid()}-{time.time_ns()}"
@@ -72,7 +72,7 @@ def check_seen_by_all(folder: Path, patience: float = 10.0) -> None:
 
 
 def open_run(config: Config) -> None:
-    """Make the run folder; of one at a URL, with what another machine has put there since this one did."""
+    """Make the run folder; for one at a URL, download what another machine has changed there."""
     folder = folder_of(config)
     folder.mkdir(parents=True, exist_ok=True)
     if not remote.is_url(config.output) or not distributed.is_leader():
@@ -89,7 +89,7 @@ def open_run(config: Config) -> None:
 
 
 def publish(folder: Path) -> None:
-    """Put what has changed in the copy of a run folder where the run folder is; nothing for a run folder of this machine."""
+    """Upload what has changed in the copy of a run folder; does nothing for a run folder of this machine."""
     put = _put(folder)
     if put is None:
         return
@@ -111,7 +111,7 @@ def publish(folder: Path) -> None:
 
 
 def fetch_run(url: str) -> Path:
-    """A copy of the run folder (or folder of runs) at `url`, of all that a report reads: everything but weights and training state."""
+    """A copy of the run folder (or folder of runs) at `url`, without weights and training state: what a report reads."""
     folder = copies.work_folder(f"{url.rstrip('/')}#report")
     there = [name for name in remote.names(url) if not any(part.startswith(".") for part in name.split("/"))]
     if not there:
@@ -122,17 +122,12 @@ def fetch_run(url: str) -> Path:
         links = json.loads((folder / name).read_text(encoding="utf-8"))
         stages = (folder / name).parent / "stages"
         for link, target in links.items():
-            if remote.is_url(target) and _hash(stages / link) != target.rsplit("/", 1)[1]:
-                copies.fetch_folder(target, stages / link, last=RECORD, wanted=lambda file: not file.endswith(WEIGHTS))
+            if remote.is_url(target) and hash_of(stages / link) != target.rsplit("/", 1)[1]:
+                copies.fetch_folder(target, stages / link, last=RECORD, keep=lambda file: not file.endswith(WEIGHTS))
         for stale in stages.iterdir() if stages.is_dir() else ():
             if stale.name not in links:
                 shutil.rmtree(stale)
     return folder
-
-
-def _hash(folder: Path) -> str | None:
-    path = folder / RECORD
-    return json.loads(path.read_text(encoding="utf-8")).get("hash") if path.exists() else None
 
 
 def _put(folder: Path) -> dict[str, Any] | None:

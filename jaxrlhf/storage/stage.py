@@ -1,4 +1,4 @@
-"""What a stage is: everything that its content depends on, and the hash of that."""
+"""A stage: everything that its content depends on, and the hash of that."""
 
 import dataclasses
 import hashlib
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-STAGE_FORMAT = 1  # raise it when what a stage folder holds changes its meaning: every stage is then built anew
+STAGE_FORMAT = 1  # raise it when the content of stage folders changes its meaning: every stage is then built again
 KINDS = ("model", "data", "report")
 
 
@@ -18,7 +18,7 @@ class StageError(RuntimeError):
 
 @dataclass(frozen=True)
 class Done:
-    """A finished stage: its folder in the store, its hash, and what its stage.json says. `cached`: it was there already."""
+    """A finished stage: its folder in the store, its hash and its stage.json. `cached`: it was found, not built."""
 
     name: str
     folder: Path

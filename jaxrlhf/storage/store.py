@@ -1,4 +1,4 @@
-"""The store: finished stages by their hash, found, built, locked and linked."""
+"""The store of finished stages: find, build, lock and link them by their hash."""
 
 import errno
 import fcntl
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf import distributed
-from jaxrlhf.monitoring import recompiles
+from jaxrlhf.monitoring.recompiles import count_compilations
 from jaxrlhf.storage.record import RECORD, hash_of, read_record, record_of
 from jaxrlhf.storage.stage import Done, Stage, StageError
 
@@ -24,33 +24,33 @@ STATE = "checkpoint"  # the folder of training state inside a stage's
 
 
 class Store:
-    """A folder of finished stages. `build` is all that writes to it; several processes may share it."""
+    """A folder of finished stages. Only `build` writes to it; several processes may share it."""
 
     def __init__(self, root: str | Path):
         self.root = Path(root).absolute()
-        self._shared: dict[Path, Path] = {}  # scratch folder → the folder of the stage that the leader builds
+        self._shared: dict[Path, Path] = {}  # scratch folder of this process → the leader's folder of the stage
 
     def find(self, stage: Stage) -> Done | None:
-        """The finished stage, or None. Raises StageError where its folder is there and its record cannot be trusted."""
+        """The finished stage, or None. Raises StageError where its folder exists and its record is broken."""
         return self._load(stage, cached=True)
 
     def build(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None]) -> Done:
         """The finished stage: found, or built by `fn(folder)`, whose returned dict (JSON) is kept in the record as `result`.
 
-        An exception in `fn`, or the death of the process, leaves the partial folder, and the next `build` continues in it. A second
-        process that wants the same stage waits for the first. Raises StageError where the record of a finished stage is broken.
+        If `fn` raises or the process dies, the partial folder stays, and the next `build` continues in it. A second process that builds
+        the same stage waits for the first. Raises StageError where the record of a finished stage is broken.
 
-        Several processes that work as one all call it, and `fn` runs in all of them: the leader finds, locks and finishes; what the
-        others' `fn` writes goes into a scratch folder, but for what it writes into `shared(folder)`.
+        The processes of one run all call it, and `fn` runs in all of them. The leader locks and finishes the stage; the others pass `fn` a
+        scratch folder, which is deleted. What all of them write goes to `shared(folder)`.
         """
         return self._build(stage, fn) if distributed.count() == 1 else self._build_together(stage, fn)
 
     def shared(self, folder: Path) -> Path:
-        """The one folder, for all processes, of the stage that is built in `folder`: there is one checkpoint, and all write it."""
+        """The folder of the stage built in `folder` that is the same in all processes, for the checkpoint that all of them write."""
         return self._shared.get(folder, folder)
 
     def state(self, folder: Path) -> Path | str:
-        """Where the training state of the stage that is built in `folder` is kept, for all processes."""
+        """Where the training state of the stage built in `folder` is kept, the same in all processes."""
         return self.shared(folder) / STATE
 
     def state_of(self, done: Done) -> Path | str:
@@ -58,20 +58,20 @@ class Store:
         return done.folder / STATE
 
     def drop_state(self, folder: Path) -> None:
-        """The stage in `folder` needs its training state no more."""
+        """Remove the training state of the stage in `folder`."""
         shutil.rmtree(folder / STATE, ignore_errors=True)
 
     def saving(self, folder: Path) -> None:
-        """Called before the stage in `folder` saves its training state: what lies beside it should be as safe."""
+        """Called before the stage in `folder` saves its training state; a store at a URL uploads the metrics so far."""
 
     def _fetch(self, hash: str) -> None:
-        """Have a stage here that another process has finished; they share the folder."""
+        """Get a stage that another process has finished; here they share the folder."""
 
     def _build_together(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None]) -> Done:
         what = f"stage {stage.name} {stage.hash}"
 
         def announced(folder: Path) -> dict[str, Any] | None:
-            distributed.agree(None, what)  # nothing there: all build it
+            distributed.agree(None, what)  # not found: all build it
             result = fn(folder)
             distributed.barrier(f"{what} built")
             return result
@@ -109,7 +109,7 @@ class Store:
             partial.mkdir(exist_ok=True)
             started = time.monotonic()
             try:
-                with recompiles.count_compilations() as compiled:
+                with count_compilations() as compiled:
                     result = fn(partial)
                 record = record_of(stage, result, time.monotonic() - started, resumed) | {"compile_seconds": round(compiled.seconds, 3)}
                 _finish(partial, self.root / hash, record)
@@ -124,7 +124,7 @@ class Store:
     def link(self, done: Done, run_folder: str | Path, number: int, *, standalone: bool = False) -> Path:
         """`run_folder/stages/NN-name` → the stage: a relative symlink, or a copy where `standalone` or the filesystem asks for one.
 
-        Of several processes the leader links.
+        With several processes only the leader links.
         """
         target = Path(run_folder).absolute() / "stages" / f"{number:02d}-{done.name}"
         if not distributed.is_leader():
@@ -134,7 +134,7 @@ class Store:
         _remove(fresh)
         if not standalone:
             try:
-                # Both ends resolved: a relative link through a symlinked folder would otherwise lead elsewhere.
+                # Both ends resolved: a relative link through a symlinked folder would point to another place.
                 fresh.symlink_to(os.path.relpath(done.folder.resolve(), target.parent.resolve()), target_is_directory=True)
             except OSError as error:
                 _log.warning("%s takes no symbolic links (%s); stage %s is copied.", target.parent, error.strerror, done.name)
@@ -164,7 +164,7 @@ class Store:
 
 
 def _finish(partial: Path, final: Path, record: dict[str, Any]) -> None:
-    """Write the record and rename; everything reaches the disk first, so that a power cut leaves a whole stage or a partial one."""
+    """Write the record, sync all files and rename, so that a power cut leaves a complete stage or a partial folder."""
     (partial / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     for folder, _, files in os.walk(partial):
         for path in [*(os.path.join(folder, name) for name in files), folder]:
@@ -179,7 +179,7 @@ def _sync(path: str | Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some filesystems have no fsync of folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some filesystems cannot sync folders
             raise
     finally:
         os.close(descriptor)
@@ -188,13 +188,13 @@ def _sync(path: str | Path) -> None:
 def _resume_hint(stage: Stage, partial: Path, error: BaseException) -> str:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-    first = "the disk is full: free some space, then run" if full else "run" if stopped else "mend the cause, then run"
+    first = "the disk is full: free some space, then run" if full else "run" if stopped else "fix the cause, then run"
     return f"stage {stage.name} is not finished; its work so far is in {partial}: {first} the same command again to continue it."
 
 
 @contextmanager
 def _lock(path: Path, name: str) -> Iterator[None]:
-    """Hold `path` for this process; it is let go when the process ends, however it ends."""
+    """Lock `path` for this process; the lock ends with the process, however it ends."""
     with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

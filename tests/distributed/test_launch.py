@@ -49,7 +49,7 @@ def test_the_one_that_ended_because_of_another_is_not_blamed(capfd):
     code = "time.sleep(0.3 * (me == 2)); (sys.exit(75), 0) if me == 0 else os.abort() if me == 1 else sys.exit('mine')"
     status, _, err = launched(code, capfd, processes=3)
     assert status == 1 and "process 2 of 3 (pid " in err and "  | mine\n" in err
-    assert "Mend the cause" in err.splitlines()[-1]
+    assert "Fix the cause" in err.splitlines()[-1]
 
 
 def test_a_process_that_does_not_hear_is_killed(capfd):
@@ -80,7 +80,7 @@ def test_a_process_that_jax_ends_has_a_watcher():
     environment = {name: value for name, value in os.environ.items() if name != "JAXRLHF_LAUNCHED"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 128 + signal.SIGABRT
-    assert "ended: signal 6, SIGABRT. jax ends a process when another one of its group is gone" in done.stderr
+    assert "ended: signal 6, SIGABRT. JAX ends a process when another one of its group is gone" in done.stderr
     assert "Start all processes again with the same command" in done.stderr
 
 

@@ -30,10 +30,11 @@ def no_cluster(monkeypatch):
 def test_a_process_stands_alone_and_pays_nothing():
     """JAX is not even imported by the question, and its backend not started by agreeing."""
     code = (
-        "import sys; from jaxrlhf import distributed; assert processes.wanted() is None and not distributed.start();"
+        "import sys; from jaxrlhf import distributed; from jaxrlhf.distributed.cluster import requested_group;"
+        "assert requested_group() is None and not distributed.start();"
         "assert 'jax' not in sys.modules;"
-        "value = object(); assert processes.agree(value) is value and processes.is_leader() and processes.count() == 1;"
-        "processes.barrier('here'); distributed.finish(); processes.leave(3, 'goes on');"
+        "value = object(); assert distributed.agree(value, 'a value') is value and distributed.is_leader() and distributed.count() == 1;"
+        "distributed.barrier('here'); distributed.finish(); distributed.abort(3, 'goes on');"
         "assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -136,11 +137,12 @@ def test_a_taken_port_is_named():
 GROUP = """
 import json, sys
 from jaxrlhf import distributed
+from jaxrlhf.distributed import exchange
 assert distributed.start(timeout=60)
-me = processes.index()
-told = processes.agree({"numbers": [1, 2.5, None], "text": "ü" * 300_000} if me == 0 else "ignored", "first")
-assert told == {"numbers": [1, 2.5, None], "text": "ü" * 300_000} and processes.count() == 2 and processes.is_leader() == (me == 0)
-processes.barrier("both here")
+me = distributed.index()
+told = distributed.agree({"numbers": [1, 2.5, None], "text": "ü" * 300_000} if me == 0 else "ignored", "first")
+assert told == {"numbers": [1, 2.5, None], "text": "ü" * 300_000} and distributed.count() == 2 and distributed.is_leader() == (me == 0)
+distributed.barrier("both here")
 
 # Each process has a disk of its own; what was kept before lies on the leader's alone.
 import pathlib
@@ -167,15 +169,15 @@ class Encoder:
 identity = dict.fromkeys(vectors.EncoderIdentity._fields, "x") | {"backend": "flax"}
 vectors.encoder_identity = lambda *a, **k: vectors.EncoderIdentity(**identity)
 vectors.open_encoder = lambda *a, **k: Encoder()
-processes._ROWS = 2
+exchange._ROWS = 2
 for texts, computed in ((["a", "bb", "a", "ccc", "d"], 4), (["ccc", "ee"], 1), (["bb"], 0)):
     calls.clear()
     got = vectors.embed_cached(texts, folder=disk / "vectors", mesh="all processes")
     assert got.vectors.tolist() == [[len(text), ord(text[0])] for text in texts] and len(got) == len(texts), got.vectors
     assert got.embedded == computed and sum(calls) == computed and (disk / "vectors").exists() == (me == 0)
 
-processes.agree(me, f"place {me}")  # a script that does not catch it
-processes.barrier("only the leader comes here")
+distributed.agree(me, f"place {me}")  # a script that does not catch it
+distributed.barrier("only the leader comes here")
 """
 
 

@@ -143,7 +143,7 @@ def test_what_does_not_divide_is_replicated_and_said_once(caplog):
         specs = [jax.tree.map(lambda s: s.spec, sharding.shardings(tree, mesh)) for _ in range(2)]
     assert specs[0] == {"odd_one": {"q": {"kernel": P("fsdp", None)}, "mystery": P()}}
     assert [r.message for r in caplog.records] == [
-        "odd_one/mystery [4, 4]: no rule in the sharding table fits; it is replicated.",
+        "odd_one/mystery [4, 4]: no rule in the sharding table matches; it is replicated.",
         "odd_one/q/kernel [8, 7]: 7 does not divide over 2 tensor shards; replicated along that axis.",
     ]
 
@@ -157,8 +157,8 @@ def test_factored_moments_are_replicated():
 @pytest.mark.parametrize(
     "axes, message",
     [
-        ((3, 1, 1), "data=3, fsdp=1, tensor=1 wants 3 devices and there are 4"),
-        ((-1, 3, 1), "3 does not divide the 4 devices"),
+        ((3, 1, 1), "data=3, fsdp=1, tensor=1 needs 3 devices and there are 4"),
+        ((-1, 3, 1), "4 devices do not divide by 3"),
         ((-1, -1, 1), "only one axis may be -1"),
         ((0, 1, 1), "an axis is a positive number"),
     ],

@@ -155,7 +155,7 @@ def test_two_processes_build_a_stage_once(store):
     "damage, message",
     [
         (lambda f: (f / RECORD).write_text("{half"), "cannot be read .* delete .* to build the stage again"),
-        (lambda f: (f / RECORD).unlink(), "is missing, so the stage is not whole; delete"),
+        (lambda f: (f / RECORD).unlink(), "is missing, so the stage is not complete; delete"),
         (lambda f: (f / RECORD).write_text("{}"), "not the record of a finished stage"),
         (lambda f: (f / RECORD).write_text('{"finished": "now", "hash": "other"}'), "the folder was renamed"),
     ],
