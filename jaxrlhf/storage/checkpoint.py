@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jaxrlhf import distributed
 from jaxrlhf.monitoring.recompiles import ignore_compilations
 from jaxrlhf.storage import copies, remote
-from jaxrlhf.types import Params, TrainState
+from jaxrlhf.types import TrainState
 
 _args: Any = ocp.args
 _FILES = "files.json"  # put after all other files of a checkpoint, at a URL
@@ -110,11 +110,6 @@ class Checkpoints:
         restored, meta = self._read(step, _items(template))
         state = restored["state"]
         return TrainState(state["step"], restored["params"], restored["opt_state"], state["controller"]), meta
-
-    def restore_params(self, template: Params, step: int | None = None) -> Params | None:
-        """The parameters alone, without reading the (larger) optimizer state; None where there is no checkpoint."""
-        step = self._existing(step)
-        return None if step is None else self._read(step, {"params": template})[0]["params"]
 
     def wait(self) -> None:
         """Return once everything saved is on disk. Raises CheckpointError where that failed."""
