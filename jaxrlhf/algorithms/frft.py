@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ from jaxrlhf.offline.nearest import nearest_index, nearest_similarity, own_simil
 from jaxrlhf.offline.select import keep_flags, read_similarities, select, similarity_header, texts_of, write_similarities
 from jaxrlhf.offline.select import random_subset as drawn_at_random
 from jaxrlhf.offline.vectors import embed_cached
-from jaxrlhf.rollouts.dataset import Sampling, sample_dataset
+from jaxrlhf.rollouts.dataset import Sampling, renumbered, sample_dataset
 from jaxrlhf.types import PromptBatch
 
 
@@ -179,18 +179,13 @@ def _asked(context: RoundContext, pairs: Pairs) -> FilterPrompts:
         _, first = np.unique(own_N, return_index=True)
         tokens = pairs.tokens
         table = PromptBatch(tokens.prompt_BL, tokens.prompt_mask_BL, tokens.row_mask_B, tokens.index_B)
-        return FilterPrompts(list(number), _renumbered(take(table, first)), own_N)
+        return FilterPrompts(list(number), renumbered(take(table, first)), own_N)
     limits, prompts = context.config.data.limits, context.prompts()
     table, report = tokenize_prompts(prompts, context.policy.tokenizer, Limits(**asdict(limits)))
     kept = [prompts[i].prompt for i in report.rows]
     first = (context.round - 2) * section.num_prompts if section.round_prompts == "fresh" else 0
     rows = np.arange(first, first + section.num_prompts) % len(kept)  # from the start again where there are fewer
-    return FilterPrompts([kept[i] for i in rows], _renumbered(take(table, rows)), None)
-
-
-def _renumbered(table: PromptBatch) -> PromptBatch:
-    """Row numbers of its own: a prompt that is asked twice gets two answers."""
-    return replace(table, index_B=np.arange(len(table.index_B), dtype=np.int32))
+    return FilterPrompts([kept[i] for i in rows], renumbered(take(table, rows)), None)
 
 
 def _answers(context: RoundContext, asked: FilterPrompts) -> list[str]:

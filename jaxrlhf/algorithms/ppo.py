@@ -10,7 +10,6 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 
 from jaxrlhf import rng, sharding
@@ -19,6 +18,7 @@ from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.batches import batches
 from jaxrlhf.losses import POLICY_LOSSES, bind, hyperparameter_names
 from jaxrlhf.rollouts.credit import CreditRule
+from jaxrlhf.rollouts.dataset import repeated
 from jaxrlhf.rollouts.generate import check_left_padded, generate
 from jaxrlhf.rollouts.score import RolloutModels, score_rollout
 from jaxrlhf.steps.ppo import LossPart, make_ppo_step
@@ -178,12 +178,6 @@ def rollout_prompts(
     """
     for batch in batches(table, config.batch_size // samples, seed=seed, name="ppo", bucket=bucket, start=start):
         yield batch if samples == 1 else repeated(batch, samples)
-
-
-def repeated(batch: PromptBatch, samples: int) -> PromptBatch:
-    """Every row `samples` times in a row, each copy with a number of its own."""
-    batch = jax.tree.map(lambda x: np.repeat(np.asarray(x), samples, axis=0), batch)
-    return replace(batch, index_B=batch.index_B * samples + np.arange(len(batch.index_B), dtype=batch.index_B.dtype) % samples)
 
 
 def train_ppo(

@@ -36,11 +36,10 @@ from jaxrlhf.offline.synthesize import (
     kept_prompts,
     meanings,
     paired_prompts,
-    repeated,
     same_by_entailment,
     same_by_vectors,
 )
-from jaxrlhf.rollouts.dataset import Sampling, sample_dataset
+from jaxrlhf.rollouts.dataset import Sampling, renumbered, repeated, sample_dataset
 from jaxrlhf.scorers.reward_model import score_responses
 from jaxrlhf.types import PromptBatch, TextBatch
 
@@ -94,7 +93,7 @@ def sampled(context: RoundContext) -> Drawn:
     texts = sample_dataset(
         policy.model,
         policy.params,
-        repeated(table, section.num_samples),
+        repeated(renumbered(table), section.num_samples),
         rng.stream(context.key, "samples"),
         sampling,
         batch_size=section.batch_size,

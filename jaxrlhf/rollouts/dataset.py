@@ -90,7 +90,13 @@ def sampling_of(loaded: Loaded, *, max_new_tokens: int, temperature: float) -> S
     )
 
 
-def renumbered(table: PromptBatch, number: int) -> PromptBatch:
-    """The same prompts under row numbers of their own, so that no two samples share random numbers."""
+def renumbered(table: PromptBatch, number: int = 0) -> PromptBatch:
+    """The prompts under row numbers 0, 1, …, or for a further sample under others, so that no two share random numbers."""
     n = len(table.index_B)
     return replace(table, index_B=np.arange(n, dtype=np.int32) + number * n)
+
+
+def repeated(batch: PromptBatch, samples: int) -> PromptBatch:
+    """Every row `samples` times in a row, each copy with a number of its own."""
+    batch = jax.tree.map(lambda x: np.repeat(np.asarray(x), samples, axis=0), batch)
+    return replace(batch, index_B=batch.index_B * samples + np.arange(len(batch.index_B), dtype=batch.index_B.dtype) % samples)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from jaxrlhf import rng
 from jaxrlhf.data.batches import trim
 from jaxrlhf.data.pairs import Prompt, read_prompts
 from jaxrlhf.data.tokens import Limits, decode_responses, finished_responses, pad_id_of, tokenize_prompts
 from jaxrlhf.models.hub import eos_ids, load
-from jaxrlhf.rollouts.dataset import Sampling, sample_dataset
+from jaxrlhf.rollouts.dataset import Sampling, renumbered, sample_dataset
 
 
 def generate_texts(
@@ -59,11 +56,9 @@ def generate_texts(
         vocab_size=len(loaded.tokenizer),
         pad_id=pad_id_of(loaded.tokenizer),
     )
-    n = len(rows)
     for sample in range(num_samples):
-        numbered = replace(table, index_B=np.arange(n, dtype=np.int32) + sample * n)
         key = rng.stream(rng.root_key(seed), "generate")
-        texts = sample_dataset(loaded.model, loaded.params, numbered, key, sampling, batch_size=batch_size)
+        texts = sample_dataset(loaded.model, loaded.params, renumbered(table, sample), key, sampling, batch_size=batch_size)
         responses = decode_responses(texts.response_BT, texts.response_mask_BT, loaded.tokenizer, sampling.eos_ids)  # type: ignore[arg-type]
         finished = finished_responses(texts.response_BT, texts.response_mask_BT, sampling.eos_ids)  # type: ignore[arg-type]
         for row, response, done in zip(rows, responses, finished, strict=True):
