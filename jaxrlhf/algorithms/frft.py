@@ -21,16 +21,17 @@ from jaxrlhf.algorithms.reward_update import Pairs, RoundContext, encoder_option
 from jaxrlhf.config import FilterConfig
 from jaxrlhf.data.batches import take
 from jaxrlhf.data.pairs import dataset_hash
-from jaxrlhf.data.tokens import Limits, decode_responses, pad_id_of, tokenize_prompts
+from jaxrlhf.data.tokens import Limits, tokenize_prompts
 from jaxrlhf.evaluation.filter_report import filter_report, write_filter_report
-from jaxrlhf.models.hub import eos_ids
 from jaxrlhf.offline.encoder_identity import encoder_identity
 from jaxrlhf.offline.nearest import nearest_index, nearest_similarity, own_similarity
 from jaxrlhf.offline.select import keep_flags, read_similarities, select, similarity_header, texts_of, write_similarities
 from jaxrlhf.offline.select import random_subset as drawn_at_random
 from jaxrlhf.offline.vectors import embed_cached
-from jaxrlhf.rollouts.dataset import Sampling, renumbered, sample_dataset
+from jaxrlhf.rollouts.dataset import Sampling, renumbered, sample_texts
 from jaxrlhf.types import PromptBatch
+
+SAMPLED = ("temperature", "top_k", "top_p")  # of the section: how the policy writes
 
 
 class FilterPrompts(NamedTuple):
@@ -73,8 +74,7 @@ def similarities(context: RoundContext, pairs: Pairs) -> Similarities:
     """How near every pair is to what the policy writes now; from disk where these pairs and this policy have been seen before."""
     section, asked = context.config.filter, _asked(context, pairs)
     facts = {"policy": context.policy_hash, "prompts": asked.prompts, "seed": context.config.seed, "round": context.round}
-    sampled = ("temperature", "top_k", "top_p")
-    facts |= {"max_new_tokens": _max_new_tokens(context), **{name: getattr(section, name) for name in sampled}}
+    facts |= {"max_new_tokens": _max_new_tokens(context), **{name: getattr(section, name) for name in SAMPLED}}
     answers = _kept_on_disk(context.columns / f"generations-{context.fingerprint(facts)}.json", lambda: _answers(context, asked))
     header = similarity_header(
         dataset=dataset_hash(pairs.rows),
@@ -190,28 +190,17 @@ def _asked(context: RoundContext, pairs: Pairs) -> FilterPrompts:
 
 def _answers(context: RoundContext, asked: FilterPrompts) -> list[str]:
     """The policy's text for every prompt."""
-    section, policy = context.config.filter, context.policy
-    sampling = Sampling(
-        max_new_tokens=_max_new_tokens(context),
-        eos_ids=eos_ids(policy),
-        temperature=section.temperature,
-        top_k=section.top_k,
-        top_p=section.top_p,
-        vocab_size=len(policy.tokenizer),
-        pad_id=pad_id_of(policy.tokenizer),
-    )
-    size = min(section.batch_size, len(asked.prompts))
-    texts = sample_dataset(
-        policy.model,
-        policy.params,
+    section, how = context.config.filter, {name: getattr(context.config.filter, name) for name in SAMPLED}
+    _, texts = sample_texts(
+        context.policy,
         asked.tokens,
         rng.stream(context.key, "generations"),
-        sampling,
-        batch_size=size,
+        Sampling.of(context.policy, max_new_tokens=_max_new_tokens(context), **how),
+        batch_size=section.batch_size,
         mesh=context.mesh,
         progress=context.progress("what the policy writes now"),
     )
-    return decode_responses(texts.response_BT, texts.response_mask_BT, policy.tokenizer, sampling.eos_ids)  # type: ignore[arg-type]
+    return texts
 
 
 def _max_new_tokens(context: RoundContext) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,7 +17,7 @@ from jaxrlhf.data.pairs import Pair, dataset_hash, read_pairs, write_pairs
 from jaxrlhf.data.read_report import DataError
 from jaxrlhf.data.stored_responses import Generation, read_generations
 from jaxrlhf.evaluation.filter_report import filter_report, write_filter_report
-from jaxrlhf.models.hub import read_tokenizer, resolve
+from jaxrlhf.models.hub import tokenizer_named
 from jaxrlhf.models.hub.identity import folder_identity
 from jaxrlhf.offline.encoder_identity import encoder_identity
 from jaxrlhf.offline.nearest import nearest_index, nearest_similarity, own_similarity
@@ -73,9 +72,8 @@ def nearest_file(
     on, and the filter report. Raises FileExistsError where `output` holds anything but the same columns, unless `overwrite`; DataError for
     a pair whose prompt has no generation; otherwise what the parts raise.
     """
-    pairs, report = read_pairs(data, split=split, limit=limit, tokenizer=_tokenizer(tokenizer))
-    if report.dropped:
-        print(report.summary(), file=sys.stderr)
+    pairs, report = read_pairs(data, split=split, limit=limit, tokenizer=tokenizer_named(tokenizer))
+    report.say()
     answers = read_generations(generations)
     if compare == "own" and k != 1:
         raise ValueError(f"--k {k} averages over several generations, but --compare own has one a pair; add --compare nearest.")
@@ -112,12 +110,6 @@ def nearest_file(
     write_pairs(Path(output) / KEPT, [pairs[i] for i in kept])
     write_filter_report(figures, output)
     return figures
-
-
-def _tokenizer(source: str | None) -> Any:
-    if source is None:
-        return None
-    return read_tokenizer(Path(source) if Path(source).is_dir() else resolve(source))
 
 
 def own_rows(pairs: Sequence[Pair], generations: Sequence[Generation]) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,11 @@ class ReadReport:
         if len(self.dropped) > limit:
             lines.append(f"  … and {len(self.dropped) - limit} more; {rest}")
         return "\n".join(lines)
+
+    def say(self, name: str = "") -> None:
+        """The summary on standard error, after `name`, where a row was dropped."""
+        if self.dropped:
+            print(f"{name}{self.summary()}", file=sys.stderr)
 
     def write(self, path: str | Path) -> None:
         """Every dropped row as one JSON object a line, {"source", "reason"}; the file appears whole or not at all."""
