@@ -15,7 +15,7 @@ import numpy as np
 from jaxrlhf.data.columns import ColumnError, read_header
 from jaxrlhf.data.pairs import Pair, dataset_hash, read_pairs, write_pairs
 from jaxrlhf.data.read_report import DataError
-from jaxrlhf.data.stored_responses import Generation, read_generations
+from jaxrlhf.data.stored_responses import StoredResponse, read_generations
 from jaxrlhf.evaluation.filter_report import filter_report, write_filter_report
 from jaxrlhf.models.hub import tokenizer_named
 from jaxrlhf.models.hub.identity import folder_identity
@@ -91,12 +91,12 @@ def nearest_file(
     before = None if previous is None else _kept_ids(Path(previous))
     _check_output(Path(output), header, overwrite)
 
-    def vectors(what: str, rows: Sequence[tuple[str, str]]) -> np.ndarray:
+    def vectors(what: str, rows: Sequence[Any]) -> np.ndarray:
         texts = [prompt + response if embed == "prompt+response" else response for prompt, response in rows]
         with show(f"embed {what}") as progress:
             return embed_cached(texts, folder=embeddings, batch_size=batch_size, mesh=mesh, progress=progress, **which).vectors
 
-    written = vectors("generations", answers)
+    written = vectors("generations", [(a.prompt, a.response) for a in answers])
     sides = {side: vectors(side, [(p.prompt, getattr(p, side)) for p in pairs]) for side in ("chosen", "rejected")}
     columns = {f"{side}_similarity": _compared(x, written, own, k, mesh, show, side) for side, x in sides.items()}
     kept = _selected(pairs, columns, rule=rule, n=n, threshold=threshold, dedupe=dedupe, seed=seed)
@@ -112,7 +112,7 @@ def nearest_file(
     return figures
 
 
-def own_rows(pairs: Sequence[Pair], generations: Sequence[Generation]) -> np.ndarray:
+def own_rows(pairs: Sequence[Pair], generations: Sequence[StoredResponse]) -> np.ndarray:
     """Row of the first generation for every pair's own prompt; int64 [N]. Raises DataError for a prompt that has none, naming a pair."""
     first: dict[str, int] = {}
     for row, generation in enumerate(generations):
@@ -127,11 +127,11 @@ def own_rows(pairs: Sequence[Pair], generations: Sequence[Generation]) -> np.nda
     return np.array([first[p.prompt] for p in pairs], np.int64)
 
 
-def fingerprint(generations: Sequence[Generation]) -> str:
+def fingerprint(generations: Sequence[StoredResponse]) -> str:
     """Hash of the texts and their order, which decides between several for one prompt."""
     digest = hashlib.sha256()
     for generation in generations:
-        digest.update(json.dumps(generation, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+        digest.update(json.dumps((generation.prompt, generation.response), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()[:32]
 
 

@@ -125,14 +125,14 @@ def test_a_prompt_without_a_generation_is_an_error_that_names_the_pair(inputs):
 def test_generations_are_read_whole_or_not_at_all(tmp_path):
     file = tmp_path / "g.jsonl"
     file.write_text('{"prompt": "a", "response": ""}\n{"prompt": "a", "completion": "b"}\n{"prompt": "c", "response_1": "d"}\n')
-    assert read_generations(str(file)) == [("a", ""), ("a", "b"), ("c", "d")]
+    assert [(g.prompt, g.response) for g in read_generations(str(file))] == [("a", ""), ("a", "b"), ("c", "d")]
     assert fingerprint(read_generations(str(file))) != fingerprint(read_generations(str(file))[::-1])
-    for line, says in (('{"prompt": "a"}', r"g.jsonl:1: a generation has the text fields"), ("{", "g.jsonl:1: not JSON")):
+    for line, says in (('{"prompt": "a"}', r"g.jsonl:1: a stored response has the texts"), ("{", "g.jsonl:1: not JSON")):
         file.write_text(line + "\n")
         with pytest.raises(DataError, match=says):
             read_generations(str(file))
     file.write_text("")
-    with pytest.raises(DataError, match="there is no generation"):
+    with pytest.raises(DataError, match="there is no response"):
         read_generations(str(file))
 
 
