@@ -20,6 +20,7 @@ from jaxrlhf.algorithms.ocrm import importance_weighted
 from jaxrlhf.algorithms.reward_update import Pairs, RoundContext, encoder_options
 from jaxrlhf.config import FilterConfig
 from jaxrlhf.data.batches import take
+from jaxrlhf.data.columns import fingerprint
 from jaxrlhf.data.pairs import dataset_hash
 from jaxrlhf.data.tokens import Limits, tokenize_prompts
 from jaxrlhf.evaluation.filter_report import filter_report, write_filter_report
@@ -75,15 +76,15 @@ def similarities(context: RoundContext, pairs: Pairs) -> Similarities:
     section, asked = context.config.filter, _asked(context, pairs)
     facts = {"policy": context.policy_hash, "prompts": asked.prompts, "seed": context.config.seed, "round": context.round}
     facts |= {"max_new_tokens": _max_new_tokens(context), **{name: getattr(section, name) for name in SAMPLED}}
-    answers = _kept_on_disk(context.columns / f"generations-{context.fingerprint(facts)}.json", lambda: _answers(context, asked))
+    answers = _kept_on_disk(context.columns / f"generations-{fingerprint(facts)}.json", lambda: _answers(context, asked))
     header = similarity_header(
         dataset=dataset_hash(pairs.rows),
         policy=context.policy_hash,
-        generations=context.fingerprint(facts),
+        generations=fingerprint(facts),
         encoder=encoder_identity(**encoder_options(context.config.encoder)).key,
         **{name: getattr(section, name) for name in ("rule", "n", "threshold", "compare", "k", "embed", "dedupe")},
     )
-    folder = context.columns / f"similarities-{context.fingerprint(header)}"
+    folder = context.columns / f"similarities-{fingerprint(header)}"
     leads = distributed.is_leader()
     if not distributed.agree(leads and folder.exists(), f"similarities {folder.name}"):
         found = _compare(context, pairs, asked, answers)
