@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from jaxrlhf.data.read_report import DataError, ReadReport
 from jaxrlhf.data.schemas import BadRow, Reading, demonstration_fields, pair_fields, prompt_fields
 from jaxrlhf.data.sources import Fault, Source, iter_rows
+from jaxrlhf.files import write_lines
 
 OnBadRow = Literal["drop", "error"]
 
@@ -219,14 +220,14 @@ def dataset_hash(rows: Iterable[Pair | Demonstration | Prompt]) -> str:
 
 def write_pairs(path: str | os.PathLike[str], pairs: Iterable[Pair]) -> None:
     """Pairs as JSON lines that `read_pairs` reads back with the same ids; the file appears whole or not at all."""
-    partial = f"{os.fspath(path)}.{os.getpid()}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        for pair in pairs:
-            row = {"id": pair.id, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-            row |= {"margin": pair.margin} if pair.margin is not None else {}
-            row |= {"templated": True} if pair.templated else {}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+
+    def line(pair: Pair) -> str:
+        row = {"id": pair.id, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+        row |= {"margin": pair.margin} if pair.margin is not None else {}
+        row |= {"templated": True} if pair.templated else {}
+        return json.dumps(row, ensure_ascii=False) + "\n"
+
+    write_lines(path, map(line, pairs))
 
 
 __all__ = [
