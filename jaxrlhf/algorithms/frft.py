@@ -7,11 +7,10 @@ deviations that offline/select.py names.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,17 +19,21 @@ from jaxrlhf.algorithms.ocrm import importance_weighted
 from jaxrlhf.algorithms.reward_update import Pairs, RoundContext, encoder_options
 from jaxrlhf.config import FilterConfig
 from jaxrlhf.data.batches import take
-from jaxrlhf.data.pairs import dataset_hash
-from jaxrlhf.data.tokens import Limits, decode_responses, pad_id_of, tokenize_prompts
+from jaxrlhf.data.columns import cached_columns, fingerprint
+from jaxrlhf.data.pairs import Pair, dataset_hash
+from jaxrlhf.data.tokens import Limits, tokenize_prompts
 from jaxrlhf.evaluation.filter_report import filter_report, write_filter_report
-from jaxrlhf.models.hub import eos_ids
+from jaxrlhf.files import write_whole
 from jaxrlhf.offline.encoder_identity import encoder_identity
 from jaxrlhf.offline.nearest import nearest_index, nearest_similarity, own_similarity
-from jaxrlhf.offline.select import keep_flags, read_similarities, select, similarity_header, texts_of, write_similarities
+from jaxrlhf.offline.select import NAMES, keep_flags, select, similarity_header, texts_of
 from jaxrlhf.offline.select import random_subset as drawn_at_random
 from jaxrlhf.offline.vectors import embed_cached
-from jaxrlhf.rollouts.dataset import Sampling, sample_dataset
-from jaxrlhf.types import PromptBatch
+from jaxrlhf.rollouts.dataset import Sampling, renumbered, sample_texts
+from jaxrlhf.types import Progress, PromptBatch
+
+SIDES, RANDOM = ("chosen", "rejected"), "random"
+SAMPLED = ("temperature", "top_k", "top_p")  # of the section: how the policy writes
 
 
 class FilterPrompts(NamedTuple):
@@ -41,26 +44,81 @@ class FilterPrompts(NamedTuple):
     own_N: np.ndarray | None
 
 
-class Similarities(NamedTuple):
-    """What the filter knows; `columns` holds {"chosen_similarity", "rejected_similarity", "keep"} of every pair."""
+class Filter(NamedTuple):
+    """Pairs and the policy's texts they are compared with: what the filter of a round and that of files have in common.
 
-    asked: FilterPrompts
-    answers: list[str]
-    columns: dict[str, np.ndarray]
+    `answers` is what the policy wrote to `prompts`, `own_N` the number of the answer to each pair's own prompt (None: every response is
+    compared with all answers), `embedding` the keywords of `embed_cached`, `progress(what)` what a pass reports to.
+    """
+
+    section: FilterConfig
+    pairs: Sequence[Pair]
+    prompts: Sequence[str]
+    answers: Sequence[str]
+    own_N: np.ndarray | None
+    embedding: dict[str, Any]
+    mesh: Any
+    progress: Callable[[str], Progress | None]
+
+    def similarities(self) -> dict[str, np.ndarray]:
+        """{"chosen_similarity", "rejected_similarity"}: cosines of both sides with the policy's texts, float32 [N]."""
+        answers, found = self._vectors(), {}
+        for side in SIDES:
+            vectors = self._vectors(side)
+            if self.own_N is not None:
+                found[f"{side}_similarity"] = own_similarity(vectors, answers[self.own_N])
+            else:
+                how = {"mesh": self.mesh, "progress": self.progress(f"comparing {side} responses")}
+                found[f"{side}_similarity"] = nearest_similarity(vectors, answers, k=self.section.k, **how)
+        return found
+
+    def select_nearest(self, similar: dict[str, np.ndarray]) -> np.ndarray:
+        """Row numbers of the pairs that the section's rule keeps."""
+        section = self.section
+        sides, limits = (similar[f"{side}_similarity"] for side in SIDES), {"n": section.n, "threshold": section.threshold}
+        return select(*sides, self._ids(), rule=section.rule, keys=self._keys(), **limits)
+
+    def select_at_random(self, n: int, seed: int) -> np.ndarray:
+        """Row numbers of `n` pairs drawn without regard to similarity."""
+        return drawn_at_random(self._ids(), n, seed=seed, keys=self._keys())
+
+    def report(self, similar: dict[str, np.ndarray], kept: np.ndarray, folder: str | Path, **facts: Any) -> dict[str, Any]:
+        """Write what the filter did to the data to `folder`; `facts` are further keywords of `filter_report`."""
+        near = self.own_N if self.own_N is not None else nearest_index(self._vectors("chosen"), self._vectors(), mesh=self.mesh)
+        said = {name: getattr(self.section, name) for name in ("rule", "n", "threshold", "compare", "k")}
+        sides = (similar[f"{side}_similarity"] for side in SIDES)
+        report = filter_report(self.pairs, *sides, kept, generations=self.answers, nearest_N=near, **said | facts)
+        write_filter_report(report, folder)
+        return report
+
+    def _ids(self) -> list[str]:
+        return [pair.id for pair in self.pairs]
+
+    def _keys(self) -> list[str] | None:
+        return texts_of(self.pairs) if self.section.dedupe else None
+
+    def _vectors(self, side: str | None = None) -> np.ndarray:
+        """Unit vectors of a side's responses or of the policy's (with `embed: prompt+response` of both, here as there: one alone would
+        compare prompts)."""
+        texts = self.answers if side is None else [getattr(pair, side) for pair in self.pairs]
+        if self.section.embed == "prompt+response":
+            prompts = self.prompts if side is None else [pair.prompt for pair in self.pairs]
+            texts = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+        what = "the policy's text" if side is None else f"{side} responses"
+        return embed_cached(texts, mesh=self.mesh, progress=self.progress(f"embedding {what}"), **self.embedding).vectors
 
 
 def nearest(context: RoundContext, pairs: Pairs) -> tuple[Pairs, np.ndarray]:
     """The pairs nearest to the policy's own text, with weight 1."""
-    found = similarities(context, pairs)
-    return _reported(context, pairs, context.config.filter.rule, found, np.flatnonzero(found.columns["keep"]))
+    here, similar = similarities(context, pairs)
+    return _reported(context, pairs, here, similar, np.flatnonzero(similar["keep"]), context.config.filter.rule)
 
 
 def random_subset(context: RoundContext, pairs: Pairs) -> tuple[Pairs, np.ndarray]:
     """The control: as many pairs as `nearest` keeps, drawn at random, and nothing else different."""
-    found = similarities(context, pairs)
-    seed, keys = rng.number(rng.stream(context.key, "random-subset")), _keys(context.config.filter, pairs)
-    drawn = drawn_at_random(pairs.ids, int(found.columns["keep"].sum()), seed=seed, keys=keys)
-    return _reported(context, pairs, "random", found, drawn)
+    here, similar = similarities(context, pairs)
+    drawn = here.select_at_random(int(similar["keep"].sum()), rng.number(rng.stream(context.key, "random-subset")))
+    return _reported(context, pairs, here, similar, drawn, RANDOM)
 
 
 def nearest_importance_weighted(context: RoundContext, pairs: Pairs) -> tuple[Pairs, np.ndarray]:
@@ -69,91 +127,40 @@ def nearest_importance_weighted(context: RoundContext, pairs: Pairs) -> tuple[Pa
     return importance_weighted(context, kept)
 
 
-def similarities(context: RoundContext, pairs: Pairs) -> Similarities:
-    """How near every pair is to what the policy writes now; from disk where these pairs and this policy have been seen before."""
-    section, asked = context.config.filter, _asked(context, pairs)
+def similarities(context: RoundContext, pairs: Pairs) -> tuple[Filter, dict[str, np.ndarray]]:
+    """How near every pair is to what the policy writes now, and whether it is kept: {"chosen_similarity", "rejected_similarity", "keep"}.
+
+    From disk where these pairs and this policy have been seen before.
+    """
+    section, encoder, asked = context.config.filter, context.config.encoder, _asked(context, pairs)
     facts = {"policy": context.policy_hash, "prompts": asked.prompts, "seed": context.config.seed, "round": context.round}
-    sampled = ("temperature", "top_k", "top_p")
-    facts |= {"max_new_tokens": _max_new_tokens(context), **{name: getattr(section, name) for name in sampled}}
-    answers = _kept_on_disk(context.columns / f"generations-{context.fingerprint(facts)}.json", lambda: _answers(context, asked))
+    facts |= {"max_new_tokens": _max_new_tokens(context), **{name: getattr(section, name) for name in SAMPLED}}
+    answers = _kept_on_disk(context.columns / f"generations-{fingerprint(facts)}.json", lambda: _answers(context, asked))
+    embedding = {"folder": context.columns / "embeddings", "batch_size": encoder.batch_size, **encoder_options(encoder)}
+    here = Filter(section, pairs.rows, asked.prompts, answers, asked.own_N, embedding, context.mesh, context.progress)
     header = similarity_header(
+        section,
         dataset=dataset_hash(pairs.rows),
         policy=context.policy_hash,
-        generations=context.fingerprint(facts),
-        encoder=encoder_identity(**encoder_options(context.config.encoder)).key,
-        **{name: getattr(section, name) for name in ("rule", "n", "threshold", "compare", "k", "embed", "dedupe")},
+        generations=fingerprint(facts),
+        encoder=encoder_identity(**encoder_options(encoder)).key,
     )
-    folder = context.columns / f"similarities-{context.fingerprint(header)}"
-    leads = distributed.is_leader()
-    if not distributed.agree(leads and folder.exists(), f"similarities {folder.name}"):
-        found = _compare(context, pairs, asked, answers)
-        if leads:
-            write_similarities(folder, pairs.ids, found, header, overwrite=True)
-    columns = read_similarities(pairs.ids, folder, expect=header) if leads else None
-    return Similarities(asked, answers, distributed.agree_on_columns(columns, f"columns of {folder.name}"))
+
+    def compare() -> dict[str, np.ndarray]:
+        similar = here.similarities()
+        return similar | {"keep": keep_flags(here.select_nearest(similar), len(pairs.rows))}
+
+    return here, cached_columns(context.columns / f"similarities-{fingerprint(header)}", pairs.ids, NAMES, header, compare)
 
 
-def _compare(context: RoundContext, pairs: Pairs, asked: FilterPrompts, answers: list[str]) -> dict[str, np.ndarray]:
-    """Both sides and the policy's text are embedded and compared, and the rule decides."""
-    section = context.config.filter
-    generations = _vectors(context, "the policy's text", asked.prompts, answers)
-    columns = {}
-    for side in ("chosen", "rejected"):
-        vectors = _side(context, pairs, side)
-        if asked.own_N is not None:
-            columns[f"{side}_similarity"] = own_similarity(vectors, generations[asked.own_N])
-        else:
-            columns[f"{side}_similarity"] = nearest_similarity(vectors, generations, k=section.k, mesh=context.mesh)
-    chosen, rejected, keys = columns["chosen_similarity"], columns["rejected_similarity"], _keys(section, pairs)
-    kept = select(chosen, rejected, pairs.ids, rule=section.rule, n=section.n, threshold=section.threshold, keys=keys)
-    return columns | {"keep": keep_flags(kept, len(pairs.rows))}
-
-
-def _reported(context: RoundContext, pairs: Pairs, rule: str, found: Similarities, kept: np.ndarray) -> tuple[Pairs, np.ndarray]:
+def _reported(
+    context: RoundContext, pairs: Pairs, here: Filter, similar: dict[str, np.ndarray], kept: np.ndarray, rule: str
+) -> tuple[Pairs, np.ndarray]:
     """The pairs `kept`, with weight 1, and the account of them."""
-    section, similar = context.config.filter, found.columns
-    near = found.asked.own_N
-    if near is None:
-        generations = _vectors(context, "the policy's text", found.asked.prompts, found.answers)
-        near = nearest_index(_side(context, pairs, "chosen"), generations, mesh=context.mesh)
-    report = filter_report(
-        pairs.rows,
-        similar["chosen_similarity"],
-        similar["rejected_similarity"],
-        kept,
-        rule=rule,
-        n=section.n,
-        threshold=section.threshold,
-        compare=section.compare,
-        k=section.k,
-        round=context.round,
-        previous=context.kept_before,
-        generations=found.answers,
-        nearest_N=near,
-    )
-    write_filter_report(report, context.folder)
-    means = {f"{side}_similarity": float(similar[f"{side}_similarity"][kept].mean()) for side in ("chosen", "rejected")}
+    here.report(similar, kept, context.folder, rule=rule, round=context.round, previous=context.kept_before)
+    means = {f"{side}_similarity": float(similar[f"{side}_similarity"][kept].mean()) for side in SIDES}
     context.report({"kept": len(kept), "kept_share": len(kept) / len(pairs.rows), **means})
     return pairs.select(kept), np.ones(len(kept), np.float32)
-
-
-def _side(context: RoundContext, pairs: Pairs, side: str) -> np.ndarray:
-    return _vectors(context, f"{side} responses", [row.prompt for row in pairs.rows], [getattr(row, side) for row in pairs.rows])
-
-
-def _vectors(context: RoundContext, what: str, prompts: list[str], responses: list[str]) -> np.ndarray:
-    """Unit vectors of responses (with `embed: prompt+response` of both, here as there: one side alone would compare prompts)."""
-    joined = context.config.filter.embed == "prompt+response"
-    texts = [prompt + text for prompt, text in zip(prompts, responses, strict=True)] if joined else responses
-    encoder = context.config.encoder
-    return embed_cached(
-        texts,
-        folder=context.columns / "embeddings",
-        batch_size=encoder.batch_size,
-        mesh=context.mesh,
-        progress=context.progress(f"embedding {what}"),
-        **encoder_options(encoder),
-    ).vectors
 
 
 def _kept_on_disk(path: Path, make: Callable[[], list[str]]) -> list[str]:
@@ -162,10 +169,7 @@ def _kept_on_disk(path: Path, make: Callable[[], list[str]]) -> list[str]:
     if not distributed.agree(leads and path.exists(), f"texts {path.name}"):
         texts = make()
         if leads:
-            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
-            os.replace(partial, path)
+            write_whole(path, json.dumps(texts, ensure_ascii=False))
     return distributed.agree(json.loads(path.read_text(encoding="utf-8")) if leads else None, f"the texts of {path.name}")
 
 
@@ -179,49 +183,29 @@ def _asked(context: RoundContext, pairs: Pairs) -> FilterPrompts:
         _, first = np.unique(own_N, return_index=True)
         tokens = pairs.tokens
         table = PromptBatch(tokens.prompt_BL, tokens.prompt_mask_BL, tokens.row_mask_B, tokens.index_B)
-        return FilterPrompts(list(number), _renumbered(take(table, first)), own_N)
+        return FilterPrompts(list(number), renumbered(take(table, first)), own_N)
     limits, prompts = context.config.data.limits, context.prompts()
     table, report = tokenize_prompts(prompts, context.policy.tokenizer, Limits(**asdict(limits)))
     kept = [prompts[i].prompt for i in report.rows]
     first = (context.round - 2) * section.num_prompts if section.round_prompts == "fresh" else 0
     rows = np.arange(first, first + section.num_prompts) % len(kept)  # from the start again where there are fewer
-    return FilterPrompts([kept[i] for i in rows], _renumbered(take(table, rows)), None)
-
-
-def _renumbered(table: PromptBatch) -> PromptBatch:
-    """Row numbers of its own: a prompt that is asked twice gets two answers."""
-    return replace(table, index_B=np.arange(len(table.index_B), dtype=np.int32))
+    return FilterPrompts([kept[i] for i in rows], renumbered(take(table, rows)), None)
 
 
 def _answers(context: RoundContext, asked: FilterPrompts) -> list[str]:
     """The policy's text for every prompt."""
-    section, policy = context.config.filter, context.policy
-    sampling = Sampling(
-        max_new_tokens=_max_new_tokens(context),
-        eos_ids=eos_ids(policy),
-        temperature=section.temperature,
-        top_k=section.top_k,
-        top_p=section.top_p,
-        vocab_size=len(policy.tokenizer),
-        pad_id=pad_id_of(policy.tokenizer),
-    )
-    size = min(section.batch_size, len(asked.prompts))
-    texts = sample_dataset(
-        policy.model,
-        policy.params,
+    section, how = context.config.filter, {name: getattr(context.config.filter, name) for name in SAMPLED}
+    _, texts = sample_texts(
+        context.policy,
         asked.tokens,
         rng.stream(context.key, "generations"),
-        sampling,
-        batch_size=size,
+        Sampling.of(context.policy, max_new_tokens=_max_new_tokens(context), **how),
+        batch_size=section.batch_size,
         mesh=context.mesh,
         progress=context.progress("what the policy writes now"),
     )
-    return decode_responses(texts.response_BT, texts.response_mask_BT, policy.tokenizer, sampling.eos_ids)  # type: ignore[arg-type]
+    return texts
 
 
 def _max_new_tokens(context: RoundContext) -> int:
     return context.config.filter.max_new_tokens or context.config.ppo.response_length
-
-
-def _keys(section: FilterConfig, pairs: Pairs) -> list[str] | None:
-    return texts_of(pairs.rows) if section.dedupe else None

@@ -5,18 +5,16 @@ Ackermann, Ishida, Sugiyama (2025), Off-Policy Corrected Reward Modeling for RLH
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.algorithms.reward_update import Pairs, RoundContext, stored_pair_logps
+from jaxrlhf.algorithms.reward_update import Pairs, RoundContext
 from jaxrlhf.config import Config, WeightsConfig
 from jaxrlhf.evaluation.weight_health import write_weight_health
 from jaxrlhf.losses import eta_for_ess, importance_weights, relative_log_ratio, weight_summary
-from jaxrlhf.models.hub import Loaded
+from jaxrlhf.offline.logprobs import stored_pair_logps
 
 # The public code adds this to the mixture before its logarithm; in float32 that decides the result below about −83 nats.
 COMPAT_FLOOR = 1e-36
@@ -28,8 +26,19 @@ def importance_weighted(context: RoundContext, pairs: Pairs) -> tuple[Pairs, np.
     What the weights are like is reported, and written with a figure as weight_health.json and weight_health.svg.
     """
     weights = context.config.weights
-    policy = _logps(context, pairs, context.policy, context.policy_hash, "log-probs under the policy")
-    sft = _logps(context, pairs, context.sft, context.sft_hash, "log-probs under π_SFT")
+    policy, sft = (
+        stored_pair_logps(
+            context.columns,
+            *pairs,
+            lambda model=model: model,
+            model_hash=model_hash,
+            tokenizer=model.tokenizer,
+            mesh=context.mesh,
+            progress=context.progress(f"log-probs under {name}"),
+            **logps_read(context.config),
+        )
+        for model, model_hash, name in ((context.policy, context.policy_hash, "the policy"), (context.sft, context.sft_hash, "π_SFT"))
+    )
     weights_N, report = weights_of(policy, sft, weights)
     health = write_weight_health(context.folder, weights_N, mean_lengths(pairs))
     context.report({**report, "length_correlation": health["length_correlation"], "needs_sampler": True})
@@ -55,34 +64,8 @@ def weights_of(policy: dict[str, np.ndarray], sft: dict[str, np.ndarray], config
     return np.asarray(weights_N), {"eta": eta, "alpha": config.alpha, "pairs": len(weights_N), **summary}
 
 
-def _logps(context: RoundContext, pairs: Pairs, model: Loaded, model_hash: str, what: str) -> dict[str, np.ndarray]:
-    return stored_logps(
-        pairs, model, model_hash, config=context.config, columns=context.columns, mesh=context.mesh, progress=context.progress(what)
-    )
-
-
-def stored_logps(
-    pairs: Pairs,
-    model: Loaded,
-    model_hash: str,
-    *,
-    config: Config,
-    columns: Path,
-    mesh: Any = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, np.ndarray]:
-    """Log-probs of all pairs under one model as the weights read them, from disk where that model has seen this data set before."""
+def logps_read(config: Config) -> dict[str, Any]:
+    """What the weights read of log-probs, as the keywords of `stored_pair_logps`."""
     weights = config.weights
-    return stored_pair_logps(
-        columns,
-        pairs,
-        lambda: model,
-        model_hash=model_hash,
-        tokenizer=model.tokenizer,
-        limits=config.data.limits,
-        temperature=weights.temperature,
-        batch_size=weights.batch_size,
-        max_tokens=weights.max_tokens,
-        mesh=mesh,
-        progress=progress,
-    )
+    read = {"temperature": weights.temperature, "max_tokens": weights.max_tokens, "batch_size": weights.batch_size}
+    return {"limits": config.data.limits, **read}

@@ -22,6 +22,21 @@ def all_metrics(metrics: Metrics, controller: dict) -> Metrics:
     return {"kl/sft": metrics["rollout/kl"], **metrics, "kl/coef": controller["kl_coef"]}
 
 
+def _compiled(part: RolloutModels, mesh: Any, reading: dict[str, Any]) -> sharding.Compiled:
+    """(params, texts, bias) → what the models of `part` say of the texts."""
+
+    def make(axis_name: str | None):
+        def read(params: dict, texts: tuple, bias: Array) -> tuple[Readings, Metrics]:
+            none = None if part.reward is not None else jnp.zeros(texts[1].mask_BT.shape[0])
+            biases = {"reward_bias": bias, "value_bias": bias}
+            prompts, completion = texts
+            return read_rollout(part, params, prompts, completion, scores_B=none, axis_name=axis_name, **biases, **reading), {}
+
+        return read
+
+    return sharding.rows_and_metrics(make, mesh)
+
+
 def score_offloaded(
     models: RolloutModels,
     credit: CreditRule,
@@ -37,22 +52,9 @@ def score_offloaded(
     after it, before the next one comes: the device never holds two of them. `reading` and `assembling` are the options of
     `read_rollout` and of `assemble_rollout`.
     """
-
-    def compiled(part: RolloutModels) -> sharding.Compiled:
-        def make(axis_name: str | None):
-            def read(params: dict, texts: tuple, bias: Array) -> tuple[Readings, Metrics]:
-                none = None if part.reward is not None else jnp.zeros(texts[1].mask_BT.shape[0])
-                biases = {"reward_bias": bias, "value_bias": bias}
-                prompts, completion = texts
-                return read_rollout(part, params, prompts, completion, scores_B=none, axis_name=axis_name, **biases, **reading), {}
-
-            return read
-
-        return sharding.rows_and_metrics(make, mesh)
-
-    own = compiled(RolloutModels(models.policy, None, critic=models.critic))
-    logps = compiled(RolloutModels(None, models.reference))
-    scores = compiled(RolloutModels(None, None, reward=models.reward))
+    own = _compiled(RolloutModels(models.policy, None, critic=models.critic), mesh, reading)
+    logps = _compiled(RolloutModels(None, models.reference), mesh, reading)
+    scores = _compiled(RolloutModels(None, None, reward=models.reward), mesh, reading)
 
     def make_whole(axis_name: str | None):
         def whole(controller: dict, batch: tuple) -> tuple[Rollout, Metrics]:

@@ -10,7 +10,6 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 
 from jaxrlhf import rng, sharding
@@ -19,11 +18,12 @@ from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.batches import batches
 from jaxrlhf.losses import POLICY_LOSSES, bind, hyperparameter_names
 from jaxrlhf.rollouts.credit import CreditRule
+from jaxrlhf.rollouts.dataset import repeated
 from jaxrlhf.rollouts.generate import check_left_padded, generate
 from jaxrlhf.rollouts.score import RolloutModels, score_rollout
 from jaxrlhf.steps.ppo import LossPart, make_ppo_step
 from jaxrlhf.steps.state import joined
-from jaxrlhf.types import Completion, Metrics, Params, PolicyLoss, PromptBatch, Rollout, TrainState
+from jaxrlhf.types import Completion, Metrics, Model, Params, PolicyLoss, PromptBatch, Rollout, TrainState
 
 _log = logging.getLogger(__name__)
 
@@ -107,10 +107,13 @@ def make_trainer(
     """What PPO and RLOO share: the sampler, the forward passes and the update."""
     if config.top_k or config.top_p < 1:
         _say_truncated(config.top_k, config.top_p)
-    policy = models.policy
-    assert policy is not None
-    adaptive = {"target": config.kl_target, "horizon": config.kl_horizon} if config.adaptive_kl else None
+    assert models.policy is not None
+    sample = _sampler_of(models.policy, config, mesh, eos_ids=eos_ids, pad_id=pad_id, vocab_size=vocab_size)
+    scorers = _scorers_of(models, credit, config, mesh, eos_ids=eos_ids, spread_coef=spread_coef)
+    return PPOTrainer(optimizer, sample, *scorers, _step_of(parts, optimizer, config, mesh))
 
+
+def _sampler_of(policy: Model, config: PPOConfig, mesh: Any, **ids: Any) -> Callable[..., Completion]:
     def sample(params: Params, prompts: PromptBatch, key: jax.Array) -> Completion:
         return generate(
             policy,
@@ -119,18 +122,23 @@ def make_trainer(
             prompts.prompt_mask_BL,
             key,
             max_new_tokens=config.response_length,
-            eos_ids=eos_ids,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
             index_B=prompts.index_B,
-            vocab_size=vocab_size,
-            pad_id=pad_id,
             check_padding=False,  # train_ppo has looked at the host's copy
             mesh=mesh,
             passes=passes_of(config),
+            **ids,
         )
 
+    return sample
+
+
+def _scorers_of(
+    models: RolloutModels, credit: CreditRule, config: PPOConfig, mesh: Any, *, eos_ids: tuple[int, ...], spread_coef: float | None
+) -> tuple[sharding.Compiled, Callable[..., tuple[Rollout, Metrics]]]:
+    """(all models in one pass, one at a time)."""
     reading = {"temperature": config.temperature, "old_logp": config.old_logp, "microbatch": config.forward_batch_size}
     penalties = {"missing_eos_penalty": config.missing_eos_penalty, "missing_eos_score": config.missing_eos_score}
     assembling = {"eos_ids": eos_ids, "kl_estimator": config.kl_estimator, **penalties}
@@ -152,19 +160,22 @@ def make_trainer(
         )
         return rollout, all_metrics(metrics, controller)
 
+    scored = sharding.rows_and_metrics(lambda axis_name: partial(score, axis_name=axis_name), mesh)
+    return scored, score_offloaded(models, credit, mesh, reading=reading, assembling=assembling, spread_coef=spread_coef)
+
+
+def _step_of(parts: tuple[LossPart, ...], optimizer: optax.GradientTransformation, config: PPOConfig, mesh: Any) -> sharding.Compiled:
     make_step = partial(
         make_ppo_step,
         parts,
         optimizer,
         num_ppo_epochs=config.num_ppo_epochs,
         num_mini_batches=config.num_mini_batches,
-        adaptive=adaptive,
+        adaptive={"target": config.kl_target, "horizon": config.kl_horizon} if config.adaptive_kl else None,
         accumulate=config.gradient_accumulation_steps,
         keep_rows=sharding.constrain_rows(mesh),
     )
-    scored = sharding.rows_and_metrics(lambda axis_name: partial(score, axis_name=axis_name), mesh)
-    offloaded = score_offloaded(models, credit, mesh, reading=reading, assembling=assembling, spread_coef=spread_coef)
-    return PPOTrainer(optimizer, sample, scored, offloaded, sharding.step(make_step, mesh))
+    return sharding.step(make_step, mesh)
 
 
 def rollout_prompts(
@@ -178,12 +189,6 @@ def rollout_prompts(
     """
     for batch in batches(table, config.batch_size // samples, seed=seed, name="ppo", bucket=bucket, start=start):
         yield batch if samples == 1 else repeated(batch, samples)
-
-
-def repeated(batch: PromptBatch, samples: int) -> PromptBatch:
-    """Every row `samples` times in a row, each copy with a number of its own."""
-    batch = jax.tree.map(lambda x: np.repeat(np.asarray(x), samples, axis=0), batch)
-    return replace(batch, index_B=batch.index_B * samples + np.arange(len(batch.index_B), dtype=batch.index_B.dtype) % samples)
 
 
 def train_ppo(

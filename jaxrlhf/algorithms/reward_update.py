@@ -5,22 +5,18 @@ OCRM re-weights the offline pairs, FRFT selects among them, RLP adds to them; wh
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxrlhf.config import Config, EncoderConfig, LimitsConfig
-from jaxrlhf.data.columns import column_header
-from jaxrlhf.data.pairs import Pair, Prompt, dataset_hash
-from jaxrlhf.data.tokens import tokenizer_fingerprint
+from jaxrlhf.config import Config, EncoderConfig
+from jaxrlhf.data.pairs import Pair, Prompt
 from jaxrlhf.models.hub import Loaded
-from jaxrlhf.offline.logprobs import cached_pair_logps, pair_logps
 from jaxrlhf.types import PairBatch
 
 
@@ -74,11 +70,6 @@ class RoundContext:
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         path.write_text(json.dumps(known | dict(facts), indent=1), encoding="utf-8")
 
-    @staticmethod
-    def fingerprint(header: dict[str, Any]) -> str:
-        """A short name for what a folder of columns was computed from."""
-        return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:20]
-
 
 RewardUpdate = Callable[[RoundContext, Pairs], "tuple[Pairs, np.ndarray]"]
 
@@ -87,42 +78,6 @@ def unweighted(context: RoundContext, pairs: Pairs) -> tuple[Pairs, np.ndarray]:
     """All pairs with weight 1: the control that separates refitting from correcting."""
     del context
     return pairs, np.ones(len(pairs.rows), np.float32)
-
-
-def stored_pair_logps(
-    columns: Path,
-    pairs: Pairs,
-    model: Callable[[], Loaded],
-    *,
-    model_hash: str,
-    tokenizer: Any,
-    limits: LimitsConfig,
-    temperature: float,
-    batch_size: int,
-    max_tokens: int | None = None,
-    mesh: Any = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, np.ndarray]:
-    """{"chosen_logp", "rejected_logp"}, float32 [N] in nats, of all pairs under one model; from disk where it has seen them before.
-
-    OCRM's ratios and DPO's reference read the same columns under `columns`, named by all that they depend on. `model()` is called only
-    where they have to be computed.
-    """
-    header = column_header(
-        dataset=dataset_hash(pairs.rows),
-        model=model_hash,
-        tokenizer=tokenizer_fingerprint(tokenizer),
-        temperature=temperature,
-        limits=asdict(limits),
-        max_tokens=max_tokens,
-    )
-
-    def compute() -> dict[str, np.ndarray]:
-        loaded = model()
-        how = {"temperature": temperature, "batch_size": batch_size, "max_tokens": max_tokens, "mesh": mesh, "progress": progress}
-        return pair_logps(loaded.model, loaded.params, pairs.tokens, **how)
-
-    return cached_pair_logps(columns / f"logps-{RoundContext.fingerprint(header)}", pairs.ids, header, compute)
 
 
 def encoder_options(config: EncoderConfig) -> dict[str, Any]:

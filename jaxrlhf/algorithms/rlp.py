@@ -18,8 +18,8 @@ from jaxrlhf.algorithms.reward_update import Pairs, RoundContext, encoder_option
 from jaxrlhf.data.batches import take
 from jaxrlhf.data.pairs import Pair, Prompt
 from jaxrlhf.data.tables import write_table
-from jaxrlhf.data.tokens import Limits, decode_responses, pad_id_of, tokenize_prompts
-from jaxrlhf.models.hub import eos_ids, reward_bias
+from jaxrlhf.data.tokens import Limits, pad_id_of, tokenize_prompts
+from jaxrlhf.models.hub import reward_bias
 from jaxrlhf.models.hub.encoder import encoder_folder, load_classifier
 from jaxrlhf.offline.embed import embed_texts
 from jaxrlhf.offline.encoder_identity import encoder_identity, folder_hash
@@ -36,11 +36,10 @@ from jaxrlhf.offline.synthesize import (
     kept_prompts,
     meanings,
     paired_prompts,
-    repeated,
     same_by_entailment,
     same_by_vectors,
 )
-from jaxrlhf.rollouts.dataset import Sampling, sample_dataset
+from jaxrlhf.rollouts.dataset import Sampling, renumbered, repeated, sample_texts
 from jaxrlhf.scorers.reward_model import score_responses
 from jaxrlhf.types import PromptBatch, TextBatch
 
@@ -84,24 +83,15 @@ def sampled(context: RoundContext) -> Drawn:
     """The policy's responses to the prompts of this round."""
     section, policy = context.config.synthesize, context.policy
     prompts, table = _asked(context)
-    sampling = Sampling(
-        max_new_tokens=context.config.ppo.response_length,
-        eos_ids=eos_ids(policy),
-        temperature=section.temperature,
-        vocab_size=len(policy.tokenizer),
-        pad_id=pad_id_of(policy.tokenizer),
-    )
-    texts = sample_dataset(
-        policy.model,
-        policy.params,
-        repeated(table, section.num_samples),
+    texts, said = sample_texts(
+        policy,
+        repeated(renumbered(table), section.num_samples),
         rng.stream(context.key, "samples"),
-        sampling,
+        Sampling.of(policy, max_new_tokens=context.config.ppo.response_length, temperature=section.temperature),
         batch_size=section.batch_size,
         mesh=context.mesh,
         progress=context.progress("what the policy writes now"),
     )
-    said = decode_responses(texts.response_BT, texts.response_mask_BT, policy.tokenizer, sampling.eos_ids)  # type: ignore[arg-type]
     n = section.num_samples
     return Drawn(prompts, texts, [said[start : start + n] for start in range(0, len(said), n)])
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import jax
 
 from jaxrlhf import sharding
-from jaxrlhf.algorithms.nearest_file import ENCODER, KEPT, RANDOM, nearest_file
+from jaxrlhf.algorithms.frft import RANDOM
+from jaxrlhf.algorithms.nearest_file import ENCODER, KEPT, nearest_file
+from jaxrlhf.config import FilterConfig
 from jaxrlhf.monitoring.progress import shown
 from jaxrlhf.offline.encoder_identity import BACKENDS, encoder_identity
 from jaxrlhf.offline.select import RULES
@@ -57,9 +59,10 @@ def main(options: argparse.Namespace) -> int:
     """Select as the command line says, show progress, and print what was kept and where it lies."""
     cache_compilations()
     settings = vars(options)
-    dedupe = not settings.pop("keep_duplicates")
+    how = {name: settings.pop(name) for name in ("rule", "n", "threshold", "compare", "k", "embed")}
+    section = FilterConfig(**how, dedupe=not settings.pop("keep_duplicates"))
     several = encoder_identity(**{name: settings[name] for name in ENCODER}).backend == "flax" and jax.device_count() > 1
-    report = nearest_file(**settings, dedupe=dedupe, mesh=sharding.make_mesh() if several else None, show=shown)
+    report = nearest_file(**settings, section=section, mesh=sharding.make_mesh() if several else None, show=shown)
     means = [f"{side} {report['similarity'][side]['mean_kept']:.3f}" for side in ("chosen", "rejected")]
     drawn = [f"{report['similarity'][side]['mean_at_random']:.3f}" for side in ("chosen", "rejected")]
     print(f"{report['kept']} of {report['pairs']} pairs kept; mean similarity {', '.join(means)} (a random draw: {', '.join(drawn)})")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from jaxrlhf.data.pairs import Prompt, read_prompts
 from jaxrlhf.data.read_report import DataError
 from jaxrlhf.data.stored_responses import read_stored
 from jaxrlhf.evaluation.samples import SAMPLES
-from jaxrlhf.models.hub import read_tokenizer, resolve
+from jaxrlhf.models.hub import tokenizer_named
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,9 @@ def _read_asked(given: str, sides: tuple[Candidate, Candidate], tokenizer: str |
     if path.name == SAMPLES:
         return [Prompt(row.id, row.prompt, row.source, row.reference, row.templated) for row in read_stored(path)[0]], None
     source = tokenizer or next((str(side.folder) for side in sides if side.kind == "policy"), None)
-    return _prompts(given, None if source is None else read_tokenizer(resolve(source))), given
-
-
-def _prompts(file: str, tokenizer: Any) -> list[Prompt]:
-    rows, report = read_prompts(file, unique=True, tokenizer=tokenizer)
-    if report.dropped:
-        print(report.summary(), file=sys.stderr)
-    return rows
+    rows, report = read_prompts(given, unique=True, tokenizer=tokenizer_named(source))
+    report.say()
+    return rows, given
 
 
 def prompts_identity(rows: list[Prompt]) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,13 +15,13 @@ from jaxrlhf.comparison.candidates import REFERENCE, Candidate
 from jaxrlhf.comparison.figures import Texts
 from jaxrlhf.comparison.prompts import Prompts, fingerprint, prompts_identity
 from jaxrlhf.config import EvaluationConfig
-from jaxrlhf.data.batches import trim
 from jaxrlhf.data.pairs import Prompt, read_prompts
 from jaxrlhf.data.read_report import DataError
-from jaxrlhf.data.tokens import Limits, decode_responses, finished_responses, tokenize_prompts
-from jaxrlhf.models.hub import load
+from jaxrlhf.data.tokens import Limits
+from jaxrlhf.files import write_whole
 from jaxrlhf.models.hub.identity import folder_identity
-from jaxrlhf.rollouts.dataset import sample_dataset, sampling_of
+from jaxrlhf.rollouts.dataset import Sampling
+from jaxrlhf.rollouts.texts import answers, policy_named, tokens_of
 
 NEW_TOKENS = 128  # where no stage says how long its responses may be
 
@@ -95,29 +93,22 @@ def kept_responses(
             return {row["number"]: (row["response"], row["finished"]) for row in kept["responses"]}
     told = generate_responses(side, asked, writing, show)
     rows = [{"number": i, "prompt": asked.rows[i].prompt, "response": text, "finished": ended} for i, (text, ended) in told.items()]
-    write(path, json.dumps({"written": facts, "responses": rows}, ensure_ascii=False, indent=0) + "\n")
+    write_whole(path, json.dumps({"written": facts, "responses": rows}, ensure_ascii=False, indent=0) + "\n")
     return told
 
 
 def generate_responses(side: Candidate, asked: Prompts, writing: GenerationSettings, show: Callable[[str], Any]) -> Responses:
     """Responses sampled from a policy. Prompts over its limit are named on standard error and have none."""
-    loaded = load(side.folder or "", head="lm", dtype=writing.dtype)
-    if loaded.tokenizer is None:
-        raise ValueError(f"{side.name} has no tokenizer; save one beside the model.")
+    loaded = policy_named(str(side.folder or ""), dtype=writing.dtype)
     rows = _rendered(asked, loaded.tokenizer)
-    table, report = tokenize_prompts(rows, loaded.tokenizer, Limits(writing.max_prompt_length, writing.max_new_tokens))
-    if report.dropped:
-        print(f"{side.name}: {report.summary()}", file=sys.stderr)
+    table, kept = tokens_of(loaded, rows, Limits(writing.max_prompt_length, writing.max_new_tokens), name=f"{side.name}: ")
     # A prompt has its own random numbers, by its place among all: the other side has the same, whatever either leaves out.
-    table = replace(trim(table, 8), index_B=np.array(report.rows, np.int32))
-    sampling = sampling_of(loaded, max_new_tokens=writing.max_new_tokens, temperature=writing.temperature)
+    table = replace(table, index_B=np.array(kept, np.int32))
+    sampling = Sampling.of(loaded, max_new_tokens=writing.max_new_tokens, temperature=writing.temperature)
     key = rng.stream(rng.root_key(writing.seed), "evaluation")
     with show(f"responses of {side.name}") as progress:
-        size = min(writing.batch_size, len(report.rows))
-        out = sample_dataset(loaded.model, loaded.params, table, key, sampling, batch_size=size, progress=progress)
-    texts = decode_responses(out.response_BT, out.response_mask_BT, loaded.tokenizer, sampling.eos_ids)  # type: ignore[arg-type]
-    ended = finished_responses(out.response_BT, out.response_mask_BT, sampling.eos_ids)  # type: ignore[arg-type]
-    return {i: (text, bool(end)) for i, text, end in zip(report.rows, texts, ended, strict=True)}
+        told = answers(loaded, table, key, sampling, batch_size=writing.batch_size, progress=progress)
+    return dict(zip(kept, told, strict=True))
 
 
 def _rendered(asked: Prompts, tokenizer: Any) -> list[Prompt]:
@@ -142,10 +133,3 @@ def matched(rows: list[Prompt], told: list[Responses]) -> tuple[Texts, list[list
     lacking = [f"{len(rows) - len(side)} without one of {name}" for side, name in zip(told, "AB", strict=True) if len(side) < len(rows)]
     notes = [f"{len(rows) - len(kept)} of {len(rows)} prompts are left out: {', '.join(lacking)}."] if lacking else []
     return texts, [[ended for _, ended in side] for side in (a, b)], notes
-
-
-def write(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(text.encode("utf-8", "surrogatepass"))
-    os.replace(partial, path)

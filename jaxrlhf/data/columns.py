@@ -7,14 +7,17 @@ temperature, limits, and whatever else the writer adds. A header that differs fr
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jaxrlhf import distributed
 
 FORMAT = 1
 _ROWS_PER_SHARD = 100_000
@@ -85,29 +88,40 @@ def read_header(folder: str | Path) -> dict[str, Any]:
     return body
 
 
-def join_columns(
-    pair_ids: Sequence[str], folder: str | Path, names: Sequence[str], *, expect: Mapping[str, Any], command: str | None = None
+def cached_columns(
+    folder: Path, ids: Sequence[str], names: Sequence[str], header: Mapping[str, Any], compute: Callable[[], Mapping[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
+    """The named columns in `folder`, computed and written there first where they are missing; of several processes the leader does.
+
+    Raises ColumnError as `join_columns`.
+    """
+    leads = distributed.is_leader()
+    if not distributed.agree(leads and folder.exists(), f"columns {folder.name}"):
+        columns = compute()
+        try:
+            if leads:
+                write_columns(folder, ids, columns, header)
+        except OSError:
+            if not folder.exists():  # else another run was first; what it wrote is checked like any other
+                raise
+    return distributed.agree_on_columns(join_columns(ids, folder, names, expect=header) if leads else None, f"columns of {folder.name}")
+
+
+def fingerprint(header: Mapping[str, Any]) -> str:
+    """A short name for what a folder of columns was computed from."""
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def join_columns(pair_ids: Sequence[str], folder: str | Path, names: Sequence[str], *, expect: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The named columns in the order of `pair_ids`; rows of the folder that are not asked for are ignored.
 
     Every field of `expect` must equal the folder's header. Raises ColumnError naming the field that differs, the column that is not there,
-    or the pair id without a row; and, given `command`, a pair id that waits for its values and the command that computes them.
+    or the pair id without a row.
     """
-    try:
-        return _join(pair_ids, Path(folder), names, expect)
-    except ColumnError as error:
-        if command is None:
-            raise
-        named = not len(pair_ids) or str(error).startswith("pair id")
-        waiting = "" if named else f" Pair id {pair_ids[0]!r} is the first of {len(pair_ids)} that need it."
-        raise ColumnError(f"{error}{waiting} What computes it: {command}") from error
-
-
-def _join(pair_ids: Sequence[str], folder: Path, names: Sequence[str], expect: Mapping[str, Any]) -> dict[str, np.ndarray]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    body = read_header(folder)
+    folder, body = Path(folder), read_header(folder)
     for field, wanted in _plain(expect).items():
         found = body["header"].get(field)
         if found != wanted:

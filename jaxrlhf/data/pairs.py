@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from jaxrlhf.data.read_report import DataError, ReadReport
 from jaxrlhf.data.schemas import BadRow, Reading, demonstration_fields, pair_fields, prompt_fields
 from jaxrlhf.data.sources import Fault, Source, iter_rows
+from jaxrlhf.files import write_lines
 
 OnBadRow = Literal["drop", "error"]
 
@@ -219,36 +220,17 @@ def dataset_hash(rows: Iterable[Pair | Demonstration | Prompt]) -> str:
 
 def write_pairs(path: str | os.PathLike[str], pairs: Iterable[Pair]) -> None:
     """Pairs as JSON lines that `read_pairs` reads back with the same ids; the file appears whole or not at all."""
-    partial = f"{os.fspath(path)}.{os.getpid()}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        for pair in pairs:
-            row = {"id": pair.id, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-            row |= {"margin": pair.margin} if pair.margin is not None else {}
-            row |= {"templated": True} if pair.templated else {}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
 
+    def line(pair: Pair) -> str:
+        row = {"id": pair.id, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+        row |= {"margin": pair.margin} if pair.margin is not None else {}
+        row |= {"templated": True} if pair.templated else {}
+        return json.dumps(row, ensure_ascii=False) + "\n"
 
-def preview(pairs: Sequence[Pair], n: int = 3, width: int = 300) -> str:
-    """The first `n` pairs as they will be read, for a person to see that chosen is the better side and no space is missing."""
-    blocks = []
-    for pair in pairs[:n]:
-        shown = [f"{side:>8}: {(text[-width:] if side == 'prompt' else text[:width])!r}" for side, text in _sides(pair)]
-        blocks.append("\n".join([f"pair {pair.id} ({pair.source})", *shown]))
-    return "\n".join(blocks)
-
-
-def _sides(pair: Pair) -> list[tuple[str, str]]:
-    return [("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)]
-
-
-def with_text(pair: Pair, **texts: str) -> Pair:
-    """A copy with other texts and the id that belongs to them."""
-    changed = replace(pair, **texts)
-    return replace(changed, id=text_id(changed.prompt, changed.chosen, changed.rejected))
+    write_lines(path, map(line, pairs))
 
 
 __all__ = [
-    "BadRow", "DataError", "Demonstration", "Pair", "Prompt", "ReadReport", "dataset_hash", "preview", "read_demonstrations", "read_pairs",
-    "read_prompts", "split_by_prompt", "text_id", "with_text", "write_pairs",
+    "BadRow", "DataError", "Demonstration", "Pair", "Prompt", "ReadReport", "dataset_hash", "read_demonstrations", "read_pairs",
+    "read_prompts", "split_by_prompt", "text_id", "write_pairs",
 ]  # fmt: skip

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from jaxrlhf.files import write_lines
 
 
 class DataError(ValueError):
@@ -43,11 +45,11 @@ class ReadReport:
             lines.append(f"  … and {len(self.dropped) - limit} more; {rest}")
         return "\n".join(lines)
 
+    def say(self, name: str = "") -> None:
+        """The summary on standard error, after `name`, where a row was dropped."""
+        if self.dropped:
+            print(f"{name}{self.summary()}", file=sys.stderr)
+
     def write(self, path: str | Path) -> None:
         """Every dropped row as one JSON object a line, {"source", "reason"}; the file appears whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        with partial.open("w", encoding="utf-8") as file:
-            for source, reason in self.dropped:
-                file.write(json.dumps({"source": source, "reason": reason}, ensure_ascii=False) + "\n")
-        os.replace(partial, path)
+        write_lines(path, (json.dumps({"source": source, "reason": reason}, ensure_ascii=False) + "\n" for source, reason in self.dropped))

@@ -9,38 +9,7 @@ from typing import NamedTuple
 
 from jaxrlhf.data.pairs import text_id
 from jaxrlhf.data.read_report import DataError
-from jaxrlhf.data.sources import Fault, iter_rows
-
-
-class Generation(NamedTuple):
-    """One text of the policy."""
-
-    prompt: str
-    response: str
-
-
-def read_generations(source: str | Sequence[str]) -> list[Generation]:
-    """Rows of files or folders of shards, in their order; an empty response is one too.
-
-    The response's field is `response`, `completion` or, in a run's samples.parquet, `response_1`.
-
-    Raises DataError for a row without them, and where there is no row.
-    """
-    found = []
-    for where, row in iter_rows(source):
-        if isinstance(row, Fault):
-            raise DataError(f"{where}: {row.reason}. Repair the row or write the generations again.")
-        prompt = row.get("prompt")
-        response = next((row[name] for name in ("response", "completion", "response_1") if name in row), None)
-        if not isinstance(prompt, str) or not isinstance(response, str):
-            raise DataError(
-                f"{where}: a generation has the text fields prompt and response, as `jaxrlhf generate` writes them; found {sorted(row)}."
-            )
-        found.append(Generation(prompt, response))
-    if not found:
-        raise DataError(f"there is no generation in {source}; write some with `jaxrlhf generate`.")
-    return found
-
+from jaxrlhf.data.sources import Fault, Source, iter_rows
 
 _RESPONSES = ("response", "completion", "response_1")
 # What some programs leave at the end of stored text; a scorer or judge would take it for words.
@@ -65,42 +34,47 @@ def label(path: Path) -> str:
     return f"{path.parent.parent.name}/{path.name}" if path.parent.name == "stages" else path.name
 
 
-def read_stored(path: Path) -> tuple[tuple[StoredResponse, ...], tuple[str, ...]]:
-    """(one row a prompt, what was left out or changed).
+def read_generations(source: Source | Sequence[Source]) -> list[StoredResponse]:
+    """Rows of files or folders of shards, in their order; an empty response is one too.
 
-    The response is in `response`, `completion` or, as a run's evaluation stores it, `response_1`; the first of several to a prompt counts.
-    Raises DataError for a row without texts, naming it, and where there is no row.
+    The response is in `response`, `completion` or, as a run's evaluation stores it, `response_1`. Raises DataError for a row without texts,
+    naming it, and where there is no row.
     """
-    rows: dict[str, StoredResponse] = {}
-    further = stripped = 0
-    for where, row in iter_rows(path):
+    found = []
+    for where, row in iter_rows(source):
         if isinstance(row, Fault):
             raise DataError(f"{where}: {row.reason}. Repair the row or write the responses again.")
         response = next((row[name] for name in _RESPONSES if name in row), None)
-        prompt, reference, finished = row.get("prompt"), row.get("reference"), row.get("finished")
+        name, prompt, reference, finished = (row.get(field) for field in ("id", "prompt", "reference", "finished"))
         if not isinstance(prompt, str) or not isinstance(response, str):
             raise DataError(
                 f"{where}: a stored response has the texts prompt and response, as `jaxrlhf generate` writes them; found {sorted(row)}."
             )
         if any("\ud800" <= c <= "\udfff" for c in prompt + response + str(reference)):
             raise DataError(f"{where}: a lone surrogate, which is no text. Repair the row or write the responses again.")
-        if prompt in rows:
-            further += 1
-            continue
-        bare = TRAILING.sub("", response)
-        stripped += bare != response
-        name = row.get("id")
-        rows[prompt] = StoredResponse(
-            str(name) if name not in (None, "") else text_id(prompt),
-            prompt,
-            bare,
-            reference if isinstance(reference, str) else None,
-            row.get("templated") is True,
-            finished if isinstance(finished, bool) else None,
-            where,
+        found.append(
+            StoredResponse(
+                str(name) if name not in (None, "") else text_id(prompt),
+                prompt,
+                response,
+                reference if isinstance(reference, str) else None,
+                row.get("templated") is True,
+                finished if isinstance(finished, bool) else None,
+                where,
+            )
         )
-    if not rows:
-        raise DataError(f"there is no response in {path}; write some with `jaxrlhf generate POLICY --file PROMPTS --output {path}`.")
+    if not found:
+        raise DataError(f"there is no response in {source}; write some with `jaxrlhf generate POLICY --file PROMPTS --output FILE`.")
+    return found
+
+
+def read_stored(path: Path) -> tuple[tuple[StoredResponse, ...], tuple[str, ...]]:
+    """(one row a prompt, what was left out or changed), of what `read_generations` reads: the first of several to a prompt counts."""
+    found, rows = read_generations(path), {}
+    for row in found:
+        rows.setdefault(row.prompt, row)
+    bare = tuple(row._replace(response=TRAILING.sub("", row.response)) for row in rows.values())
+    further, stripped = len(found) - len(rows), sum(a != b for a, b in zip(bare, rows.values(), strict=True))
     notes = [f"{label(path)}: {further} further responses to the same prompts are left out (the first counts)."] if further else []
     notes += [f"{label(path)}: EOS or PAD spelled at the end of {stripped} responses was taken off."] if stripped else []
-    return tuple(rows.values()), tuple(notes)
+    return bare, tuple(notes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from jaxrlhf.data.pairs import Pair
 from jaxrlhf.data.read_report import DataError
 from jaxrlhf.data.tokens import pad_left, pad_right
+from jaxrlhf.files import replacing
 from jaxrlhf.types import PairBatch, TextBatch
 
 COLUMN = "column/"  # before the name of a precomputed column of the pairs
@@ -24,9 +24,8 @@ def write_table(path: Path, columns: dict[str, Any], **metadata: int | str) -> N
 
     table = pa.table({name: pa.array(values) for name, values in columns.items()})
     table = table.replace_schema_metadata({str(k): str(v) for k, v in metadata.items()})
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    pq.write_table(table, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        pq.write_table(table, partial)
 
 
 def read_table(path: Path) -> tuple[dict[str, list[Any]], dict[str, str]]:

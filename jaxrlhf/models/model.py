@@ -40,6 +40,11 @@ def build_model(
 
     Raises ValueError for a head or a `remat` that is not known, and a `logits_chunk` below 1.
     """
+    check_head(head)
+    if remat not in REMAT:
+        raise ValueError(f"remat {remat!r} is not one of {', '.join(REMAT)}.")
+    if logits_chunk is not None and logits_chunk < 1:
+        raise ValueError(f"logits_chunk {logits_chunk} must be at least 1 position, or None.")
     return _build(config, head, dtype, remat, logits_chunk, constrain, row_shards)
 
 
@@ -53,11 +58,6 @@ def _build(
     constrain: Callable[..., Any] | None,
     row_shards: int,
 ) -> Model:
-    check_head(head)
-    if remat not in REMAT:
-        raise ValueError(f"remat {remat!r} is not one of {', '.join(REMAT)}.")
-    if logits_chunk is not None and logits_chunk < 1:
-        raise ValueError(f"logits_chunk {logits_chunk} must be at least 1 position, or None.")
     backbone = Backbone(config, jnp.dtype(dtype), remat, constrain)
     unheld = Backbone(config, jnp.dtype(dtype))  # its one row belongs to no device
 
@@ -104,12 +104,15 @@ def _build(
         # The state at position t−1 predicts token t, so the last token is never an input.
         states, _ = hidden(params, tokens_BL[:, :-1], mask_BL[:, :-1], start=start - 1)
         chunk = logits_chunk if chunk is None else chunk
-        if chunk is None:
-            of_a_device = -(-tokens_BL.shape[0] // row_shards) * config.vocab_size
-            chunk = max(1, LOGITS_AT_ONCE // of_a_device)
+        chunk = _at_once(tokens_BL.shape[0], row_shards, config.vocab_size) if chunk is None else chunk
         return chunked_stats(params, states, tokens_BL[:, start:], temperature, chunk)
 
     return Model(init, apply, prefill, decode, score_tokens)
+
+
+def _at_once(rows: int, row_shards: int, vocab_size: int) -> int:
+    """How many positions of its rows a device may hold the logits of."""
+    return max(1, LOGITS_AT_ONCE // (-(-rows // row_shards) * vocab_size))
 
 
 def _needs_lm(head: str, name: str) -> None:

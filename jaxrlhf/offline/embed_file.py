@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxrlhf.data.pairs import Demonstration, Pair, read_demonstrations, read_pairs
-from jaxrlhf.models.hub import read_tokenizer, resolve
+from jaxrlhf.models.hub import tokenizer_named
 from jaxrlhf.offline.encoder_identity import Backend
 from jaxrlhf.offline.vectors import embed_cached
 from jaxrlhf.types import Progress
@@ -48,11 +47,10 @@ def embed_file(
     if unknown or not fields:
         what = f"fields {', '.join(fields)}" if fields else "no field"
         raise ValueError(f"{what}: embed some of {', '.join(PAIR_FIELDS)} of pairs, or of {', '.join(RESPONSE_FIELDS)} of responses.")
-    options: dict[str, Any] = {"split": split, "limit": limit, "tokenizer": tokenizer_of(tokenizer)}
+    options: dict[str, Any] = {"split": split, "limit": limit, "tokenizer": tokenizer_named(tokenizer)}
     rows: Sequence[Pair | Demonstration]
     rows, report = read_demonstrations(source, **options) if known is RESPONSE_FIELDS else read_pairs(source, **options)
-    if report.dropped:
-        print(report.summary(), file=sys.stderr)
+    report.say()
     texts = [getattr(row, name) for row in rows for name in fields]
     found = embed_cached(
         texts,
@@ -76,9 +74,3 @@ def embed_file(
         "embedded": found.embedded,
         "dimension": found.dimension,
     }
-
-
-def tokenizer_of(source: str | None) -> Any:
-    if source is None:
-        return None
-    return read_tokenizer(Path(source) if Path(source).is_dir() else resolve(source))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import distributed, sharding
+from jaxrlhf import sharding
+from jaxrlhf.config import LimitsConfig
 from jaxrlhf.data.batches import batches_per_epoch, evaluation_batches
-from jaxrlhf.data.columns import ColumnError, join_columns, write_columns
+from jaxrlhf.data.columns import cached_columns, column_header, fingerprint
+from jaxrlhf.data.pairs import Pair, dataset_hash
+from jaxrlhf.data.tokens import tokenizer_fingerprint
 from jaxrlhf.losses import sequence_logp
+from jaxrlhf.models.hub import Loaded
 from jaxrlhf.types import Array, Model, PairBatch, Params, TextBatch
 
 NAMES = ("chosen_logp", "rejected_logp")
@@ -85,27 +89,31 @@ def pair_logps(
     return columns
 
 
-def cached_pair_logps(
-    folder: Path, ids: list[str], header: dict[str, Any], compute: Callable[[], dict[str, np.ndarray]]
+def stored_pair_logps(
+    columns: Path,
+    rows: Sequence[Pair],
+    tokens: PairBatch,
+    model: Callable[[], Loaded],
+    *,
+    model_hash: str,
+    tokenizer: Any,
+    limits: LimitsConfig,
+    temperature: float,
+    max_tokens: int | None = None,
+    **how: Any,
 ) -> dict[str, np.ndarray]:
-    """The log-prob columns in `folder`, computed and written there first if they are missing.
+    """`pair_logps` of the pairs `rows`, whose tokens are `tokens`; from disk where that model has seen them before.
 
-    Raises ColumnError where the folder holds columns of another data set, model, tokenizer or temperature.
+    OCRM's ratios and DPO's reference read the same columns under `columns`, named by all that they depend on. `model()` is called only
+    where they have to be computed. `how`: batch_size, mesh and progress, as `pair_logps` takes them.
     """
-    leads = distributed.is_leader()
-    if not distributed.agree(leads and folder.exists(), f"columns {folder.name}"):
-        columns = compute()
-        if leads:
-            _write(folder, ids, columns, header)
-    return distributed.agree_on_columns(join_columns(ids, folder, NAMES, expect=header) if leads else None, f"log-probs of {folder.name}")
+    read = {"temperature": temperature, "max_tokens": max_tokens}
+    header = column_header(
+        dataset=dataset_hash(rows), model=model_hash, tokenizer=tokenizer_fingerprint(tokenizer), limits=asdict(limits), **read
+    )
 
+    def compute() -> dict[str, np.ndarray]:
+        loaded = model()
+        return pair_logps(loaded.model, loaded.params, tokens, **read, **how)
 
-def _write(folder: Path, ids: list[str], columns: dict[str, np.ndarray], header: dict[str, Any]) -> None:
-    try:
-        write_columns(folder, ids, columns, header)
-    except OSError:
-        if not folder.exists():  # else another run was first; what it wrote is checked like any other
-            raise
-
-
-__all__ = ["NAMES", "ColumnError", "cached_pair_logps", "pair_logps", "response_logps"]
+    return cached_columns(columns / f"logps-{fingerprint(header)}", [row.id for row in rows], NAMES, header, compute)

@@ -12,13 +12,13 @@ the similarities and the ids: the order of the rows changes nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxrlhf.data.columns import column_header, join_columns, write_columns
+from jaxrlhf.config import FilterConfig
+from jaxrlhf.data.columns import column_header
 from jaxrlhf.data.pairs import Pair, text_id
 
 RULES = ("either", "both", "chosen", "rejected", "half-half")
@@ -103,48 +103,15 @@ def texts_of(pairs: Iterable[Pair]) -> list[str]:
 
 
 def similarity_header(
-    *,
-    dataset: str,
-    policy: str | None,
-    generations: str,
-    encoder: Any,
-    rule: str,
-    n: int | None,
-    threshold: float | None,
-    compare: str,
-    k: int,
-    dedupe: bool,
-    **more: Any,
+    section: FilterConfig, *, dataset: str, policy: str | None, generations: str, encoder: Any, **more: Any
 ) -> dict[str, Any]:
     """What similarities and keep flags depend on: hashes of pairs, policy and generations, the encoder's identity, and the rule.
 
     k says nothing where a response is compared with its own prompt's generation, and is left out there.
     """
-    facts = {"generations": generations, "encoder": encoder, "rule": rule, "n": n, "threshold": threshold, "compare": compare}
-    return column_header(dataset=dataset, model=policy, **facts, k=k if compare == "nearest" else None, dedupe=dedupe, **more)
-
-
-def write_similarities(
-    folder: str | Path, ids: Sequence[str], columns: Mapping[str, np.ndarray], header: Mapping[str, Any], *, overwrite: bool = False
-) -> Path:
-    """Write {"chosen_similarity", "rejected_similarity", "keep"} by pair id: the similarities as float32, the flag as booleans [N].
-
-    Raises ValueError for other columns; otherwise as `data.columns.write_columns`.
-    """
-    if set(columns) != set(NAMES):
-        raise ValueError(f"similarities have the columns {', '.join(NAMES)}; given were {', '.join(sorted(columns)) or 'none'}.")
-    typed = {name: np.asarray(columns[name], bool if name == "keep" else np.float32) for name in NAMES}
-    return write_columns(folder, ids, typed, header, overwrite=overwrite)
-
-
-def read_similarities(
-    ids: Sequence[str], folder: str | Path, *, expect: Mapping[str, Any], command: str | None = None
-) -> dict[str, np.ndarray]:
-    """The columns of `write_similarities` in the order of `ids`.
-
-    Raises ColumnError where they are missing or stale, naming a pair id and `command`, what makes them.
-    """
-    return join_columns(ids, folder, NAMES, expect=expect, command=command)
+    facts = {name: getattr(section, name) for name in ("rule", "n", "threshold", "compare", "embed", "dedupe")}
+    facts |= {"generations": generations, "encoder": encoder, "k": section.k if section.compare == "nearest" else None}
+    return column_header(dataset=dataset, model=policy, **facts, **more)
 
 
 def keep_flags(kept: np.ndarray, total: int) -> np.ndarray:

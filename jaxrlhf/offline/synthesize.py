@@ -22,7 +22,7 @@ from jaxrlhf.data.batches import take
 from jaxrlhf.models.hub.encoder import LoadedClassifier
 from jaxrlhf.offline.encoders import classify_pairs
 from jaxrlhf.offline.nearest import own_similarity
-from jaxrlhf.types import PairBatch, PromptBatch, TextBatch
+from jaxrlhf.types import PairBatch, TextBatch
 
 ENTAILMENT = "entailment"
 
@@ -54,12 +54,6 @@ class Choice(NamedTuple):
     prompt_K: np.ndarray
     winner_K: np.ndarray
     loser_K: np.ndarray
-
-
-def repeated(table: PromptBatch, times: int) -> PromptBatch:
-    """Every prompt `times` times, neighbours, each under a row number of its own: response j to prompt p is row p · times + j."""
-    rows = take(table, np.repeat(np.arange(len(table.index_B)), times))
-    return replace(rows, index_B=np.arange(len(rows.row_mask_B), dtype=np.int32))
 
 
 def meanings(texts_Pn: Sequence[Sequence[str]], same: Same) -> Meanings:

@@ -159,10 +159,6 @@ def _end(name: str) -> Callable[[View], float | None]:
     return lambda view: values[-1] if (values := view.by_round(name)) else None
 
 
-def _points(view: View, name: str) -> float | None:
-    return getattr(view.curve.points[-1], name) if view.curve.points else None
-
-
 def _peak(name: str) -> Callable[[View], float | None]:
     return lambda view: None if (peak := view.curve.peak) is None else getattr(peak, name)
 

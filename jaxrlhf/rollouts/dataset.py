@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxrlhf import sharding
 from jaxrlhf.data.batches import batches_per_epoch, evaluation_batches
-from jaxrlhf.data.tokens import pad_id_of
+from jaxrlhf.data.tokens import decode_responses, pad_id_of
 from jaxrlhf.models.hub import Loaded, eos_ids
 from jaxrlhf.rollouts.generate import check_left_padded, generate
 from jaxrlhf.types import Model, Params, PromptBatch, TextBatch
@@ -28,6 +28,12 @@ class Sampling:
     top_p: float = 1.0
     vocab_size: int | None = None
     pad_id: int | None = None
+
+    @classmethod
+    def of(cls, loaded: Loaded, *, max_new_tokens: int, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Sampling:
+        """Sampling from a policy, with its own EOS, vocabulary and padding."""
+        tokenizer = loaded.tokenizer
+        return cls(max_new_tokens, eos_ids(loaded), temperature, top_k, top_p, len(tokenizer), pad_id_of(tokenizer))
 
 
 def sample_dataset(
@@ -79,18 +85,19 @@ def sample_dataset(
     return TextBatch(prompts.prompt_BL, prompts.prompt_mask_BL, tokens, mask, prompts.row_mask_B, prompts.index_B)  # type: ignore[arg-type]
 
 
-def sampling_of(loaded: Loaded, *, max_new_tokens: int, temperature: float) -> Sampling:
-    """Untruncated sampling from a policy, up to the run's response length (the same for every method)."""
-    return Sampling(
-        max_new_tokens=max_new_tokens,
-        eos_ids=eos_ids(loaded),
-        temperature=temperature,
-        vocab_size=len(loaded.tokenizer),
-        pad_id=pad_id_of(loaded.tokenizer),
-    )
+def sample_texts(loaded: Loaded, prompts: PromptBatch, key: jax.Array, sampling: Sampling, **how: Any) -> tuple[TextBatch, list[str]]:
+    """(tokens, texts) of a policy's responses; `how` as `sample_dataset` takes it."""
+    table = sample_dataset(loaded.model, loaded.params, prompts, key, sampling, **how)
+    return table, decode_responses(table.response_BT, table.response_mask_BT, loaded.tokenizer, sampling.eos_ids)  # type: ignore[arg-type]
 
 
-def renumbered(table: PromptBatch, number: int) -> PromptBatch:
-    """The same prompts under row numbers of their own, so that no two samples share random numbers."""
+def renumbered(table: PromptBatch, number: int = 0) -> PromptBatch:
+    """The prompts under row numbers 0, 1, …, or for a further sample under others, so that no two share random numbers."""
     n = len(table.index_B)
     return replace(table, index_B=np.arange(n, dtype=np.int32) + number * n)
+
+
+def repeated(batch: PromptBatch, samples: int) -> PromptBatch:
+    """Every row `samples` times in a row, each copy with a number of its own."""
+    batch = jax.tree.map(lambda x: np.repeat(np.asarray(x), samples, axis=0), batch)
+    return replace(batch, index_B=batch.index_B * samples + np.arange(len(batch.index_B), dtype=batch.index_B.dtype) % samples)

@@ -1,22 +1,22 @@
-"""Text from a policy folder: what `jaxrlhf generate` does."""
+"""Text from a policy folder: for `jaxrlhf generate` and for comparisons."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import jax
 
 from jaxrlhf import rng
 from jaxrlhf.data.batches import trim
 from jaxrlhf.data.pairs import Prompt, read_prompts
-from jaxrlhf.data.tokens import Limits, decode_responses, finished_responses, pad_id_of, tokenize_prompts
-from jaxrlhf.models.hub import eos_ids, load
-from jaxrlhf.rollouts.dataset import Sampling, sample_dataset
+from jaxrlhf.data.tokens import Limits, finished_responses, tokenize_prompts
+from jaxrlhf.models.hub import Loaded, load
+from jaxrlhf.rollouts.dataset import Sampling, renumbered, sample_texts
+from jaxrlhf.types import PromptBatch
 
 
 def generate_texts(
@@ -41,33 +41,37 @@ def generate_texts(
         raise ValueError(
             f"{folder} holds a reward model ({classes[0]}), which writes no text; name a policy folder, such as a stage …-policy."
         )
-    loaded = load(folder, head="lm")
+    loaded = policy_named(folder)
+    rows = _prompts(prompts, file, loaded.tokenizer)
+    table, kept = tokens_of(loaded, rows, Limits(max_prompt_length, max_new_tokens))
+    sampling = Sampling.of(loaded, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    key = rng.stream(rng.root_key(seed), "generate")
+    for sample in range(num_samples):
+        told = answers(loaded, renumbered(table, sample), key, sampling, batch_size=batch_size)
+        for row, (response, finished) in zip((rows[i] for i in kept), told, strict=True):
+            yield {"id": row.id, "prompt": row.prompt, "response": response, "sample": sample, "finished": finished}
+
+
+def policy_named(folder: str, *, dtype: str | None = None) -> Loaded:
+    """A policy that can be asked in text. Raises ValueError where it has no tokenizer; otherwise what `load` raises."""
+    loaded = load(folder, head="lm", dtype=dtype)
     if loaded.tokenizer is None:
         raise ValueError(f"{folder} has no tokenizer; save one beside the model.")
-    rows = _prompts(prompts, file, loaded.tokenizer)
-    limits = Limits(max_prompt_length, max_new_tokens)
+    return loaded
+
+
+def tokens_of(loaded: Loaded, rows: list[Prompt], limits: Limits, *, name: str = "") -> tuple[PromptBatch, list[int]]:
+    """(tokens, positions in `rows`) of the prompts within the limits; the others are named on standard error, after `name`."""
     table, report = tokenize_prompts(rows, loaded.tokenizer, limits)
-    if report.dropped:
-        print(report.summary(), file=sys.stderr)
-    table, rows = trim(table, 8), [rows[i] for i in report.rows]
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens,
-        eos_ids=eos_ids(loaded),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        vocab_size=len(loaded.tokenizer),
-        pad_id=pad_id_of(loaded.tokenizer),
-    )
-    n = len(rows)
-    for sample in range(num_samples):
-        numbered = replace(table, index_B=np.arange(n, dtype=np.int32) + sample * n)
-        key = rng.stream(rng.root_key(seed), "generate")
-        texts = sample_dataset(loaded.model, loaded.params, numbered, key, sampling, batch_size=batch_size)
-        responses = decode_responses(texts.response_BT, texts.response_mask_BT, loaded.tokenizer, sampling.eos_ids)  # type: ignore[arg-type]
-        finished = finished_responses(texts.response_BT, texts.response_mask_BT, sampling.eos_ids)  # type: ignore[arg-type]
-        for row, response, done in zip(rows, responses, finished, strict=True):
-            yield {"id": row.id, "prompt": row.prompt, "response": response, "sample": sample, "finished": bool(done)}
+    report.say(name)
+    return trim(table, 8), report.rows
+
+
+def answers(loaded: Loaded, table: PromptBatch, key: jax.Array, sampling: Sampling, **how: Any) -> list[tuple[str, bool]]:
+    """(response, did it end by itself) to every prompt; `how` as `sample_dataset` takes it."""
+    out, texts = sample_texts(loaded, table, key, sampling, **how)
+    ended = finished_responses(out.response_BT, out.response_mask_BT, sampling.eos_ids)  # type: ignore[arg-type]
+    return list(zip(texts, ended.tolist(), strict=True))
 
 
 def _classes(folder: str) -> list[str]:
@@ -79,8 +83,7 @@ def _classes(folder: str) -> list[str]:
 def _prompts(prompts: list[str], file: str | None, tokenizer: Any) -> list[Prompt]:
     if file is not None:
         rows, report = read_prompts(file, tokenizer=tokenizer)
-        if report.dropped:
-            print(report.summary(), file=sys.stderr)
+        report.say()
         return rows
     lines = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not lines:

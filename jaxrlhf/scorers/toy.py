@@ -37,12 +37,6 @@ def toy_gold(task: ToyTask | None = None) -> Scorer:
     return score
 
 
-def toy_breakdown(task: ToyTask, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, np.ndarray]:
-    """Each term's signed part of gold, name of `TERMS` -> float32 [N]; the parts of a row add up to its gold."""
-    parts = _counts(task, prompts, responses) * _weights(task)
-    return {name: parts[:, k].astype(np.float32) for k, name in enumerate(TERMS)}
-
-
 def _weights(task: ToyTask) -> np.ndarray:
     """Reward per unit of each term of `TERMS`."""
     penalties = (task.foreign_penalty, task.repeat_penalty, task.grammar_penalty, task.binding_penalty, task.overlong_penalty)

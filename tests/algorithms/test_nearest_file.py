@@ -9,6 +9,7 @@ from tiny_encoder import write_tiny_bert
 
 from jaxrlhf.algorithms.nearest_file import fingerprint, nearest_file, own_rows
 from jaxrlhf.commands import nearest
+from jaxrlhf.config import FilterConfig
 from jaxrlhf.data.columns import join_columns, read_header
 from jaxrlhf.data.pairs import read_pairs
 from jaxrlhf.data.read_report import DataError
@@ -35,7 +36,7 @@ def inputs(tmp_path_factory):
 
 def options(inputs, **changes):
     given = {"embeddings": inputs / "vectors", "generations": str(inputs / "generations.jsonl")}
-    return given | {"encoder": str(inputs / "encoder"), "backend": "flax", "n": 4} | changes
+    return given | {"encoder": str(inputs / "encoder"), "backend": "flax", "section": FilterConfig(**{"n": 4} | changes)}
 
 
 def cosines(inputs, responses, generations):
@@ -48,7 +49,7 @@ def test_similarities_are_those_of_the_texts(inputs, tmp_path, compare):
     pairs, _ = read_pairs(inputs / "pairs.jsonl")
     answers = read_generations(str(inputs / "generations.jsonl"))
     report = nearest_file(
-        str(inputs / "pairs.jsonl"), output=tmp_path / "out", compare=compare, k=1 if compare == "own" else 2, **options(inputs)
+        str(inputs / "pairs.jsonl"), output=tmp_path / "out", **options(inputs, compare=compare, k=1 if compare == "own" else 2)
     )
     ids = [p.id for p in pairs]
     got = join_columns(ids, tmp_path / "out", ["chosen_similarity", "rejected_similarity", "keep"], expect={"compare": compare})
@@ -106,7 +107,7 @@ def test_the_random_control_keeps_as_many_from_the_same_pairs(inputs, tmp_path):
 
 
 def test_prompt_and_response_are_embedded_on_both_sides_alike(inputs, tmp_path):
-    nearest_file(str(inputs / "pairs.jsonl"), output=tmp_path / "out", embed="prompt+response", **options(inputs))
+    nearest_file(str(inputs / "pairs.jsonl"), output=tmp_path / "out", **options(inputs, embed="prompt+response"))
     pairs, _ = read_pairs(inputs / "pairs.jsonl")
     answers = read_generations(str(inputs / "generations.jsonl"))
     table = cosines(inputs, [p.prompt + p.chosen for p in pairs], [a.prompt + a.response for a in answers])
@@ -125,14 +126,14 @@ def test_a_prompt_without_a_generation_is_an_error_that_names_the_pair(inputs):
 def test_generations_are_read_whole_or_not_at_all(tmp_path):
     file = tmp_path / "g.jsonl"
     file.write_text('{"prompt": "a", "response": ""}\n{"prompt": "a", "completion": "b"}\n{"prompt": "c", "response_1": "d"}\n')
-    assert read_generations(str(file)) == [("a", ""), ("a", "b"), ("c", "d")]
+    assert [(g.prompt, g.response) for g in read_generations(str(file))] == [("a", ""), ("a", "b"), ("c", "d")]
     assert fingerprint(read_generations(str(file))) != fingerprint(read_generations(str(file))[::-1])
-    for line, says in (('{"prompt": "a"}', r"g.jsonl:1: a generation has the text fields"), ("{", "g.jsonl:1: not JSON")):
+    for line, says in (('{"prompt": "a"}', r"g.jsonl:1: a stored response has the texts"), ("{", "g.jsonl:1: not JSON")):
         file.write_text(line + "\n")
         with pytest.raises(DataError, match=says):
             read_generations(str(file))
     file.write_text("")
-    with pytest.raises(DataError, match="there is no generation"):
+    with pytest.raises(DataError, match="there is no response"):
         read_generations(str(file))
 
 
@@ -152,4 +153,4 @@ def test_the_command_line(inputs, tmp_path, capsys):
 
 def test_k_with_one_generation_a_pair_is_refused(inputs, tmp_path):
     with pytest.raises(ValueError, match=r"--k 3 averages over several generations, but --compare own has one a pair"):
-        nearest_file(str(inputs / "pairs.jsonl"), output=tmp_path / "out", compare="own", k=3, **options(inputs))
+        nearest_file(str(inputs / "pairs.jsonl"), output=tmp_path / "out", **options(inputs, compare="own", k=3))

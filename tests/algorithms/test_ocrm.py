@@ -3,6 +3,7 @@
 import itertools
 import json
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -111,9 +112,10 @@ def test_lengths_of_pairs_by_hand():
 def test_the_update_writes_what_its_weights_are_like(tmp_path, monkeypatch):
     """Log ratios of 0, 1 and 2 nats at lengths 1, 2.5 and 2 with η = 1: known weights, in the report, the file and the figure alike."""
     given = {"policy": columns([-5, -5, -5], [-3, -2, -1]), "sft": columns([-5, -5, -5], [-3, -3, -3])}
-    monkeypatch.setattr(ocrm, "_logps", lambda context, pairs, model, *_: given[model])
+    policy, sft = (SimpleNamespace(name=name, tokenizer=None) for name in given)
+    monkeypatch.setattr(ocrm, "stored_pair_logps", lambda folder, rows, tokens, model, **_: given[model().name])
     config = from_mapping({"pairs": {"source": "sample"}, "gold": {"kind": "toy"}, "weights": {"alpha": 0.0, "eta": 1.0}})
-    context = RoundContext(2, "policy", "sft", None, None, tmp_path, config, tmp_path, "p", "s")  # type: ignore[arg-type]
+    context = RoundContext(2, policy, sft, None, None, tmp_path, config, tmp_path, "p", "s")  # type: ignore[arg-type]
     pairs = stub_pairs([(1, 1), (3, 2), (4, 0)])
     same, weights = ocrm.importance_weighted(context, pairs)
     assert same is pairs

@@ -11,11 +11,12 @@ import pytest
 
 from jaxrlhf import sharding
 from jaxrlhf.algorithms.policy_updates import POLICY_UPDATES, check_rloo, ppo_trainer, rloo_trainer
-from jaxrlhf.algorithms.ppo import RoundModels, repeated, rollout_prompts, train_ppo
+from jaxrlhf.algorithms.ppo import RoundModels, rollout_prompts, train_ppo
 from jaxrlhf.algorithms.training import own_copy
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.models.model import token_stats
 from jaxrlhf.plugins import plugin
+from jaxrlhf.rollouts.dataset import repeated
 from jaxrlhf.steps.state import init_state
 from jaxrlhf.types import Model, Outputs, PromptBatch
 

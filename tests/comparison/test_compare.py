@@ -25,7 +25,7 @@ from jaxrlhf.data.tables import write_table
 from jaxrlhf.data.tokens import Limits, decode_responses, tokenize_prompts
 from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.hub import eos_ids, initialise, load, save
-from jaxrlhf.rollouts.dataset import sample_dataset, sampling_of
+from jaxrlhf.rollouts.dataset import Sampling, sample_dataset
 from jaxrlhf.scorers.toy import toy_gold
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -81,7 +81,7 @@ def test_policy_against_references_by_gold(run, tmp_path):
     # what a run's evaluation would sample: the same stream, the row's number
     loaded = load(policy)
     table, _ = tokenize_prompts(rows, loaded.tokenizer, Limits(17, 5))
-    sampling = sampling_of(loaded, max_new_tokens=5, temperature=1.0)  # 5: what the policy's stage says
+    sampling = Sampling.of(loaded, max_new_tokens=5, temperature=1.0)  # 5: what the policy's stage says
     texts = sample_dataset(loaded.model, loaded.params, table, rng.stream(rng.root_key(3), "evaluation"), sampling, batch_size=20)
     written = decode_responses(texts.response_BT, texts.response_mask_BT, loaded.tokenizer, eos_ids(loaded))  # type: ignore[arg-type]
     assert [row["a"] for row in done.rows] == written
@@ -341,7 +341,7 @@ def test_conversations_go_through_each_policys_own_template(run, tmp_path, monke
         seen[len(seen)] = table.prompt_BL[0][table.prompt_mask_BL[0]].tolist()
         return sample_dataset(model, params, table, *rest, **options)
 
-    monkeypatch.setattr("jaxrlhf.comparison.responses.sample_dataset", spy)
+    monkeypatch.setattr("jaxrlhf.rollouts.dataset.sample_dataset", spy)
     (tmp_path / "one.py").write_text("def score(p, r):\n    return [1.0] * len(r)\n")
     monkeypatch.syspath_prepend(tmp_path)
     sides = str(tmp_path / "hello"), str(tmp_path / "thanks")

@@ -149,14 +149,15 @@ import pathlib
 import numpy as np
 from jaxrlhf.algorithms.frft import _kept_on_disk
 from jaxrlhf.offline import vectors
-from jaxrlhf.offline.logprobs import cached_pair_logps
+from jaxrlhf.data.columns import cached_columns
+from jaxrlhf.offline.logprobs import NAMES
 disk = pathlib.Path(sys.argv[1]) / str(me)
 calls = []
 def compute():
     calls.append(me)
     return {name: np.array([-0.1, 1e-7], np.float32) for name in ("chosen_logp", "rejected_logp")}
 for again in (False, True):
-    found = cached_pair_logps(disk / "logps", ["a", "b"], {"model": "m"}, compute)
+    found = cached_columns(disk / "logps", ["a", "b"], NAMES, {"model": "m"}, compute)
     assert found["chosen_logp"].tobytes() == compute()["chosen_logp"].tobytes() and found["rejected_logp"].dtype == np.float32
     assert _kept_on_disk(disk / "texts.json", lambda: calls.append(me) or ["ü", "b"]) == ["ü", "b"]
 assert len(calls) == 4 and (disk / "logps").exists() == (disk / "texts.json").exists() == (me == 0), calls

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from jaxrlhf import sharding
-from jaxrlhf.data.columns import ColumnError, write_columns
+from jaxrlhf.data.columns import ColumnError, cached_columns, write_columns
 from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.model import build_model
-from jaxrlhf.offline.logprobs import cached_pair_logps, pair_logps, response_logps
+from jaxrlhf.offline.logprobs import NAMES, pair_logps, response_logps
 from jaxrlhf.types import PairBatch, TextBatch
 
 N, L, T, V = 7, 3, 4, 11
@@ -66,11 +66,11 @@ def test_computed_once_and_never_taken_for_another(tmp_path):
         return {"chosen_logp": np.array([-1.0, -2.0], np.float32), "rejected_logp": np.array([-3.0, -4.0], np.float32)}
 
     header = {"model": "m", "temperature": 1.0}
-    first = cached_pair_logps(tmp_path / "columns", ["a", "b"], header, compute)
-    again = cached_pair_logps(tmp_path / "columns", ["b", "a"], header, compute)  # joined by id, not by place
+    first = cached_columns(tmp_path / "columns", ["a", "b"], NAMES, header, compute)
+    again = cached_columns(tmp_path / "columns", ["b", "a"], NAMES, header, compute)  # joined by id, not by place
     assert calls == [1] and again["chosen_logp"].tolist() == first["chosen_logp"].tolist()[::-1]
     with pytest.raises(ColumnError, match=r"temperature"):
-        cached_pair_logps(tmp_path / "columns", ["a", "b"], header | {"temperature": 0.7}, compute)
+        cached_columns(tmp_path / "columns", ["a", "b"], NAMES, header | {"temperature": 0.7}, compute)
 
 
 def test_two_processes_at_once(tmp_path):
@@ -82,11 +82,11 @@ def test_two_processes_at_once(tmp_path):
         write_columns(folder, ["a"], {name: 2 * values for name, values in columns.items()}, by)
         return columns
 
-    found = cached_pair_logps(folder, ["a"], header, lambda: overtaken(header))
+    found = cached_columns(folder, ["a"], NAMES, header, lambda: overtaken(header))
     assert found["chosen_logp"].tolist() == [-2.0]
     folder = tmp_path / "other"
     with pytest.raises(ColumnError, match="model"):
-        cached_pair_logps(folder, ["a"], header, lambda: overtaken({"model": "n"}))
+        cached_columns(folder, ["a"], NAMES, header, lambda: overtaken({"model": "n"}))
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
-        cached_pair_logps(tmp_path / "file" / "columns", ["a"], header, lambda: columns)
+        cached_columns(tmp_path / "file" / "columns", ["a"], NAMES, header, lambda: columns)

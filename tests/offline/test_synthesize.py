@@ -24,10 +24,10 @@ from jaxrlhf.offline.synthesize import (
     meanings,
     measured,
     paired_prompts,
-    repeated,
     same_by_entailment,
     same_by_vectors,
 )
+from jaxrlhf.rollouts.dataset import renumbered, repeated
 from jaxrlhf.types import PairBatch, PromptBatch, TextBatch, replace
 
 KEY = jax.random.key(3)
@@ -241,7 +241,7 @@ def test_a_diverged_reward_model_is_named():
 
 def test_every_sample_has_a_row_number_of_its_own():
     prompts = PromptBatch(np.array([[5, 6], [7, 8]]), np.ones((2, 2), bool), np.ones(2, bool), np.array([40, 9]))  # type: ignore[arg-type]
-    table = repeated(prompts, 3)
+    table = repeated(renumbered(prompts), 3)
     np.testing.assert_array_equal(table.prompt_BL, [[5, 6]] * 3 + [[7, 8]] * 3)
     np.testing.assert_array_equal(table.index_B, np.arange(6))
     assert np.asarray(table.index_B).dtype == np.int32 and np.asarray(table.row_mask_B).all()

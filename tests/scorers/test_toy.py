@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.data.toy import ToyTask, demonstrations, prompts, read_post, write_post
-from jaxrlhf.scorers.toy import TERMS, toy_breakdown, toy_gold
+from jaxrlhf.scorers.toy import TERMS, toy_gold
 
 TASK = ToyTask()
 POST = "farmers sold apples downtown today . well anyway thanks . nurses hid maps ashore late . TL;DR:"
@@ -40,8 +40,16 @@ BY_HAND = [
 ]
 
 
+def parts_of(task, prompts, responses):
+    """Each term's signed part of gold: what is left where every other weight is 0."""
+    weights = [f.name for f in fields(ToyTask) if f.name.endswith(("_reward", "_penalty"))]
+    none = dict.fromkeys(weights, 0.0)
+    alone = [replace(task, **none | {name: getattr(task, name)}) for term in TERMS for name in weights if name.startswith(f"{term}_")]
+    return {term: toy_gold(one)(prompts, responses) for term, one in zip(TERMS, alone, strict=True)}
+
+
 def counts(response):
-    parts = toy_breakdown(ONES, [POST], [response])
+    parts = parts_of(ONES, [POST], [response])
     return tuple(int(abs(parts[name][0])) for name in TERMS)
 
 
@@ -82,7 +90,7 @@ def test_nothing_beats_both_facts_main_words():
 def test_parts_add_up_to_gold_and_come_as_float32():
     rows = demonstrations(TASK, 800, 0)
     texts = [r.prompt for r in rows], [r.response for r in rows]
-    gold, parts = toy_gold(TASK)(*texts), toy_breakdown(TASK, *texts)
+    gold, parts = toy_gold(TASK)(*texts), parts_of(TASK, *texts)
     assert gold.dtype == np.float32 and gold.shape == (800,) and tuple(parts) == TERMS
     np.testing.assert_allclose(sum(parts.values()), gold, atol=1e-5)
     assert all((parts[name] >= 0).all() == (name in ("main", "detail")) for name in TERMS)  # each term occurs, with its sign
@@ -130,7 +138,7 @@ def test_bad_input_is_refused():
 def test_every_weight_moves_its_own_term_only(name):
     rows = demonstrations(TASK, 500, 0)
     texts = [r.prompt for r in rows], [r.response for r in rows]
-    before, after = toy_breakdown(TASK, *texts), toy_breakdown(replace(TASK, **{name: 2 * getattr(TASK, name)}), *texts)
+    before, after = parts_of(TASK, *texts), parts_of(replace(TASK, **{name: 2 * getattr(TASK, name)}), *texts)
     term = name.rsplit("_", 1)[0]
     for k in TERMS:
         np.testing.assert_allclose(after[k], before[k] * (2 if k == term else 1), rtol=1e-6)

@@ -1,6 +1,6 @@
 """Hugging Face folder ↔ (model, parameters, tokenizer, config): safetensors only, in both directions."""
 
-from jaxrlhf.models.hub.load import FILES, initialise, load, read_config, rehead, resolve
+from jaxrlhf.models.hub.load import FILES, initialise, load, read_config, rehead, resolve, tokenizer_named
 from jaxrlhf.models.hub.loaded import Loaded, eos_ids, head_of, reward_bias, with_reward_bias
 from jaxrlhf.models.hub.save import PAD_TOKEN, save
 from jaxrlhf.models.hub.tokenizer import check_vocabulary, read_tokenizer, with_tokenizer
@@ -20,6 +20,7 @@ __all__ = [
     "resolve",
     "reward_bias",
     "save",
+    "tokenizer_named",
     "with_reward_bias",
     "with_tokenizer",
 ]

@@ -95,6 +95,11 @@ def resolve(source: str | Path) -> Path:
     return _snapshot(text)
 
 
+def tokenizer_named(source: str | Path | None) -> Any:
+    """The tokenizer of a folder, which need not hold a model, or of a hub id or URL; None for no name and for no tokenizer there."""
+    return None if source is None else read_tokenizer(Path(source) if Path(source).is_dir() else resolve(source))
+
+
 @lru_cache(maxsize=64)
 def _snapshot(name: str) -> Path:
     """The hub is asked once a process: a run that lasts for days sees one revision."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxrlhf import rng
 from jaxrlhf.data.read_report import ReadReport
-from jaxrlhf.data.tokens import decode_responses, finished_responses, pad_id_of, tokenize_prompts
+from jaxrlhf.data.tokens import finished_responses, pad_id_of, tokenize_prompts
 from jaxrlhf.evaluation.diagnostics import agreement_with_gold, reliability, write_reliability
 from jaxrlhf.evaluation.samples import Samples, read_samples, write_samples
 from jaxrlhf.evaluation.winrate import win_rate
@@ -19,7 +19,7 @@ from jaxrlhf.offline.logprobs import response_logps
 from jaxrlhf.pipeline import inputs
 from jaxrlhf.pipeline.stages.context import RunContext
 from jaxrlhf.pipeline.stages.ensemble import reward_inputs, reward_scores, spread_of
-from jaxrlhf.rollouts.dataset import renumbered, sample_dataset, sampling_of
+from jaxrlhf.rollouts.dataset import Sampling, renumbered, sample_texts
 from jaxrlhf.scorers import Scorer
 from jaxrlhf.storage.stage import Done, Stage
 from jaxrlhf.types import TextBatch
@@ -79,13 +79,12 @@ def sample_responses(run: RunContext, folder: Path, loaded: Loaded, gold: Scorer
     table, cut = tokenize_prompts(rows, loaded.tokenizer, inputs.limits_of(config))
     run.report_rows(folder, "prompts", ReadReport(kept=len(rows)), cut)
     rows = [rows[i] for i in cut.rows]
-    sampling = sampling_of(loaded, max_new_tokens=config.ppo.response_length, temperature=config.evaluation.temperature)
+    sampling = Sampling.of(loaded, max_new_tokens=config.ppo.response_length, temperature=config.evaluation.temperature)
     key = rng.stream(rng.root_key(config.text_seed), "evaluation")  # π_SFT is evaluated once for all seeds that share it
     size = min(config.evaluation.batch_size, max(len(rows), 1))
-    tables = tuple(
-        sample_dataset(
-            loaded.model,
-            loaded.params,
+    both = [
+        sample_texts(
+            loaded,
             renumbered(table, number),
             key,
             sampling,
@@ -94,8 +93,8 @@ def sample_responses(run: RunContext, folder: Path, loaded: Loaded, gold: Scorer
             progress=run.progress(f"evaluation, response {number + 1} of 2", round=round, tokens=size * sampling.max_new_tokens),
         )
         for number in (0, 1)
-    )
-    texts = tuple(decode_responses(t.response_BT, t.response_mask_BT, loaded.tokenizer, sampling.eos_ids) for t in tables)  # type: ignore[arg-type]
+    ]
+    tables, texts = zip(*both, strict=True)
     prompts = [row.prompt for row in rows]
     scores = None if gold is None else tuple(gold(prompts, text) for text in texts)
     return Samples(rows, tables, texts, scores)  # type: ignore[arg-type]

@@ -12,12 +12,12 @@ from jaxrlhf import rng
 from jaxrlhf.data.batches import take
 from jaxrlhf.data.pairs import Prompt, ReadReport
 from jaxrlhf.data.tables import read_pair_table, write_pair_table
-from jaxrlhf.data.tokens import decode_responses, eos_ids_of, pad_id_of, tokenize_pairs, tokenize_prompts
+from jaxrlhf.data.tokens import eos_ids_of, pad_id_of, tokenize_pairs, tokenize_prompts
 from jaxrlhf.models.hub import Loaded, read_tokenizer
 from jaxrlhf.offline.label import label_pairs
 from jaxrlhf.pipeline import inputs
 from jaxrlhf.pipeline.stages.context import RunContext
-from jaxrlhf.rollouts.dataset import renumbered, sample_dataset, sampling_of
+from jaxrlhf.rollouts.dataset import Sampling, renumbered, sample_texts
 from jaxrlhf.storage.stage import Done, Stage
 from jaxrlhf.types import PairBatch, TextBatch
 
@@ -79,13 +79,12 @@ def labelled(
     table, cut = tokenize_prompts(rows, tokenizer, inputs.limits_of(config))
     run.report_rows(folder, f"{what}-prompts", read, cut)
     rows = [rows[i] for i in cut.rows]
-    sampling = sampling_of(sft, max_new_tokens=config.ppo.response_length, temperature=config.pairs.temperature)
+    sampling = Sampling.of(sft, max_new_tokens=config.ppo.response_length, temperature=config.pairs.temperature)
     key = rng.stream(run.key, f"pairs/{what}")
     size = min(config.pairs.batch_size, max(len(rows), 1))
-    sides = [
-        sample_dataset(
-            sft.model,
-            sft.params,
+    both = [
+        sample_texts(
+            sft,
             renumbered(table, n),
             rng.stream(key, "side", n),
             sampling,
@@ -95,7 +94,7 @@ def labelled(
         )
         for n in (1, 2)
     ]
-    texts = [decode_responses(side.response_BT, side.response_mask_BT, tokenizer, sampling.eos_ids) for side in sides]  # type: ignore[arg-type]
+    sides, texts = zip(*both, strict=True)
     asked = [row.prompt for row in rows]
     scores = [gold(asked, text) for text in texts]
     pairs, first, kept = label_pairs(rows, texts[0], texts[1], scores[0], scores[1], rule=rule, label_flip=label_flip, seed=config.seed)

@@ -11,11 +11,12 @@ from typing import Any
 from jaxrlhf import rng, sharding
 from jaxrlhf.algorithms.preference import REFERENCE, needs_reference, preference_loss, preference_trainer, settings_read
 from jaxrlhf.algorithms.reward import with_columns, with_weights
-from jaxrlhf.algorithms.reward_update import Pairs, stored_pair_logps
+from jaxrlhf.algorithms.reward_update import Pairs
 from jaxrlhf.algorithms.rounds import Round
 from jaxrlhf.algorithms.training import num_steps, own_copy, train
 from jaxrlhf.data.batches import batches
 from jaxrlhf.models.hub import Loaded
+from jaxrlhf.offline.logprobs import stored_pair_logps
 from jaxrlhf.pipeline.stages.context import RunContext, add_model, placed
 from jaxrlhf.pipeline.stages.fixed_models import lora_slice, split_params
 from jaxrlhf.pipeline.stages.lineage import policy_lineage, write_lineage
@@ -86,7 +87,7 @@ def with_reference(
     config = run.config
     logps = stored_pair_logps(
         run.columns,
-        pairs,
+        *pairs,
         reference,
         model_hash=model_hash,
         tokenizer=tokenizer,

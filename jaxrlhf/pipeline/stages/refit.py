@@ -13,15 +13,14 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.algorithms.ocrm import stored_logps
-from jaxrlhf.algorithms.reward_update import Pairs
+from jaxrlhf.algorithms.ocrm import logps_read
 from jaxrlhf.data.tables import read_pair_table
 from jaxrlhf.data.tokens import pad_id_of
 from jaxrlhf.evaluation.diagnostics import agreement_with_gold
 from jaxrlhf.evaluation.samples import read_samples
 from jaxrlhf.losses import effective_sample_size, importance_weights, relative_log_ratio
 from jaxrlhf.models.hub import Loaded
-from jaxrlhf.offline.logprobs import response_logps
+from jaxrlhf.offline.logprobs import response_logps, stored_pair_logps
 from jaxrlhf.pipeline.stages.context import RunContext
 from jaxrlhf.pipeline.stages.ensemble import reward_inputs, reward_scores, spread_of
 from jaxrlhf.pipeline.stages.pairs import TRAIN
@@ -139,12 +138,12 @@ def ess_measure(run: RunContext, since: RefitInputs) -> Measured:
     """Share of the training pairs that still count under the ratio of the policy now to that of the last refit (`ess_share`)."""
     config = run.config
     rows, tokens = read_pair_table(since.pairs.folder / TRAIN)
-    pairs = Pairs(rows, tokens)
 
     def logps(done: Done, what: str) -> dict[str, np.ndarray]:
         progress = run.progress(f"refit, pairs under {what}", round=since.number)
-        given = {"config": config, "columns": run.columns, "mesh": run.mesh, "progress": progress}
-        return stored_logps(pairs, run.load(done, head="lm"), done.hash, **given)
+        loaded = run.load(done, head="lm")
+        given = {"model_hash": done.hash, "tokenizer": loaded.tokenizer, "mesh": run.mesh, "progress": progress}
+        return stored_pair_logps(run.columns, rows, tokens, lambda: loaded, **given, **logps_read(config))
 
     now, then = logps(since.policy, "the policy"), logps(since.fitted_for, "that of the last refit")
     share = ess_share(now, then, alpha=config.weights.alpha)

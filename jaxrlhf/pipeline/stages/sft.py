@@ -18,7 +18,7 @@ from jaxrlhf.data.batches import batches
 from jaxrlhf.data.tokenizer import train_tokenizer
 from jaxrlhf.data.tokens import eos_ids_of, tokenize_demonstrations
 from jaxrlhf.models.families import config_from_shape
-from jaxrlhf.models.hub import Loaded, initialise, load, read_tokenizer, resolve, with_tokenizer
+from jaxrlhf.models.hub import Loaded, initialise, load, read_tokenizer, tokenizer_named, with_tokenizer
 from jaxrlhf.pipeline import inputs
 from jaxrlhf.pipeline.stages.context import RunContext, add_model, placed, width
 from jaxrlhf.steps.state import init_state
@@ -55,8 +55,7 @@ def given_tokenizer(config: Config) -> Any:
     source = config.tokenizer.source or config.model.source
     if source is None:
         return None
-    # A folder of tokenizer files alone has no config.json and is no model folder.
-    tokenizer = read_tokenizer(Path(source) if Path(source).is_dir() else resolve(source))
+    tokenizer = tokenizer_named(source)
     if tokenizer is None:
         raise ValueError(f"{source} has no tokenizer files; name a folder that has in tokenizer.source.")
     return tokenizer

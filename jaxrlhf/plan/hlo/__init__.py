@@ -17,7 +17,7 @@ from typing import Any
 
 from jaxrlhf.plan.hlo.costs import FREE, bytes_moved, flops_of
 from jaxrlhf.plan.hlo.text import Computation, Instruction, Program, Shape, trips
-from jaxrlhf.plan.hlo.walk import call_target, program_of, source_of_line, walk
+from jaxrlhf.plan.hlo.walk import program_of, source_of_line, walk
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast", "ragged-all-to-all")
 
@@ -114,20 +114,6 @@ def matmuls(text: str | Program, *, unknown_trips: int | None = None) -> list[Ma
 def matmul_flops(text: str | Program, *, unknown_trips: int = 1) -> int:
     """FLOPs of all products of matrices on one device; a loop of unknown length counts as `unknown_trips` rounds."""
     return sum(one.flops * (one.times or 0) for one in matmuls(text, unknown_trips=unknown_trips))
-
-
-def unread_calls(text: str | Program) -> dict[str, int]:
-    """Calls of libraries and hand-written kernels that may hold products of matrices which `matmuls` cannot see: target → places."""
-    found: dict[str, int] = {}
-    for place in walk(program_of(text), lambda where, line: 1, 1):
-        target = call_target(place.line)
-        if (
-            target
-            and flops_of(place.computation, place.line) is None
-            and re.search(r"gemm|matmul|fmha|conv|triton|attention|mosaic|tpu", target)
-        ):
-            found[target] = found.get(target, 0) + 1
-    return found
 
 
 def loops(text: str | Program, *, unknown_trips: int | None = None) -> list[Loop]:

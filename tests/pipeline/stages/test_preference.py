@@ -13,14 +13,15 @@ import pytest
 
 import jaxrlhf
 from jaxrlhf import sharding
-from jaxrlhf.algorithms import reward_update as updates
-from jaxrlhf.algorithms.ocrm import stored_logps
+from jaxrlhf.algorithms.ocrm import logps_read
 from jaxrlhf.algorithms.reward_update import Pairs
 from jaxrlhf.algorithms.rounds import METHODS, round_of
 from jaxrlhf.data.columns import read_header
 from jaxrlhf.data.tables import read_pair_table, write_pair_table
 from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.monitoring.runlog import RunLog
+from jaxrlhf.offline import logprobs
+from jaxrlhf.offline.logprobs import stored_pair_logps
 from jaxrlhf.pipeline.run import run
 from jaxrlhf.pipeline.stages import preference
 from jaxrlhf.pipeline.stages.context import RunContext
@@ -47,9 +48,9 @@ def store(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def computed(store, tiny_config):
     """(the finished run of all arms, how often log-probs of pairs were computed for it)."""
-    calls, compute = [], updates.pair_logps
+    calls, compute = [], logprobs.pair_logps
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(updates, "pair_logps", lambda *given, **how: calls.append(1) or compute(*given, **how))
+        patch.setattr(logprobs, "pair_logps", lambda *given, **how: calls.append(1) or compute(*given, **how))
         folder = run(tiny_config(store, method="dpo", dpo=DPO, arms=ARMS))
     return folder, len(calls)
 
@@ -153,17 +154,21 @@ def test_reference_columns_are_computed_once_for_all_arms_and_for_ocrm(computed,
     def never(*_, **__):
         raise AssertionError("the log-probs are on disk")
 
-    monkeypatch.setattr(updates, "pair_logps", never)
+    monkeypatch.setattr(logprobs, "pair_logps", never)
     rows, tokens = read_pair_table(made.pairs.folder / TRAIN)
     sft = made.setting.load(made.sft, head="lm")
-    given = {"config": made.setting.config, "columns": made.setting.columns}
-    ours = stored_logps(Pairs(rows, tokens), sft, made.sft.hash, **given)
+
+    def ours_of(config):
+        given = {"model_hash": made.sft.hash, "tokenizer": sft.tokenizer, **logps_read(config)}
+        return stored_pair_logps(made.setting.columns, rows, tokens, lambda: sft, **given)
+
+    ours = ours_of(made.setting.config)
     table = with_reference(made.setting, 1, Pairs(rows, tokens), tokens, never, made.sft.hash, sft.tokenizer)
     for side in ("chosen", "rejected"):
         assert (table.columns[f"reference_{side}_logp"] == ours[f"{side}_logp"]).all() and len(rows) == len(ours[f"{side}_logp"])
     with pytest.raises(AssertionError, match="on disk"):  # another temperature is another column
         weights = replace(made.setting.config.weights, temperature=0.5)
-        stored_logps(Pairs(rows, tokens), sft, made.sft.hash, **given | {"config": replace(made.setting.config, weights=weights)})
+        ours_of(replace(made.setting.config, weights=weights))
 
 
 def test_log_probs_are_of_what_the_mask_covers(made):
@@ -226,7 +231,7 @@ def test_a_stopped_training_goes_on_with_the_same_bits(finished, store, tiny_con
     done = stages(finished / "dpo")["r1-policy"]
     shutil.copytree(store / ".stages", tmp_path / ".stages", ignore=shutil.ignore_patterns(done.name, "columns", ".locks"))
     made = Made(tiny_config(tmp_path, method="dpo", dpo=DPO, checkpoint={"every": 1}), tmp_path)
-    train, calls, compute, taken = preference.train, [], updates.pair_logps, []
+    train, calls, compute, taken = preference.train, [], logprobs.pair_logps, []
 
     def interrupted(step, state, stream):
         for n, one in enumerate(train(step, state, stream), start=1):
@@ -235,7 +240,7 @@ def test_a_stopped_training_goes_on_with_the_same_bits(finished, store, tiny_con
             if n == 2 and len(taken) == 2:
                 raise InterruptedError("stopped")
 
-    monkeypatch.setattr(updates, "pair_logps", lambda *given, **how: calls.append(1) or compute(*given, **how))
+    monkeypatch.setattr(logprobs, "pair_logps", lambda *given, **how: calls.append(1) or compute(*given, **how))
     monkeypatch.setattr(preference, "train", interrupted)
     with pytest.raises(InterruptedError):
         made.policy()
