@@ -23,11 +23,10 @@ from jaxrlhf.storage.remote import is_url
 from jaxrlhf.storage.stage import Done, Stage
 from jaxrlhf.storage.store import Store
 from jaxrlhf.sweep.arms import arm_facts
-from jaxrlhf.sweep.figure import draw
 from jaxrlhf.sweep.statistics import Run, Sweep
 from jaxrlhf.sweep.table import as_json, as_markdown, with_numbers
 
-TABLE, PAGE, FIGURES, ERROR = "sweep.json", "sweep.md", "figures", "error.txt"
+TABLE, PAGE, ERROR = "sweep.json", "sweep.md", "error.txt"
 
 
 class Job(NamedTuple):
@@ -194,10 +193,9 @@ def failure_lines(done: Sweep) -> list[str]:
 
 
 def write_table(state: Sweep, folder: Path) -> None:
-    """sweep.json, sweep.md and the figure, each whole or as it was."""
-    drawn = draw(state, folder / FIGURES)
+    """sweep.json and sweep.md, each whole or as it was."""
     write_whole(folder / TABLE, json.dumps(as_json(state), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    write_whole(folder / PAGE, as_markdown(state, figure=drawn.relative_to(folder) if drawn else None))
+    write_whole(folder / PAGE, as_markdown(state))
 
 
 @dataclass

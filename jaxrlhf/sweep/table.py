@@ -127,7 +127,7 @@ def _setting(setting: Mapping[str, Any], name: str) -> str:
     return ("–" if value == 0 else f"{value:,}") if isinstance(value, int) else str(value)
 
 
-def as_markdown(sweep: Sweep, *, figure: Any = None) -> str:
+def as_markdown(sweep: Sweep) -> str:
     """The whole table, what the rows are, the legend and the findings, as a page."""
     columns = columns_of(sweep)
     head = ["arm", *(column.title.replace("\n", " ") for column in columns)]
@@ -140,7 +140,7 @@ def as_markdown(sweep: Sweep, *, figure: Any = None) -> str:
         "\n".join(f"- {line}" for line in findings(sweep)),
         _grid(["arm", *(title for _, title in SETTINGS)], about),
     ]
-    return "\n\n".join(parts + ([f"![gold by KL and by episodes]({figure})"] if figure else [])) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

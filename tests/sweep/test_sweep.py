@@ -103,7 +103,7 @@ def test_the_table_follows_the_summaries(finished):
         "broken": 96,
         "retrain": 96,
     }
-    assert (finished / "sweep.md").exists() and (finished / "figures" / "grid.png").exists()
+    assert (finished / "sweep.md").exists() and not (finished / "figures").exists()  # `jaxrlhf report` draws
 
 
 def test_called_again_it_runs_what_failed_and_nothing_else(finished, raw, monkeypatch):
