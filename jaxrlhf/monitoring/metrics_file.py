@@ -1,7 +1,6 @@
 """metrics.jsonl: a line a step, read back and repaired."""
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from jaxrlhf.formatting import as_strict_json
 
 FILE = "metrics.jsonl"
 RESERVED = ("stage", "round", "step")
@@ -71,11 +72,4 @@ def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def to_line(fields: Mapping[str, Any]) -> str:
-    spelled = {k: _spell(v) if isinstance(v, float) else v for k, v in fields.items()}
-    return json.dumps(spelled, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def _spell(value: float) -> float | str:
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return json.dumps(as_strict_json(dict(fields)), ensure_ascii=False) + "\n"

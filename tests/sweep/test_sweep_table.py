@@ -8,9 +8,10 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from jaxrlhf.formatting import with_numbers
 from jaxrlhf.sweep.findings import findings
 from jaxrlhf.sweep.statistics import Run, Sweep, chance_beyond, estimate, format_estimate
-from jaxrlhf.sweep.table import as_json, as_markdown, columns_of, show, with_numbers
+from jaxrlhf.sweep.table import as_json, as_markdown, columns_of, show
 
 PPO = {
     "method": "ppo", "policy_update": "ppo", "reference": "SFT, β 0.05", "reward": "kept", "restart": "optimizer + critic", "rounds": 2,
@@ -162,7 +163,7 @@ def test_markdown_has_every_column_and_row(three):
 def test_json_holds_figures_and_reads_back(three):
     sweep = Sweep("s", 0, three.settings, (*three.runs, done(7, "a", 0.0, math.nan)))
     text = json.dumps(as_json(sweep), allow_nan=False)
-    body = with_numbers(json.loads(text))
+    body = json.loads(text, object_hook=with_numbers)
     assert body["arms"]["b"]["difference"] == {"n": 2, "mean": 0.5, "se": pytest.approx(0.5), "least": 0.0}
     assert (
         body["compared_with"] == "a"
