@@ -16,9 +16,10 @@ from jaxrlhf.comparison.figures import FIGURES, Comparison, Texts, compare, gold
 from jaxrlhf.comparison.judge import Judged, judge_pairs
 from jaxrlhf.comparison.judge_client import Judge
 from jaxrlhf.comparison.prompts import Prompts, prompts_identity, prompts_of
-from jaxrlhf.comparison.responses import GenerationSettings, candidate_identity, matched, new_tokens_of, responses_of, write
+from jaxrlhf.comparison.responses import GenerationSettings, candidate_identity, matched, new_tokens_of, responses_of
 from jaxrlhf.comparison.tables import judge_line, main_table, reference_table, write_comparison
 from jaxrlhf.data.tokens import Limits
+from jaxrlhf.files import write_whole
 from jaxrlhf.models.hub import read_config, resolve
 from jaxrlhf.models.hub.identity import folder_identity
 from jaxrlhf.monitoring.progress import shown
@@ -78,8 +79,7 @@ def evaluate(
     settings = settings_of(sides, asked, writing, gold, judge, {"length": length, "bins": bins})
     folder = Path(output)
     check_output(folder, settings, overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    write_whole(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
     told = [responses_of(side, name, asked, writing, folder, show) for side, name in zip(sides, "ab", strict=True)]
     texts, finished, left_out = matched(asked.rows, told)
     notes = [note for side in sides for note in side.notes] + notes + left_out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from jaxrlhf.data.batches import trim
 from jaxrlhf.data.pairs import Prompt, read_prompts
 from jaxrlhf.data.read_report import DataError
 from jaxrlhf.data.tokens import Limits, decode_responses, finished_responses, tokenize_prompts
+from jaxrlhf.files import write_whole
 from jaxrlhf.models.hub import load
 from jaxrlhf.models.hub.identity import folder_identity
 from jaxrlhf.rollouts.dataset import sample_dataset, sampling_of
@@ -95,7 +95,7 @@ def kept_responses(
             return {row["number"]: (row["response"], row["finished"]) for row in kept["responses"]}
     told = generate_responses(side, asked, writing, show)
     rows = [{"number": i, "prompt": asked.rows[i].prompt, "response": text, "finished": ended} for i, (text, ended) in told.items()]
-    write(path, json.dumps({"written": facts, "responses": rows}, ensure_ascii=False, indent=0) + "\n")
+    write_whole(path, json.dumps({"written": facts, "responses": rows}, ensure_ascii=False, indent=0) + "\n")
     return told
 
 
@@ -142,10 +142,3 @@ def matched(rows: list[Prompt], told: list[Responses]) -> tuple[Texts, list[list
     lacking = [f"{len(rows) - len(side)} without one of {name}" for side, name in zip(told, "AB", strict=True) if len(side) < len(rows)]
     notes = [f"{len(rows) - len(kept)} of {len(rows)} prompts are left out: {', '.join(lacking)}."] if lacking else []
     return texts, [[ended for _, ended in side] for side in (a, b)], notes
-
-
-def write(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(text.encode("utf-8", "surrogatepass"))
-    os.replace(partial, path)

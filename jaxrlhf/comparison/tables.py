@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from jaxrlhf.comparison.figures import FIGURES, ROWS, TABLE, Comparison
+from jaxrlhf.files import write_whole
 from jaxrlhf.formatting import markdown_table
 
 
 def write_comparison(comparison: Comparison, folder: str | Path) -> None:
     """comparison.jsonl, comparison.md and, last, comparison.json: where it is, the others are whole."""
     lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in comparison.rows)
-    for name, text in (
-        (ROWS, lines),
-        (TABLE, as_markdown(comparison.figures)),
-        (FIGURES, json.dumps(comparison.figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n"),
-    ):
-        path = Path(folder) / name
-        partial = path.with_name(f".{name}.{os.getpid()}.partial")
-        partial.write_bytes(text.encode("utf-8", "surrogatepass"))
-        os.replace(partial, path)
+    write_whole(Path(folder) / ROWS, lines)
+    write_whole(Path(folder) / TABLE, as_markdown(comparison.figures))
+    write_whole(Path(folder) / FIGURES, json.dumps(comparison.figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 Row = tuple[str, ...]

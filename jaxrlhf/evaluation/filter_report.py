@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import unicodedata
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 
 from jaxrlhf.data.pairs import Pair
 from jaxrlhf.evaluation.filter_page import SIDES, to_markdown, to_svg
+from jaxrlhf.files import write_whole
 from jaxrlhf.offline.select import RULES, keep_flags, score_of, texts_of
 
 FILES = ("filter_report.json", "filter_report.md", "filter_report.svg")
@@ -85,14 +85,10 @@ def filter_report(
 
 def write_filter_report(report: dict[str, Any], folder: str | Path) -> list[Path]:
     """`report` as filter_report.json, .md and .svg in `folder`, which is made if need be; the same report gives the same bytes."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     contents = (json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n", to_markdown(report), to_svg(report))
-    paths = [folder / name for name in FILES]
+    paths = [Path(folder) / name for name in FILES]
     for path, content in zip(paths, contents, strict=True):
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, content)
     return paths
 
 

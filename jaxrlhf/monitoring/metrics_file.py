@@ -1,7 +1,6 @@
 """metrics.jsonl: a line a step, read back and repaired."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrlhf.files import write_lines
 from jaxrlhf.formatting import as_strict_json
 
 FILE = "metrics.jsonl"
@@ -60,10 +60,7 @@ def rewrite(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     lines = read(path)
     kept = [line for line in lines if wanted(line)]
     if len(kept) < len(lines):
-        fresh = path.with_suffix(".jsonl.new")
-        fresh.unlink(missing_ok=True)
-        append(fresh, kept)
-        os.replace(fresh, path)
+        write_lines(path, map(to_line, kept))
 
 
 def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
