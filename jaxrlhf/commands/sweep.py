@@ -27,7 +27,7 @@ def main(options: argparse.Namespace) -> int:
     folder = sweep(config, seeds_of(options.seeds))
     done = read_sweep(folder)
     show(done)
-    print(f"sweep folder: {folder}")
+    print(f"sweep folder: {folder}\nfigures: jaxrlhf report {folder}")
     for line in failure_lines(done):
         print(f"jaxrlhf: {line}", file=sys.stderr)
     return 1 if failure_lines(done) else 0

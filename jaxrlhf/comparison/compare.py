@@ -79,7 +79,6 @@ def evaluate(
     settings = settings_of(sides, asked, writing, gold, judge, {"length": length, "bins": bins})
     folder = Path(output)
     check_output(folder, settings, overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
     told = [responses_of(side, name, asked, writing, folder, show) for side, name in zip(sides, "ab", strict=True)]
     texts, finished, left_out = matched(asked.rows, told)

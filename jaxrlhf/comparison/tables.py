@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxrlhf.comparison.figures import FIGURES, ROWS, TABLE, Comparison
+from jaxrlhf.files import write_whole
+from jaxrlhf.formatting import markdown_table
 
 
 def write_comparison(comparison: Comparison, folder: str | Path) -> None:
     """comparison.jsonl, comparison.md and, last, comparison.json: where it is, the others are whole."""
     lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in comparison.rows)
-    for name, text in (
-        (ROWS, lines),
-        (TABLE, as_markdown(comparison.figures)),
-        (FIGURES, json.dumps(comparison.figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n"),
-    ):
-        path = Path(folder) / name
-        partial = path.with_name(f".{name}.{os.getpid()}.partial")
-        partial.write_bytes(text.encode("utf-8", "surrogatepass"))
-        os.replace(partial, path)
+    write_whole(Path(folder) / ROWS, lines)
+    write_whole(Path(folder) / TABLE, as_markdown(comparison.figures))
+    write_whole(Path(folder) / FIGURES, json.dumps(comparison.figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 Row = tuple[str, ...]
@@ -72,14 +66,14 @@ def as_markdown(figures: dict[str, Any]) -> str:
     for side in ("a", "b"):
         length = figures[side]["length"]
         lines.append(f"- {side.upper()}: {figures[side]['name']}" + ("" if length is None else f", {length:.1f} {unit} on average"))
-    lines += ["", *_markdown(*main_table(figures))]
+    lines += ["", markdown_table(*main_table(figures), others="---:")]
     if rows := reference_table(figures):
-        lines += ["", *_markdown(("by gold, against the references", "wins (strictly)", "ties", "score"), rows)]
+        lines += ["", markdown_table(("by gold, against the references", "wins (strictly)", "ties", "score"), rows, others="---:")]
     for name in ("gold", "judge"):
         if figures[name] is not None and figures[name]["by_length"]:
             bins = figures[name]["by_length"]
             rows = [(f"{b['low']:+.0f} … {b['high']:+.0f}", str(b["n"]), _share(b["score"]), _share(b["win_rate"])) for b in bins]
-            lines += ["", *_markdown((f"{name}: A longer by ({unit})", "prompts", "score of A", "A wins"), rows)]
+            lines += ["", markdown_table((f"{name}: A longer by ({unit})", "prompts", "score of A", "A wins"), rows, others="---:")]
     if figures["judge"] is not None:
         lines += ["", judge_line(figures["judge"]["usage"])]
     if figures["agreement"] and figures["agreement"]["rate"] is not None:
@@ -120,7 +114,3 @@ def _share(value: float | None, low: float | None = None, high: float | None = N
 
 def _plain(value: float | None, low: float | None = None, high: float | None = None) -> str:
     return "–" if value is None else f"{value:.3f}" + ("" if low is None or high is None else f" [{low:.3f}, {high:.3f}]")
-
-
-def _markdown(head: Row, rows: Sequence[Row]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (head, ("---", *("---:" for _ in head[1:])), *rows)]

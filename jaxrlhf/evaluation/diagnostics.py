@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxrlhf.files import write_whole
+
 RELIABILITY = "reliability.json"  # in the folder of a round's evaluation
 VALID_SCORES = "valid_scores.npy"  # in a reward model's folder: float32 [2, M], held-out pairs, chosen and rejected, bias taken off
 BINS = 10  # of the reliability diagram
@@ -57,7 +59,7 @@ def _bin(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
 
 
 def write_reliability(folder: Path, figures: dict[str, Any]) -> None:
-    (folder / RELIABILITY).write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(folder / RELIABILITY, json.dumps(figures, indent=1, allow_nan=False) + "\n")
 
 
 def drift(before_2M: np.ndarray, after_2M: np.ndarray) -> dict[str, float | None]:

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Sequence
 from typing import Any
 
+from jaxrlhf.evaluation.plotting import BLUE, VERMILION, style, svg_of
+from jaxrlhf.formatting import escape_markdown, markdown_table
+
 SIDES = ("chosen", "rejected")
-_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _FIELDS = {name: name for name in ("id", "source", "prompt", *SIDES)} | {"generation": "generation compared with chosen"}
 _GROUPS = (
     ("Top and bottom", ("kept_best", "dropped_last"), ("best kept", "last dropped")),
     ("Borderline", ("kept_last", "dropped_best"), ("last kept", "best dropped")),
 )
-
-
-def escape(text: str) -> str:
-    """Text of unknown origin for one cell of a Markdown table: no markup, link, HTML or line break of its own survives.
-
-    Line breaks show as ⏎, other control and direction-changing characters as their code; a space at either end stays one.
-    """
-    text = re.sub(r"\r\n|[\r\n\v\f\x85\u2028\u2029]", "⏎", text).replace("\t", " ")
-    text = "".join(f"U+{ord(c):04X}" if unicodedata.category(c) in ("Cc", "Cs") or c in _BIDI else c for c in text)
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"([\\`*_{}\[\]()#!|~$@^])", r"\\\1", text)
-    return text.strip(" ") or "(empty)"
 
 
 def to_markdown(report: dict[str, Any]) -> str:
@@ -42,7 +29,7 @@ def _headline(report: dict[str, Any]) -> str:
     against = "the generation for its own prompt"
     if report["compare"] == "nearest":
         against = f"its {report['k']} nearest generations" if report["k"] > 1 else "its nearest generation"
-    by = ", ".join([f"rule {escape(report['rule'])}", *limits])
+    by = ", ".join([f"rule {escape_markdown(report['rule'])}", *limits])
     lines = [
         f"# Filter report{where}",
         f"{report['kept']:,} of {report['pairs']:,} pairs kept ({_percent(report['kept'] / report['pairs'])}) by {by}. "
@@ -57,7 +44,7 @@ def _similarity_table(report: dict[str, Any]) -> str:
     names = ("mean_kept", "mean_dropped", "mean_at_random", "lowest_kept", "highest_dropped")
     titles = ("side", "mean kept", "mean dropped", "mean of a random draw", "lowest kept", "highest dropped")
     rows = [[side, *(_number(report["similarity"][side][name], 3) for name in names)] for side in SIDES]
-    return "## Similarity (cosine)\n\n" + _table(titles, rows)
+    return "## Similarity (cosine)\n\n" + markdown_table(titles, rows)
 
 
 def _length_table(report: dict[str, Any]) -> str:
@@ -67,7 +54,7 @@ def _length_table(report: dict[str, Any]) -> str:
             title = "chosen − rejected" if name == "gap" else name
             rows.append([f"{title}, {unit}", *(_number(x[c], 1) for c in ("kept", "dropped", "at_random")), _number(x["shift"], 2)])
     heading = "## Length\n\nMeans. Shift: (kept − dropped) in standard deviations; 0 is no preference for longer or shorter text.\n\n"
-    return heading + _table(("side", "kept", "dropped", "random draw", "shift"), rows)
+    return heading + markdown_table(("side", "kept", "dropped", "random draw", "shift"), rows)
 
 
 def _other_figures(report: dict[str, Any]) -> str:
@@ -99,7 +86,7 @@ def _example_table(report: dict[str, Any], heading: str, names: tuple[str, str],
         rows = [
             [_FIELDS[name], *(_field(one, name) for one in both)] for name in _FIELDS if any(one and one[name] is not None for one in both)
         ]
-        blocks.append(_table(("", *titles), rows))
+        blocks.append(markdown_table(("", *titles), rows))
     return f"## {heading}\n\n" + "\n\n".join(blocks) if blocks else ""
 
 
@@ -107,12 +94,7 @@ def _field(example: dict[str, Any] | None, name: str) -> str:
     if example is None or example[name] is None:
         return "–"
     similarity = f"**{_number(example[f'{name}_similarity'], 3)}** " if name in SIDES else ""
-    return similarity + escape(example[name])
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return similarity + escape_markdown(example[name])
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -125,32 +107,23 @@ def _percent(share: float) -> str:
 
 def to_svg(report: dict[str, Any]) -> str:
     """Histograms of both sides as SVG text. Letters are drawn as outlines: no viewer needs the font, and none is fetched."""
-    import io
-
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     similarity, edges = report["similarity"], report["similarity"]["bin_edges"]
-    # Okabe and Ito's blue and vermilion, told apart in grey print by fill against outline.
-    with matplotlib.rc_context({"svg.hashsalt": "filter_report", "svg.fonttype": "path", "font.size": 10, "font.family": "DejaVu Sans"}):
+    with style("filter_report", **{"svg.fonttype": "path", "font.size": 10, "font.family": "DejaVu Sans"}):
         figure = Figure(figsize=(7.5, 3.2), layout="constrained")
-        FigureCanvasSVG(figure)
         axes = figure.subplots(1, 2, sharex=True, sharey=True)
         for axis, side in zip(axes, SIDES, strict=True):
             kept, dropped = (_shares(similarity[side][f"histogram_{name}"]) for name in ("kept", "dropped"))
-            axis.stairs(kept, edges, fill=True, color="#0072B2", alpha=0.55, label=f"kept ({report['kept']:,})")
+            axis.stairs(kept, edges, fill=True, color=BLUE, alpha=0.55, label=f"kept ({report['kept']:,})")
             if sum(dropped):
-                axis.stairs(dropped, edges, color="#D55E00", linewidth=1.8, label=f"dropped ({report['pairs'] - report['kept']:,})")
+                axis.stairs(dropped, edges, color=VERMILION, linewidth=1.8, label=f"dropped ({report['pairs'] - report['kept']:,})")
             if report["threshold"] is not None:
                 axis.axvline(report["threshold"], color="black", linestyle="--", linewidth=1, label=f"threshold {report['threshold']:g}")
             axis.set(title=f"{side} responses", xlabel="cosine with the policy's text (no unit)")
-            axis.spines[["top", "right"]].set_visible(False)
         axes[0].set_ylabel("share of its group (%)")
         axes[1].legend(frameon=False, fontsize=9)
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    return stream.getvalue()
+        return svg_of(figure)
 
 
 def _shares(counts: list[int]) -> list[float]:

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from jaxrlhf.evaluation.plotting import BLUE, VERMILION, style, svg_of
+from jaxrlhf.files import write_whole
+
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 BINS = 5  # of length
 DATA, FIGURE = "weight_health.json", "weight_health.svg"
-
-# Okabe & Ito (2008): colours that the colour-blind tell apart, and greyscale print too.
-BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#666666"
+GREY = "#666666"
 POINTS = 400  # of a curve: more cannot be seen
 
 
@@ -104,24 +105,21 @@ def cumulative_share(weights_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def write_weight_health(folder: Path, weights_N: np.ndarray, lengths_N: np.ndarray) -> dict[str, Any]:
     """Write weight_health.json and weight_health.svg into `folder`; the former's content."""
     health = weight_health(weights_N, lengths_N)
-    (folder / DATA).write_text(json.dumps(health, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    draw(np.asarray(weights_N, np.float64), np.asarray(lengths_N, np.float64), health, folder / FIGURE)
+    write_whole(folder / DATA, json.dumps(health, indent=1, allow_nan=False) + "\n")
+    write_whole(folder / FIGURE, draw(np.asarray(weights_N, np.float64), np.asarray(lengths_N, np.float64), health))
     return health
 
 
-def draw(weights_N: np.ndarray, lengths_N: np.ndarray, health: dict[str, Any], path: Path) -> None:
-    """Two panels: how few pairs carry how much of the weight, and the weights by length of response."""
-    import matplotlib
-    from matplotlib.figure import Figure  # no pyplot: no window, no global state
+def draw(weights_N: np.ndarray, lengths_N: np.ndarray, health: dict[str, Any]) -> str:
+    """SVG of two panels: how few pairs carry how much of the weight, and the weights by length of response."""
+    from matplotlib.figure import Figure
 
-    # Text stays text; equal weights give equal files.
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "weights", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.rc_context(style):
+    with style("weights", **{"font.size": 9}):
         figure = Figure(figsize=(7.2, 3.0), layout="constrained")
         left, right = figure.subplots(1, 2)
         _draw_shares(left, weights_N, health)
         _draw_lengths(right, weights_N, lengths_N)
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        return svg_of(figure)
 
 
 def _draw_shares(axes: Any, weights_N: np.ndarray, health: dict[str, Any]) -> None:

@@ -1,14 +1,15 @@
 """metrics.jsonl: a line a step, read back and repaired."""
 
 import json
-import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from jaxrlhf.files import write_lines
+from jaxrlhf.formatting import as_strict_json
 
 FILE = "metrics.jsonl"
 RESERVED = ("stage", "round", "step")
@@ -59,10 +60,7 @@ def rewrite(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     lines = read(path)
     kept = [line for line in lines if wanted(line)]
     if len(kept) < len(lines):
-        fresh = path.with_suffix(".jsonl.new")
-        fresh.unlink(missing_ok=True)
-        append(fresh, kept)
-        os.replace(fresh, path)
+        write_lines(path, map(to_line, kept))
 
 
 def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -71,11 +69,4 @@ def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def to_line(fields: Mapping[str, Any]) -> str:
-    spelled = {k: _spell(v) if isinstance(v, float) else v for k, v in fields.items()}
-    return json.dumps(spelled, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def _spell(value: float) -> float | str:
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return json.dumps(as_strict_json(dict(fields)), ensure_ascii=False) + "\n"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -157,15 +159,10 @@ def _of_arm(arm: str, summary: Summary) -> list[str]:
     rounds = summary["rounds"]
     trained = [row for row in rounds if row["proxy"] is not None]
     lines = []
-    stale = [
-        row
-        for row in trained
-        if row["gold"] is not None and row["proxy"] > row["proxy_start"] and row["gold"] < _before(rounds, row)["gold"]
-    ]
+    stale = [(before, row) for before, row in pairwise(rounds) if proxy_alone_rose(before, row)]
     if stale:
-        names = ", ".join(str(row["round"]) for row in stale)
-        first = stale[0]
-        before = _before(rounds, first)
+        names = ", ".join(str(row["round"]) for _, row in stale)
+        before, first = stale[0]
         lines.append(
             f"{arm}: in round {names} the reward model liked the new policy better and gold did not "
             f"(round {first['round']}: proxy {first['proxy_start']:+.2f} → {first['proxy']:+.2f}, "
@@ -188,5 +185,8 @@ def _of_arm(arm: str, summary: Summary) -> list[str]:
     return lines
 
 
-def _before(rounds: list[dict[str, Any]], row: dict[str, Any]) -> dict[str, Any]:
-    return rounds[rounds.index(row) - 1]
+def proxy_alone_rose(before: Mapping[str, Any], row: Mapping[str, Any]) -> bool | None:
+    """Whether the round's reward model liked the new policy better while gold fell; None where one of the two is not known."""
+    if None in (before["gold"], row["gold"], row["proxy"], row["proxy_start"]):
+        return None
+    return row["proxy"] > row["proxy_start"] and row["gold"] < before["gold"]

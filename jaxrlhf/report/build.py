@@ -5,12 +5,12 @@ folder/report.html   folder/summary.md   folder/figures/*.svg, *.png
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxrlhf.files import write_whole
 from jaxrlhf.report.arms import Collected, collect
 from jaxrlhf.report.drawing import Figure
 from jaxrlhf.report.figures import DRAWINGS, draw
@@ -53,23 +53,16 @@ def title_of(found: Collected) -> str:
 def write(done: Report, target: Path) -> Path:
     """Write the page at `target` and the rest beside it, each file whole or as it was; the page's path."""
     folder = target.parent
-    (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     for figure in done.figures:
-        _write(folder / FIGURES / f"{figure.name}.svg", figure.svg)
-        _write(folder / FIGURES / f"{figure.name}.png", figure.png)
+        write_whole(folder / FIGURES / f"{figure.name}.svg", figure.svg)
+        write_whole(folder / FIGURES / f"{figure.name}.png", figure.png)
     drawn = {figure.name for figure in done.figures}
     for name in (drawing.name for drawing in DRAWINGS if drawing.name not in drawn):  # of an earlier report
         for suffix in ("svg", "png"):
             (folder / FIGURES / f"{name}.{suffix}").unlink(missing_ok=True)
-    _write(folder / TABLE, done.markdown.encode())
-    _write(target, done.html.encode())  # last: a page that is there has its figures beside it
+    write_whole(folder / TABLE, done.markdown)
+    write_whole(target, done.html)  # last: a page that is there has its figures beside it
     return target
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def watched(folders: Sequence[str | Path]) -> tuple[tuple[str, int, int], ...]:

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrlhf.evaluation.curves import Band, over_seeds
+from jaxrlhf.evaluation.plotting import PALETTE, style, svg_of
 from jaxrlhf.report.arms import Arm, View
 
-# Okabe & Ito (2008) without their yellow, which paper does not show. INK is the page's own text colour where a figure stands in a page.
-INK = "#010203"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
+INK = "#010203"  # becomes the page's own text colour where a figure stands in a page
+COLOURS = (*PALETTE, INK)
 LINES = ("-", "--", "-.", ":")
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (8, 2)), (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
@@ -126,22 +126,18 @@ def percents(values: Sequence[float | None]) -> list[float | None]:
 
 def render(drawing: Drawing, arms: Sequence[Arm]) -> Figure | None:
     """The figure as it stands in a page and in files; None where there is nothing to draw."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Canvas  # no pyplot: no window, no global state
+    from matplotlib.figure import Figure as Canvas
 
-    style: Any = {
-        "svg.fonttype": "none", "svg.hashsalt": drawing.name, "font.size": 10, "axes.titlesize": 10, "font.family": "sans-serif",
-        "font.sans-serif": ["DejaVu Sans"], "text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False,
+    own: Any = {
+        "font.size": 10, "axes.titlesize": 10, "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "text.parse_math": False,
         "lines.linewidth": 1.6, "lines.markersize": 5, "axes.grid": True, "grid.alpha": 0.18, "grid.linewidth": 0.6,
         **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK),
     }  # fmt: skip
-    with matplotlib.rc_context(style):
+    with style(drawing.name, **own):
         bars = drawing.name.startswith("cost_")
         count = len(arms)
         width, height = SIZE
         canvas = Canvas(figsize=(width, height + 0.22 * max(0, (count - 1) // 2) + (0.18 * count if bars else 0)), layout="constrained")
-        FigureCanvasAgg(canvas)
         axes = canvas.subplots()
         if not drawing.draw(axes, arms):
             return None
@@ -151,13 +147,12 @@ def render(drawing: Drawing, arms: Sequence[Arm]) -> Figure | None:
         if labels:
             canvas.legend(handles, labels, loc="outside lower center", ncols=2 if max(map(len, labels)) > 16 else 3, frameon=False,
                           fontsize=9, handlelength=2.6, columnspacing=1.2)  # fmt: skip
-        vector, png = io.StringIO(), io.BytesIO()
+        png = io.BytesIO()
         canvas.patch.set_alpha(0)
         axes.patch.set_alpha(0)
-        canvas.savefig(vector, format="svg", metadata={"Date": None, "Creator": None})
+        svg = svg_of(canvas)
         canvas.patch.set_alpha(1)
         canvas.savefig(png, format="png", dpi=PNG_DPI, facecolor="white")
-    svg = vector.getvalue()
     return Figure(drawing.name, drawing.title, drawing.caption, inline(svg, drawing), svg.replace(INK, "#000000").encode(), png.getvalue())
 
 

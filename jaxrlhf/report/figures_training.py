@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxrlhf.evaluation.plotting import BLUE, GREEN, ORANGE, SKY, VERMILION
 from jaxrlhf.report.arms import Arm, View
 from jaxrlhf.report.costs import PARTS
 from jaxrlhf.report.drawing import DATA, INK, by_round, dashed_style, label_of, line_style, percents, whole_numbers
@@ -76,7 +77,7 @@ def filter_histogram(axes: Any, arms: Sequence[Arm]) -> bool:
     return drawn
 
 
-PART_COLOURS = ("#999999", "#56B4E9", "#0072B2", "#009E73", "#D55E00", "#E69F00")
+PART_COLOURS = ("#999999", SKY, BLUE, GREEN, VERMILION, ORANGE)
 HATCHES = ("", "..", "//", "", "xx", "\\\\")
 
 

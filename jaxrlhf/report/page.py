@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from jaxrlhf.evaluation.curves import band
-from jaxrlhf.evaluation.filter_page import escape as escape_markdown
+from jaxrlhf.formatting import escape_markdown, markdown_table
 from jaxrlhf.report.arms import Arm, Column, as_text, table
 from jaxrlhf.report.costs import PARTS
 from jaxrlhf.report.drawing import Figure
@@ -245,15 +245,10 @@ def markdown(title: str, arms: Sequence[Arm], problems: Sequence[str]) -> str:
         [escape_markdown(row["arm"]), *([str(row["seeds"])] if several else []), *(as_text(row[c.key], c.digits) for c in columns)]
         for row in rows
     ]
-    lines = [f"# {escape_markdown(title)}", "", *_markdown_table(head, body), ""]
+    lines = [f"# {escape_markdown(title)}", "", markdown_table(head, body, ":--", "--:"), ""]
     lines += [f"- {column.title}: {column.meaning}." for column in columns]
     lines += ["- Figures are means ± one standard error over seeds."] if several else []
     lines += ["", *(f"- {escape_markdown(line)}" for line in findings(arms))]
     lines += [f"- Missing: {escape_markdown(f'{names}: {said}')}" for said, names in missing_by_text(arms)]
     lines += [f"- Missing: {escape_markdown(problem)}" for problem in problems]
     return "\n".join(lines) + "\n"
-
-
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = [":--", *["--:"] * (len(head) - 1)]
-    return ["| " + " | ".join(line) + " |" for line in (head, rule, *rows)]

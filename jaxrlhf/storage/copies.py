@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxrlhf.files import replacing
 from jaxrlhf.storage.record import RECORD
 from jaxrlhf.storage.remote import RemoteError, clear_errors, fetch_file, is_url, join, names, put_file, read, write
 
@@ -97,10 +98,9 @@ def cached(url: str) -> Path:
     version = repr([str(facts.get(name)) for name in names])
     file = work_folder(f"{url}#{hashlib.sha256(version.encode()).hexdigest()[:16]}") / url.rstrip("/").rsplit("/", 1)[1]
     if not file.exists():
-        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        if not fetch_file(url, partial):
-            raise FileNotFoundError(f"{url}: no such file.")
-        os.replace(partial, file)
+        with replacing(file) as partial:
+            if not fetch_file(url, partial):
+                raise FileNotFoundError(f"{url}: no such file.")
     return file
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from jaxrlhf import distributed
 from jaxrlhf.config import Config
+from jaxrlhf.files import write_whole
 from jaxrlhf.monitoring.metrics_file import FILE
 from jaxrlhf.storage import copies, remote
 from jaxrlhf.storage.copies import LINKS
@@ -85,7 +86,8 @@ def open_run(config: Config) -> None:
             (folder / name).write_bytes(content)
             put["files"][name] = hashlib.sha256(content).hexdigest()
     store = store_of(config)
-    _write(folder / PUT, put | {"store": store.url if isinstance(store, RemoteStore) else str(store.root)})
+    put["store"] = store.url if isinstance(store, RemoteStore) else str(store.root)
+    write_whole(folder / PUT, json.dumps(put, indent=1))
 
 
 def publish(folder: Path) -> None:
@@ -107,7 +109,7 @@ def publish(folder: Path) -> None:
     if links and put["files"].get(LINKS) != targets:
         remote.write(remote.join(put["url"], LINKS), (json.dumps(targets, indent=1) + "\n").encode())
         put["files"][LINKS] = targets
-    _write(folder / PUT, put)
+    write_whole(folder / PUT, json.dumps(put, indent=1))
 
 
 def fetch_run(url: str) -> Path:
@@ -133,9 +135,3 @@ def fetch_run(url: str) -> Path:
 def _put(folder: Path) -> dict[str, Any] | None:
     path = folder / PUT
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(partial, path)

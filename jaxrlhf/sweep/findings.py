@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxrlhf.pipeline.table import proxy_alone_rose
 from jaxrlhf.sweep.statistics import Sweep, chance_beyond, format_estimate
 
 
@@ -55,11 +56,9 @@ def _stale(sweep: Sweep) -> list[str]:
     """Where the reward model in use liked the last policy better, and gold did not."""
     counts = []
     for arm in sweep.settings:
-        runs = [run.rounds[-2:] for run in sweep.finished(arm)]
-        judged = [(a, b) for a, b in runs if None not in (a["gold"], b["gold"], b["proxy"], b["proxy_start"])]
-        stale = sum(b["proxy"] > b["proxy_start"] and b["gold"] < a["gold"] for a, b in judged)
-        if stale:
-            counts.append(f"{arm} in {stale} of {len(judged)} runs")
+        known = [stale for run in sweep.finished(arm) if (stale := proxy_alone_rose(*run.rounds[-2:])) is not None]
+        if any(known):
+            counts.append(f"{arm} in {sum(known)} of {len(known)} runs")
     return [f"In the last round the proxy rose while gold fell: {', '.join(counts)}."] if counts else []
 
 

@@ -6,13 +6,14 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxrlhf import distributed, sharding
 from jaxrlhf.config import Config
 from jaxrlhf.files import write_whole
+from jaxrlhf.formatting import format_duration, with_numbers
 from jaxrlhf.monitoring.runlog import RunLog
 from jaxrlhf.pipeline.checks import check
 from jaxrlhf.pipeline.loop import walk_through
@@ -23,11 +24,10 @@ from jaxrlhf.storage.remote import is_url
 from jaxrlhf.storage.stage import Done, Stage
 from jaxrlhf.storage.store import Store
 from jaxrlhf.sweep.arms import arm_facts
-from jaxrlhf.sweep.figure import draw
 from jaxrlhf.sweep.statistics import Run, Sweep
-from jaxrlhf.sweep.table import as_json, as_markdown, with_numbers
+from jaxrlhf.sweep.table import as_json, as_markdown
 
-TABLE, PAGE, FIGURES, ERROR = "sweep.json", "sweep.md", "figures", "error.txt"
+TABLE, PAGE, ERROR = "sweep.json", "sweep.md", "error.txt"
 
 
 class Job(NamedTuple):
@@ -111,13 +111,13 @@ def _run_all(config: Config, jobs: list[Job], folder: Path, log: RunLog | None) 
         write_table(Sweep(config.name, config.sft_seed, settings, tuple(runs.values())), folder)
 
     rewrite()
-    clock = RemainingTime(time.monotonic)
+    taken: list[tuple[str, float]] = []
     for n, job in enumerate(todo, start=1):
-        left = clock.left([one.arm for one in todo[n - 1 :]])
+        left = seconds_left(taken, [one.arm for one in todo[n - 1 :]])
         say(f"sweep: run {n} of {len(todo)}, seed {job.seed}, {job.arm}{'' if left is None else f'; about {format_duration(left)} left'}")
-        clock.start()
+        started = time.monotonic()
         done = runs[job.seed, job.arm] = run_one(job, log)
-        clock.stop(job.arm)
+        taken.append((job.arm, time.monotonic() - started))
         if done.error:
             say(f"sweep: seed {job.seed}, {job.arm} failed: {done.error}\nsweep: the other runs go on")
         rewrite()
@@ -178,7 +178,7 @@ def read_finished(job: Job) -> Run | None:
 
 def read_sweep(folder: Path) -> Sweep:
     """The sweep of a folder, as its sweep.json has it."""
-    body = with_numbers(json.loads((folder / TABLE).read_text(encoding="utf-8")))
+    body = json.loads((folder / TABLE).read_text(encoding="utf-8"), object_hook=with_numbers)
     runs = tuple(Run(**{name: run[name] for name in Run.__dataclass_fields__}) for run in body["runs"])
     return Sweep(body["name"], body["sft_seed"], {arm: facts["setting"] for arm, facts in body["arms"].items()}, runs)
 
@@ -194,38 +194,18 @@ def failure_lines(done: Sweep) -> list[str]:
 
 
 def write_table(state: Sweep, folder: Path) -> None:
-    """sweep.json, sweep.md and the figure, each whole or as it was."""
-    drawn = draw(state, folder / FIGURES)
+    """sweep.json and sweep.md, each whole or as it was."""
     write_whole(folder / TABLE, json.dumps(as_json(state), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    write_whole(folder / PAGE, as_markdown(state, figure=drawn.relative_to(folder) if drawn else None))
+    write_whole(folder / PAGE, as_markdown(state))
 
 
-@dataclass
-class RemainingTime:
-    """How long the rest will take, from the runs of this process: as long as the same arm took, else the mean of all runs but the first.
+def seconds_left(taken: Sequence[tuple[str, float]], arms_left: Sequence[str]) -> float | None:
+    """How long the rest will take, from the (arm, seconds) of the runs before; None before the second run has ended.
 
-    The first run trains what the others share, and compiles. Later seeds are quicker than it says, for the same reasons.
+    A run takes as long as its arm did before, else the mean of all runs but the first, which trains what the others share and compiles.
     """
-
-    now: Callable[[], float]
-    taken: list[tuple[str, float]] = field(default_factory=list)
-    _started: float = 0.0
-
-    def start(self) -> None:
-        self._started = self.now()
-
-    def stop(self, arm: str) -> None:
-        self.taken.append((arm, self.now() - self._started))
-
-    def left(self, arms_left: Sequence[str]) -> float | None:
-        """Seconds, or None before the second run has ended."""
-        if len(self.taken) < 2:
-            return None
-        known = dict(self.taken)
-        usual = sum(seconds for _, seconds in self.taken[1:]) / (len(self.taken) - 1)
-        return sum(known.get(arm, usual) for arm in arms_left)
-
-
-def format_duration(seconds: float) -> str:
-    """40 s, 12 min, 3.5 h."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if len(taken) < 2:
+        return None
+    known = dict(taken)
+    usual = sum(seconds for _, seconds in taken[1:]) / (len(taken) - 1)
+    return sum(known.get(arm, usual) for arm in arms_left)

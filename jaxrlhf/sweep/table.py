@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
+from jaxrlhf.formatting import as_strict_json, markdown_table
 from jaxrlhf.sweep.findings import findings
 from jaxrlhf.sweep.statistics import FIGURES, Sweep, format_estimate
 
@@ -87,7 +86,7 @@ def show(sweep: Sweep, console: Console | None = None) -> None:
     columns = columns_of(sweep)
     table = _table(sweep, columns)
     left_out = []
-    while len(columns) > 2 and _width(table) > console.width:
+    while len(columns) > 2 and Console(width=10_000).measure(table).maximum > console.width:
         worst = min(columns, key=lambda column: column.keep)
         left_out.append(worst.title.replace("\n", " "))
         columns.remove(worst)
@@ -117,17 +116,12 @@ def _table(sweep: Sweep, columns: Sequence[Column]) -> Table:
     return table
 
 
-def _width(table: Table) -> int:
-    wide = Console(width=10_000)
-    return Measurement.get(wide, wide.options, table).maximum
-
-
 def _setting(setting: Mapping[str, Any], name: str) -> str:
     value = setting[name]
     return ("–" if value == 0 else f"{value:,}") if isinstance(value, int) else str(value)
 
 
-def as_markdown(sweep: Sweep, *, figure: Any = None) -> str:
+def as_markdown(sweep: Sweep) -> str:
     """The whole table, what the rows are, the legend and the findings, as a page."""
     columns = columns_of(sweep)
     head = ["arm", *(column.title.replace("\n", " ") for column in columns)]
@@ -140,12 +134,12 @@ def as_markdown(sweep: Sweep, *, figure: Any = None) -> str:
         "\n".join(f"- {line}" for line in findings(sweep)),
         _grid(["arm", *(title for _, title in SETTINGS)], about),
     ]
-    return "\n\n".join(parts + ([f"![gold by KL and by episodes]({figure})"] if figure else [])) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (escaped[0], ["---"] * len(head), *escaped[1:]))
+    first, *others = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    return markdown_table(first, others)
 
 
 def as_json(sweep: Sweep) -> dict[str, Any]:
@@ -161,26 +155,4 @@ def as_json(sweep: Sweep) -> dict[str, Any]:
         }
     runs = [asdict(run) | {"figures": run.figures} for run in sweep.runs]
     body = {"name": sweep.name, "sft_seed": sweep.sft_seed, "compared_with": sweep.first, "arms": arms, "runs": runs}
-    return _finite(body | {"findings": findings(sweep)})
-
-
-SPELLED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-def with_numbers(value: Any) -> Any:
-    """What `as_json` was made of: its spelled-out numbers as numbers."""
-    if isinstance(value, dict):
-        return {key: with_numbers(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [with_numbers(one) for one in value]
-    return SPELLED.get(value, value) if isinstance(value, str) else value
+    return as_strict_json(body | {"findings": findings(sweep)})

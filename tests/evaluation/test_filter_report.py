@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxrlhf.data.pairs import Pair
-from jaxrlhf.evaluation.filter_page import escape, to_markdown
+from jaxrlhf.evaluation.filter_page import to_markdown
 from jaxrlhf.evaluation.filter_report import FILES, filter_report, shorten, write_filter_report
+from jaxrlhf.formatting import escape_markdown
 
 # (id, prompt, chosen, rejected): 3 and 4 say the same.
 ROWS = [("0", "p", "aa", "b"), ("1", "p", "aa bb", "b c"), ("2", "q", "c", "dddd"), ("3", "r", "x y", "z"), ("4", "r", "x y", "z")]
@@ -116,12 +117,12 @@ EVIL = "a|b\r\n# h\n<script>x</script> ![i](http://e/x) `c` *b* _u_ ~s~ &amp; \\
 
 
 def test_text_from_data_cannot_mark_up_the_page():
-    shown = escape(EVIL)
+    shown = escape_markdown(EVIL)
     assert "\n" not in shown and "\r" not in shown and "\x00" not in shown and "\u202e" not in shown
     assert "U\\+0000" in shown.replace("U+0000", "U\\+0000") and "⏎" in shown
     assert "<" not in shown and ">" not in shown and "&lt;script&gt;" in shown and "&amp;amp;" in shown
     assert not re.search(r"(?<!\\)(?:\\\\)*[|`*_\[\]!~#(]", shown)  # each behind an odd number of backslashes
-    assert escape("  ") == escape("") == "(empty)"
+    assert escape_markdown("  ") == escape_markdown("") == "(empty)"
     page = to_markdown(filter_report([Pair(EVIL, EVIL, EVIL, EVIL + "y", EVIL)], CHOSEN[:1], CHOSEN[:1], np.array([0]), rule=EVIL))
     assert "<script>" not in page and "](http" not in page
     for line in page.splitlines():
