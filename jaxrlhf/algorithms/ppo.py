@@ -160,7 +160,7 @@ def make_trainer(
         num_mini_batches=config.num_mini_batches,
         adaptive=adaptive,
         accumulate=config.gradient_accumulation_steps,
-        keep_rows=sharding.constrain_rows(mesh),
+        constrain_rows=sharding.constrain_rows(mesh),
     )
     scored = sharding.rows_and_metrics(lambda axis_name: partial(score, axis_name=axis_name), mesh)
     offloaded = score_offloaded(models, credit, mesh, reading=reading, assembling=assembling, spread_coef=spread_coef)

@@ -216,7 +216,7 @@ class Backbone(_Layer):
     """Tokens → final hidden states. `cache` given: one new token a row, against the cache."""
 
     remat: str = "none"  # a name in REMAT
-    constrain: Callable[..., Any] | None = None  # holds the layout of activations on a mesh: `sharding.keep_rows`
+    constrain: Callable[..., Any] | None = None  # holds the layout of activations on a mesh: `sharding.constrain_rows`
 
     def setup(self):
         c = self.config
