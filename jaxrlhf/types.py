@@ -6,8 +6,8 @@ right-padded; masks are boolean and carried, never rebuilt from token ids.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
@@ -157,9 +157,3 @@ class Model(NamedTuple):
     prefill: Callable[..., tuple[Array, Any]]
     decode: Callable[..., tuple[Array, Any]]
     score_tokens: Callable[..., TokenStats]
-
-
-__all__ = [
-    "Array", "Completion", "Mapping", "Metrics", "Model", "Outputs", "PairBatch", "PairLoss", "PairOutputs", "Params", "PolicyLoss",
-    "PromptBatch", "Rollout", "TextBatch", "TokenStats", "TrainState", "replace",
-]  # fmt: skip

@@ -173,7 +173,7 @@ def _step_of(parts: tuple[LossPart, ...], optimizer: optax.GradientTransformatio
         num_mini_batches=config.num_mini_batches,
         adaptive={"target": config.kl_target, "horizon": config.kl_horizon} if config.adaptive_kl else None,
         accumulate=config.gradient_accumulation_steps,
-        keep_rows=sharding.constrain_rows(mesh),
+        constrain_rows=sharding.constrain_rows(mesh),
     )
     return sharding.step(make_step, mesh)
 

@@ -70,5 +70,5 @@ def needs_reference(loss: PairLoss) -> bool:
 def preference_trainer(model: Model, loss: PairLoss, config: DPOConfig, steps: int, mesh: Any):
     """(optimizer, compiled step); cached, so that equal trainings compile once a process."""
     optimizer = optimizer_of(config, steps=steps)
-    how = {"accumulate": config.gradient_accumulation_steps, "keep_rows": sharding.constrain_rows(mesh)}
+    how = {"accumulate": config.gradient_accumulation_steps, "constrain_rows": sharding.constrain_rows(mesh)}
     return optimizer, sharding.step(lambda axis_name: make_pair_step(model, loss, optimizer, axis_name=axis_name, **how), mesh)

@@ -101,7 +101,7 @@ def with_columns(tokens: PairBatch, loss: PairLoss, *, name: str, updated: bool)
 def reward_trainer(model: Model, loss: PairLoss, config: RewardConfig, steps: int, mesh: Any):
     """(optimizer, compiled step); cached, so that every refit of a run compiles once."""
     optimizer = optimizer_of(config, steps=steps)
-    how = {"accumulate": config.gradient_accumulation_steps, "keep_rows": sharding.constrain_rows(mesh)}
+    how = {"accumulate": config.gradient_accumulation_steps, "constrain_rows": sharding.constrain_rows(mesh)}
     return optimizer, sharding.step(lambda axis_name: make_pair_step(model, loss, optimizer, axis_name=axis_name, **how), mesh)
 
 

@@ -60,5 +60,5 @@ def own_copy(params: Params) -> Params:
 def sft_trainer(model: Model, config: SFTConfig, steps: int, mesh: Any):
     """(optimizer, compiled step); cached, so that equal trainings compile once a process."""
     optimizer = optimizer_of(config, steps=steps)
-    how = {"loss_on": config.loss_on, "accumulate": config.gradient_accumulation_steps, "keep_rows": sharding.constrain_rows(mesh)}
+    how = {"loss_on": config.loss_on, "accumulate": config.gradient_accumulation_steps, "constrain_rows": sharding.constrain_rows(mesh)}
     return optimizer, sharding.step(lambda axis_name: make_sft_step(model, optimizer, axis_name=axis_name, **how), mesh)

@@ -2,38 +2,14 @@
 
 from jaxrlhf.models.families import config_from_hf, config_from_shape
 from jaxrlhf.models.heads import with_head
-from jaxrlhf.models.hub import (
-    Loaded,
-    eos_ids,
-    head_of,
-    initialise,
-    load,
-    read_tokenizer,
-    rehead,
-    reward_bias,
-    save,
-    with_reward_bias,
-    with_tokenizer,
-)
+from jaxrlhf.models.hub.load import initialise, load, rehead
+from jaxrlhf.models.hub.loaded import Loaded, eos_ids, head_of, reward_bias, with_reward_bias
+from jaxrlhf.models.hub.save import save
+from jaxrlhf.models.hub.tokenizer import read_tokenizer, with_tokenizer
 from jaxrlhf.models.model import build_model
 from jaxrlhf.models.transformer import Cache, DecoderConfig
 
 __all__ = [
-    "Cache",
-    "DecoderConfig",
-    "Loaded",
-    "build_model",
-    "config_from_hf",
-    "config_from_shape",
-    "eos_ids",
-    "head_of",
-    "initialise",
-    "load",
-    "read_tokenizer",
-    "rehead",
-    "reward_bias",
-    "save",
-    "with_head",
-    "with_reward_bias",
-    "with_tokenizer",
-]
+    "Cache", "DecoderConfig", "Loaded", "build_model", "config_from_hf", "config_from_shape", "eos_ids", "head_of", "initialise", "load",
+    "read_tokenizer", "rehead", "reward_bias", "save", "with_head", "with_reward_bias", "with_tokenizer",
+]  # fmt: skip

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.types import Array, Metrics, Params
 
-KeepRows = Callable[[Any], Any]  # a tree of arrays → the same tree, its leading axis held to the devices it is dealt out to
+ConstrainRows = Callable[[Any], Any]  # a tree of arrays → the same tree, its leading axis held to the devices it is dealt out to
 
 
 def global_sum(tree, axis_name: str | None):
@@ -45,14 +45,14 @@ def accumulate_gradients(
     *,
     steps: int = 1,
     axis_name: str | None = None,
-    keep_rows: KeepRows | None = None,
+    constrain_rows: ConstrainRows | None = None,
 ) -> tuple[Params, Array, Metrics]:
     """Gradient, loss and metrics of a batch, `steps` microbatches at a time.
 
-    `loss_fn(params, microbatch)` returns a loss and metrics that are already divided by the total of the *whole*
-    batch, so that sums over microbatches and devices are exact whatever the rows' lengths. Microbatch i takes rows
-    i, i + steps, … : a batch that is sharded over devices stays sharded. `keep_rows` (`sharding.constrain_rows(mesh)`) holds a microbatch
-    to that where the compiler decides. Raises ValueError where the rows (of a device, given `axis_name`) do not divide by `steps`.
+    `loss_fn(params, microbatch)` returns a loss and metrics that are already divided by the total of the *whole* batch, so that sums over
+    microbatches and devices are exact whatever the rows' lengths. Microbatch i takes rows i, i + steps, …: a batch that is sharded over
+    devices stays sharded. `constrain_rows` (`sharding.constrain_rows(mesh)`) holds every microbatch to that where the compiler decides.
+    Raises ValueError where the rows (of a device, given `axis_name`) do not divide by `steps`.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if steps == 1:
@@ -65,7 +65,7 @@ def accumulate_gradients(
         micro = jax.tree.map(lambda x: x.reshape(x.shape[0] // steps, steps, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def add(total, one):
-            (loss, metrics), grads = grad_fn(params, one if keep_rows is None else keep_rows(one))
+            (loss, metrics), grads = grad_fn(params, one if constrain_rows is None else constrain_rows(one))
             return jax.tree.map(jnp.add, total, (loss, metrics, grads)), None
 
         shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], micro))

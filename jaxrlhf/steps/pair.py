@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf.losses import sequence_logp
-from jaxrlhf.steps.accumulate import KeepRows, accumulate_gradients, global_sum
+from jaxrlhf.steps.accumulate import ConstrainRows, accumulate_gradients, global_sum
 from jaxrlhf.steps.state import apply_gradients, joined, named
 from jaxrlhf.types import Array, Metrics, Model, PairBatch, PairLoss, PairOutputs, Params, TokenStats, TrainState
 
@@ -70,7 +70,7 @@ def make_pair_step(
     *,
     accumulate: int = 1,
     axis_name: str | None = None,
-    keep_rows: KeepRows | None = None,
+    constrain_rows: ConstrainRows | None = None,
 ) -> PairStep:
     """A step (state, PairBatch, frozen=None) → (state, metrics) for any `PairLoss`.
 
@@ -88,7 +88,7 @@ def make_pair_step(
         def loss_fn(params: Params, rows: PairBatch) -> tuple[Array, Metrics]:
             return pair_loss.loss(pair_outputs(model, joined(params, frozen), rows, head=pair_loss.head), rows, total=total)
 
-        how = {"steps": accumulate, "axis_name": axis_name, "keep_rows": keep_rows}
+        how = {"steps": accumulate, "axis_name": axis_name, "constrain_rows": constrain_rows}
         grads, loss, metrics = accumulate_gradients(loss_fn, state.params, batch, **how)
         state, norms = apply_gradients(state, grads, optimizer)
         return replace(state, step=state.step + 1), {"loss/pair": loss, **_metric_names(pair_loss.head, metrics), **norms}

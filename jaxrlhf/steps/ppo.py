@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf.losses import adaptive_kl, kl_estimate, masked_sum, ppo_value_loss, ppo_value_stats
-from jaxrlhf.steps.accumulate import KeepRows, accumulate_gradients, global_rows, global_sum, own_rows, shards
+from jaxrlhf.steps.accumulate import ConstrainRows, accumulate_gradients, global_rows, global_sum, own_rows, shards
 from jaxrlhf.steps.state import apply_gradients, joined, named
 from jaxrlhf.types import Array, Metrics, Model, Params, PolicyLoss, Rollout, TrainState
 
@@ -101,7 +101,7 @@ def make_ppo_step(
     adaptive: dict[str, float] | None = None,
     accumulate: int = 1,
     axis_name: str | None = None,
-    keep_rows: KeepRows | None = None,
+    constrain_rows: ConstrainRows | None = None,
 ) -> PPOStep:
     """A step (state, Rollout, key, frozen=None) → (state, metrics) that learns from one rollout, whatever made its advantages.
 
@@ -113,8 +113,8 @@ def make_ppo_step(
     seed and step) shuffles rows over the *global* batch, so one device, a mesh and pmap take the same minibatches. A minibatch may
     split the responses to one prompt: advantages are part of the rollout.
     `adaptive` ({"target", "horizon"}) moves the KL coefficient in `state.controller` after the update.
-    `keep_rows` (`sharding.constrain_rows(mesh)`) is called on every minibatch: where the compiler decides, the rows that a shuffle picks
-    have to be dealt out to the devices again, or every device computes all of them.
+    `constrain_rows` (`sharding.constrain_rows(mesh)`) is called on every minibatch: where the compiler decides, the rows that a
+    shuffle picks have to be dealt out to the devices again, or every device computes all of them.
     Metrics are means over all minibatches; `…_first` is the first minibatch, where the ratio must be 1.
     """
 
@@ -127,13 +127,13 @@ def make_ppo_step(
 
         def update(state: TrainState, index: Array) -> tuple[TrainState, Metrics]:
             picked = jax.tree.map(lambda x: x[own_rows(index, axis_name)], everything)
-            minibatch = _live(picked if keep_rows is None else keep_rows(picked))
+            minibatch = _live(picked if constrain_rows is None else constrain_rows(picked))
             totals = global_sum(tuple(part.mask(minibatch).sum().astype(jnp.float32) for part in parts), axis_name)
 
             def loss_fn(params: Params, rows: Rollout) -> tuple[Array, Metrics]:
                 return rollout_loss(joined(params, frozen), rows, parts=parts, totals=totals, controller=state.controller)
 
-            how = {"steps": accumulate, "axis_name": axis_name, "keep_rows": keep_rows}
+            how = {"steps": accumulate, "axis_name": axis_name, "constrain_rows": constrain_rows}
             grads, loss, metrics = accumulate_gradients(loss_fn, state.params, minibatch, **how)
             state, norms = apply_gradients(state, grads, optimizer)
             return state, {"loss/ppo": loss, **metrics, **norms}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf.losses import sft_loss
-from jaxrlhf.steps.accumulate import KeepRows, accumulate_gradients, global_sum
+from jaxrlhf.steps.accumulate import ConstrainRows, accumulate_gradients, global_sum
 from jaxrlhf.steps.state import apply_gradients
 from jaxrlhf.types import Array, Metrics, Model, Params, TextBatch, TrainState
 
@@ -41,7 +41,7 @@ def make_sft_step(
     loss_on: str = "response",
     accumulate: int = 1,
     axis_name: str | None = None,
-    keep_rows: KeepRows | None = None,
+    constrain_rows: ConstrainRows | None = None,
 ) -> SFTStep:
     """A step (state, TextBatch) → (state, metrics); the loss is a mean over the learned tokens of the global batch."""
     if loss_on not in ("response", "all"):
@@ -53,7 +53,7 @@ def make_sft_step(
         def loss_fn(params: Params, rows: TextBatch) -> tuple[Array, Metrics]:
             return text_loss(model, params, rows, loss_on=loss_on, total=total), {}
 
-        how = {"steps": accumulate, "axis_name": axis_name, "keep_rows": keep_rows}
+        how = {"steps": accumulate, "axis_name": axis_name, "constrain_rows": constrain_rows}
         grads, loss, _ = accumulate_gradients(loss_fn, state.params, batch, **how)
         state, norms = apply_gradients(state, grads, optimizer)
         return replace(state, step=state.step + 1), {"loss/sft": loss, "tokens": total, **norms}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from jaxrlhf.data.toy import toy_tokenizer
 from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.hub import initialise, with_reward_bias
 from jaxrlhf.scorers.reward_model import score_responses
-from jaxrlhf.types import TextBatch, replace
+from jaxrlhf.types import TextBatch
 
 L, T, S, n = 6, 3, 5, 6  # prompt and response limits of the data, response length and samples of the policy
 PROMPTS = [

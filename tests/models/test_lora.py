@@ -151,7 +151,7 @@ def pairs(rows: int = 8) -> PairBatch:
 def trainer(mesh, optimizer):
     model, loss = made("llama").model, bind(PAIR_LOSSES["dpo"], beta=0.5)
     keep = sharding.constrain_rows(mesh)
-    return sharding.step(lambda axis_name: make_pair_step(model, loss, optimizer, axis_name=axis_name, keep_rows=keep), mesh)
+    return sharding.step(lambda axis_name: make_pair_step(model, loss, optimizer, axis_name=axis_name, constrain_rows=keep), mesh)
 
 
 def test_adapters_learn_alone():

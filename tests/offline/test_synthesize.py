@@ -1,6 +1,7 @@
 """Clusters of one meaning, and the pairs made of them: worked by hand, and against the rule as a plain loop."""
 
 import itertools
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -27,8 +28,7 @@ from jaxrlhf.offline.synthesize import (
     same_by_entailment,
     same_by_vectors,
 )
-from jaxrlhf.rollouts.dataset import renumbered, repeated
-from jaxrlhf.types import PairBatch, PromptBatch, TextBatch, replace
+from jaxrlhf.types import PairBatch, PromptBatch, TextBatch
 
 KEY = jax.random.key(3)
 

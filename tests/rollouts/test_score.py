@@ -1,5 +1,6 @@
 """From sampled text to a Rollout: worked by hand, against plain loops, and invariances, on models that are tables."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from jaxrlhf.losses.logp import token_logp
 from jaxrlhf.rollouts.credit import gae_credit, rloo_credit
 from jaxrlhf.rollouts.score import Readings, RolloutModels, assemble_rollout, has_ended, score_rollout
 from jaxrlhf.steps.pair import response_scores
-from jaxrlhf.types import Completion, Model, Outputs, PromptBatch, TokenStats, replace
+from jaxrlhf.types import Completion, Model, Outputs, PromptBatch, TokenStats
 
 EOS = 2
 

@@ -159,7 +159,7 @@ def rows_of_products(compiled):
 def test_every_device_computes_its_share_of_the_update(tiny, scored, axes, accumulate):
     """The shuffle picks rows at run time, which alone would leave every minibatch whole on every device. Numbers: see `ways`."""
     mesh, optimizer = sharding.make_mesh(*axes), optax.sgd(0.1)
-    how = {"optimizer": optimizer, "num_mini_batches": 2, "accumulate": accumulate, "keep_rows": sharding.constrain_rows(mesh)}
+    how = {"optimizer": optimizer, "num_mini_batches": 2, "accumulate": accumulate, "constrain_rows": sharding.constrain_rows(mesh)}
     step = sharding.step(lambda axis_name: step_of(tiny, axis_name=axis_name, **how), mesh)
     compiled = step.lower(state_of(tiny, optimizer), scored(0.7, rows=32)[0], jax.random.key(5)).compile()
     assert rows_of_products(compiled) == 32 // 2 // accumulate // 4 * 9  # times L + T

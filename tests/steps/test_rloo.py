@@ -119,7 +119,7 @@ def ways(tiny, batch):
         return state, {**metrics, **learned}, rollout.advantages_BT
 
     mesh = sharding.make_mesh(4)
-    on_mesh = jax.jit(partial(whole, step=make(keep_rows=sharding.constrain_rows(mesh))))(
+    on_mesh = jax.jit(partial(whole, step=make(constrain_rows=sharding.constrain_rows(mesh))))(
         sharding.place_batch(batch, mesh), sharding.place(state, mesh)
     )
     # Two devices of two prompts each: a group never lies on two devices.

@@ -3,6 +3,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 
 from jaxrlhf import sharding
 from jaxrlhf.storage.checkpoint import CheckpointError, Checkpoints
-from jaxrlhf.types import TrainState, replace
+from jaxrlhf.types import TrainState
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
 KERNEL = ("backbone", "layers_0", "q", "kernel")

@@ -6,21 +6,6 @@ from jaxrlhf.models.hub.save import PAD_TOKEN, save
 from jaxrlhf.models.hub.tokenizer import check_vocabulary, read_tokenizer, with_tokenizer
 
 __all__ = [
-    "FILES",
-    "PAD_TOKEN",
-    "Loaded",
-    "check_vocabulary",
-    "eos_ids",
-    "head_of",
-    "initialise",
-    "load",
-    "read_config",
-    "read_tokenizer",
-    "rehead",
-    "resolve",
-    "reward_bias",
-    "save",
-    "tokenizer_named",
-    "with_reward_bias",
-    "with_tokenizer",
-]
+    "FILES", "PAD_TOKEN", "Loaded", "check_vocabulary", "eos_ids", "head_of", "initialise", "load", "read_config", "read_tokenizer",
+    "rehead", "resolve", "reward_bias", "save", "tokenizer_named", "with_reward_bias", "with_tokenizer",
+]  # fmt: skip
