@@ -28,6 +28,7 @@ from jaxrlhf.offline.synthesize import (
     same_by_entailment,
     same_by_vectors,
 )
+from jaxrlhf.rollouts.dataset import renumbered, repeated
 from jaxrlhf.types import PairBatch, PromptBatch, TextBatch
 
 KEY = jax.random.key(3)
