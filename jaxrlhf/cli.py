@@ -1,4 +1,4 @@
-"""The command line: chooses a command, and says plainly what went wrong."""
+"""The command line: run a command, and print a clear message where it fails."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import traceback
 from pathlib import Path
 
 from jaxrlhf import distributed
-from jaxrlhf.commands.usage import HELP, USAGE
+from jaxrlhf.commands.usage import HELP, RUN_COMMANDS, USAGE
 from jaxrlhf.distributed.cluster import check_alone
 from jaxrlhf.distributed.watchdog import STATUS_OF_OTHERS
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell every user that torch is missing
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn that torch is missing
 
-# Commands that take a recipe and --section.key VALUE, and those that share a file.
-RECIPE_COMMANDS = ("run", "sft", "reward", "ppo", "sweep", "plan")
-COMMANDS = dict.fromkeys(("run", "sft", "reward", "ppo"), "run") | {
+RECIPE_COMMANDS = (*RUN_COMMANDS, "sweep", "plan")  # take a recipe and --section.key VALUE
+# Command → its module in jaxrlhf.commands.
+COMMANDS = dict.fromkeys(RUN_COMMANDS, "run") | {
     name: name for name in ("sweep", "plan", "embed", "nearest", "generate", "evaluate", "report", "launch")
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, or 1 with one clear message on standard error, or 2 for a command that cannot be parsed."""
+    """The exit status: 0; 1 with a message on standard error; 2 for a command that cannot be parsed."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in HELP:
         print(USAGE, end="")
@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"jaxrlhf: no command {argv[0]!r}.\n{USAGE}", end="", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # the checkpoint library narrates every save
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every save
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # `module:attribute` names a file beside the config, last: it shadows nothing installed
+        sys.path.append(os.getcwd())  # for `module:attribute` in the current folder; last, so that it hides no installed module
     try:
         if COMMANDS[argv[0]] != "run":
             check_alone(argv[0])
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _command(command: str, argv: list[str]) -> int:
-    """Parse and run one command; a recipe and what overrides it are handed on as `recipe` and `overrides`."""
+    """Parse and run one command; a recipe and its overrides are passed on as `recipe` and `overrides`."""
     module = importlib.import_module(f"jaxrlhf.commands.{COMMANDS[command]}")
     parser = argparse.ArgumentParser(prog=f"jaxrlhf {command}", add_help=COMMANDS[command] != "run")
     module.add_arguments(parser)
@@ -70,7 +70,7 @@ def _command(command: str, argv: list[str]) -> int:
 
 
 def _failed(error: Exception) -> int:
-    """The exit status after an error, said plainly; one that is not written for users is raised again, with its traceback."""
+    """Print the error and return the exit status; an error that is not written for users is raised again, with its traceback."""
     if (cause := distributed.failure_elsewhere(error)) is not None:
         print(f"jaxrlhf: {cause}", file=sys.stderr)
         distributed.abort(STATUS_OF_OTHERS)
@@ -82,16 +82,16 @@ def _failed(error: Exception) -> int:
     message = str(error.args[0] if isinstance(error, KeyError) else error)  # str() would quote a KeyError's
     print(f"jaxrlhf: {message}", file=sys.stderr)
     for note in getattr(error, "__notes__", []):
-        if "JAX_TRACEBACK_FILTERING" not in note:  # jax's, about a traceback that is not shown
+        if "JAX_TRACEBACK_FILTERING" not in note:  # JAX's note on a traceback that is not shown
             print(f"  {note}", file=sys.stderr)
     distributed.abort(1, message)
     return 1
 
 
 def _is_plain(error: Exception) -> bool:
-    """Errors whose message is written for users: the system's, a missing module of another package, and what our `raise` statements say.
+    """Whether the message is written for users: the system's errors, a missing package, and what this package raises itself.
 
-    Anything else is a fault of ours or of the user's own code, and keeps its traceback.
+    Anything else is a bug of ours or in the user's code, and keeps its traceback.
     """
     if isinstance(error, ModuleNotFoundError):
         return not (error.name or "").startswith("jaxrlhf")
@@ -99,7 +99,7 @@ def _is_plain(error: Exception) -> bool:
 
 
 def _raised_here(error: Exception) -> bool:
-    """Whether a `raise` statement of the package raised it, rather than an operation that failed (`int("x")` is no message of ours)."""
+    """Whether a `raise` statement of this package raised it, and not an operation such as `int("x")`."""
     where = None
     for where in traceback.walk_tb(error.__traceback__):  # noqa: B007
         pass

@@ -1,4 +1,4 @@
-"""`module:attribute` → the object: how a config names code that is not the package's."""
+"""Import the object that a config names as `module:attribute`, for code outside of the package."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import sys
 from types import ModuleType
 from typing import Any
 
-# module → (its spec, its text when it was first asked for). A reload has another spec: the text is that of the code that runs, and an edit
-# under a running process changes neither.
+# module → (its spec, its source when it was first read). A reload has another spec, so the source is that of the running code, even if the
+# file is edited meanwhile.
 _SOURCES: dict[str, tuple[Any, str | None]] = {}
 
 
 def source_of(name: str) -> str | None:
-    """The text of the module that `module:attribute` names (a change of code is a change of the run); None where nothing is named.
+    """The source of the module in `module:attribute`, which is part of a stage's hash; None for a name without a module.
 
-    It is that module's text alone, not of what it imports, and as it was when this process first asked: restart Python, or reload the
-    module, after a change.
+    It is the source of that module alone, not of what it imports, as it was when this process imported it: after a change restart Python
+    or reload the module.
     """
     if ":" not in name:
         return None
-    plugin(name)  # says clearly what is missing
+    plugin(name)  # raises a clear error
     return _source(sys.modules[name.partition(":")[0]])
 
 
@@ -47,12 +47,12 @@ def plugin(name: str) -> Any:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there; something that it imports is not
         raise ImportError(f"{name!r}: no module {error.name!r}; install it or put its folder on PYTHONPATH.") from error
-    _source(found)  # now, while it is what was just read
+    _source(found)  # now, while the file is what was just imported
     where = getattr(found, "__file__", None)
     for part in attribute.split("."):
         if not hasattr(found, part):
             public = ", ".join(n for n in dir(found) if not n.startswith("_")) or "nothing public"
-            of = f" (the module is {where})" if where else ""  # another module of that name may have come first
+            of = f" (the module is {where})" if where else ""  # another module of that name may come first on the path
             raise ImportError(f"{name!r}: no {part!r} there; it has {public}{of}.")
         found = getattr(found, part)
     return found

@@ -1,10 +1,9 @@
-"""YAML ↔ config. Everything wrong with a recipe is said here, before anything is compiled, with the nearest known name."""
+"""Read a YAML recipe into a config and write one back. A wrong recipe is refused here, with the nearest known name."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,11 +17,11 @@ from jaxrlhf.config.checks import contradictions
 
 
 class ConfigError(ValueError):
-    """A recipe that cannot be run; one line a fault: where, what stands there, the rule, the way out."""
+    """A recipe that cannot be run; a line for each fault: the key, its value, the rule, the way out."""
 
 
 def load_config(path: str | Path) -> Config:
-    """The config of a YAML file; recipes that came with the package are found by name alone."""
+    """The config of a YAML file; the package's own recipes are found by their file name."""
     return from_mapping(read_yaml(path), where=str(path))
 
 
@@ -47,7 +46,7 @@ def recipe_folder() -> Path:
 
 
 def find_recipe(path: str | Path) -> Path:
-    """`path`, or the packaged recipe of that file name."""
+    """`path`, or the package's recipe of that file name."""
     path = Path(path)
     if path.is_file():
         return path
@@ -61,7 +60,7 @@ def find_recipe(path: str | Path) -> Path:
 
 
 def from_mapping(raw: Mapping[str, Any], *, where: str = "config") -> Config:
-    """The config a mapping describes. Raises ConfigError naming every unknown key, wrong type and impossible combination."""
+    """The config of a mapping. Raises ConfigError with every unknown key, wrong type and impossible combination."""
     try:
         config = TypeAdapter(Config).validate_python(dict(raw))
     except ValidationError as error:
@@ -73,7 +72,7 @@ def from_mapping(raw: Mapping[str, Any], *, where: str = "config") -> Config:
 
 
 def _distinct(error: ValidationError) -> list[Any]:
-    """One fault a place: a union reports each of its members, and its last says least."""
+    """The first fault of each key: pydantic reports one for every member of a union."""
     faults: dict[tuple, Any] = {}
     for fault in error.errors():
         place = tuple(part for part in fault["loc"] if _is_field(part))
@@ -82,7 +81,7 @@ def _distinct(error: ValidationError) -> list[Any]:
 
 
 def _is_field(part: Any) -> bool:
-    """pydantic appends the names of a union's members to a place; none of our keys looks like them."""
+    """pydantic appends the names of a union's members to the location; no key of ours looks like them."""
     return not (isinstance(part, str) and (part.startswith(("literal[", "tuple[")) or part in ("float", "int", "str", "none", "bool")))
 
 
@@ -95,7 +94,7 @@ def _explain(fault: Any) -> str:
 
 
 def unknown_key(key: str) -> str:
-    """What to say of a key that no dataclass has: the nearest key in its section, else anywhere."""
+    """The message for an unknown key, with the nearest key in its section, else anywhere."""
     known = list(all_keys())
     section, _, name = key.rpartition(".")
     siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
@@ -104,9 +103,9 @@ def unknown_key(key: str) -> str:
         best = f"{section}.{near[0]}" if section else near[0]
         return f"unknown key {key!r}; did you mean {best!r}?"
     others = [k for k in known if k != section]
-    elsewhere = [k for k in others if k.rpartition(".")[2] == name] or difflib.get_close_matches(key, others, n=1, cutoff=0.7)
-    if elsewhere:
-        return f"unknown key {key!r}; did you mean {elsewhere[0]!r}?"
+    similar = [k for k in others if k.rpartition(".")[2] == name] or difflib.get_close_matches(key, others, n=1, cutoff=0.7)
+    if similar:
+        return f"unknown key {key!r}; did you mean {similar[0]!r}?"
     return f"unknown key {key!r}; {section or 'the top level'} has {', '.join(siblings) or 'no such section'}."
 
 
@@ -121,12 +120,12 @@ def all_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
 
 
 def to_mapping(config: Config) -> dict[str, Any]:
-    """Plain Python values, all keys spelled out; `from_mapping` gives the same config back."""
+    """All keys, with plain Python values; `from_mapping` returns the same config."""
     return _plain(dataclasses.asdict(config))
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping | types.MappingProxyType):
+    if isinstance(value, Mapping):
         return {key: _plain(v) for key, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
@@ -136,7 +135,7 @@ def to_yaml(config: Config) -> str:
 
 
 def override(raw: Mapping[str, Any], overrides: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """`raw` with dotted keys replaced. Raises ConfigError for a key that is not there."""
+    """`raw` with dotted keys replaced. Raises ConfigError for an unknown key."""
     known = set(all_keys())
     result = _plain(dict(raw))
     for key, value in overrides.items():
@@ -151,7 +150,7 @@ def override(raw: Mapping[str, Any], overrides: Mapping[str, Any], *, where: str
 
 
 def arms(config: Config) -> dict[str, Config]:
-    """The runs a config stands for: itself, or one an arm with that arm's overrides (checked as the whole is)."""
+    """The runs of a config: itself, or for each arm the config with that arm's overrides, checked like any other."""
     if not config.arms:
         return {config.name: config}
     base = to_mapping(config) | {"arms": {}}

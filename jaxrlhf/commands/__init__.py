@@ -1,1 +1,1 @@
-"""One file a command: its arguments, and what is printed. The work is done elsewhere."""
+"""The commands, a file each: their arguments and what they print. Other folders do the work."""

@@ -1,4 +1,4 @@
-"""`jaxrlhf evaluate`: two candidates on the same prompts, by a gold reward or a judge."""
+"""`jaxrlhf evaluate`: compare two candidates on the same prompts, by a gold reward or a judge."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("prompts", "default: those of the stored responses")
     group.add_argument("--prompts", help="JSONL(.gz) or Parquet with a prompt field, or an evaluation stage of a run")
     group.add_argument("--toy", type=int, metavar="N", help="N evaluation prompts of the built-in task")
-    group.add_argument("--limit", type=int, help="the first so many prompts")
+    group.add_argument("--limit", type=int, help="read at most this many prompts")
     group.add_argument("--tokenizer", help="a folder whose chat template renders conversations (default: that of the first policy)")
     group = parser.add_argument_group("policies")
     group.add_argument("--max_new_tokens", type=int, help="for both sides (default: what their stages say, else 128)")
     group.add_argument("--max_prompt_length", type=int, default=GenerationSettings.max_prompt_length)
     group.add_argument("--temperature", type=float, default=GenerationSettings.temperature, help="0 is greedy")
     group.add_argument("--batch_size", type=int, default=GenerationSettings.batch_size)
-    group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of policies and gold (default: the policies' own, gold float32)")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of policies and gold (default: the policies' own; gold float32)")
     group.add_argument("--seed", type=int, default=0, help="of toy prompts, of sampling and of the bootstrap")
     group = parser.add_argument_group("figures")
     group.add_argument("--gold", help="toy, a reward model's folder, or module:attribute")
@@ -54,8 +54,8 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--judge_timeout", type=float, default=Judge.timeout, help="seconds a request may take")
     group.add_argument("--judge_attempts", type=int, default=Judge.attempts, help="of one request, while the endpoint is busy or broken")
     group.add_argument("--judge_asks", type=int, default=Judge.asks, help="of one question, while the answer is none of A, B and tie")
-    group.add_argument("--judge_keep_going", action="store_true", help="past questions that get no answer, however many")
-    group.add_argument("--judge_price_in", type=float, help="of a million tokens; with --judge_price_out: the cost is told")
+    group.add_argument("--judge_keep_going", action="store_true", help="go on however many questions get no answer")
+    group.add_argument("--judge_price_in", type=float, help="price of a million tokens; with --judge_price_out the cost is printed")
     group.add_argument("--judge_price_out", type=float)
 
 

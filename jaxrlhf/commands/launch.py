@@ -6,29 +6,28 @@ import argparse
 import shutil
 import sys
 
+from jaxrlhf.commands.usage import RUN_COMMANDS
 from jaxrlhf.distributed.launch import GRACE, launch
-
-COMMANDS = ("run", "sft", "reward", "ppo")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `jaxrlhf launch`."""
     parser.allow_abbrev = False
-    parser.description = "Start several processes of one run on this machine, show what the first one says, and end them together."
+    parser.description = "Start several processes of one run on this machine, show the output of the first, and end them together."
     parser.epilog = "On a cluster its own starter does this (srun, gcloud … --worker=all, a Kubernetes Job): see docs/scaling.md."
     parser.add_argument("--processes", type=int, required=True, help="how many")
     parser.add_argument(
-        "--devices_per_process", type=int, help="GPUs of each process, in order; on a machine without GPUs so many simulated CPU devices"
+        "--devices_per_process", type=int, help="GPUs of each process, in order; without GPUs the number of simulated CPU devices"
     )
-    parser.add_argument("--grace", type=float, default=GRACE, help="seconds that the others have to end by themselves once one has")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help=f"{' | '.join(COMMANDS)} CONFIG.yaml [--section.key value …]")
+    parser.add_argument("--grace", type=float, default=GRACE, help="seconds that the others have to end by themselves after the first")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help=f"{' | '.join(RUN_COMMANDS)} CONFIG.yaml [--section.key value …]")
 
 
 def main(options: argparse.Namespace) -> int:
     """Launch as the command line says; 0 where all processes end well, else the status of the first that did not."""
-    if not options.command or options.command[0] not in COMMANDS:
+    if not options.command or options.command[0] not in RUN_COMMANDS:
         said = options.command[0] if options.command else "nothing"
-        raise ValueError(f"jaxrlhf launch … {said}: what can be launched is {', '.join(COMMANDS)} CONFIG.yaml.")
+        raise ValueError(f"jaxrlhf launch … {said}: give one of {', '.join(RUN_COMMANDS)} CONFIG.yaml.")
     if options.processes < 1 or (options.devices_per_process is not None and options.devices_per_process < 1):
         raise ValueError(
             f"--processes {options.processes} and --devices_per_process {options.devices_per_process}: both are at least 1 "
@@ -36,8 +35,7 @@ def main(options: argparse.Namespace) -> int:
         )
     if options.processes > 1 and options.devices_per_process is None and shutil.which("nvidia-smi"):
         raise ValueError(
-            f"--processes {options.processes} on a machine with GPUs: each process would take all of them; say how many each has with "
-            "--devices_per_process."
+            f"--processes {options.processes} on a machine with GPUs: each process would take all of them; give --devices_per_process."
         )
     command = [sys.executable, "-m", "jaxrlhf.cli", *options.command]
     return launch(command, options.processes, options.devices_per_process, grace=options.grace)

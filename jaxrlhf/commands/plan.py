@@ -1,4 +1,4 @@
-"""`jaxrlhf plan`: will a recipe fit, how long will it take?"""
+"""`jaxrlhf plan`: predict the memory and the time of a recipe without running it."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from jaxrlhf.recipe import arms, to_yaml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `jaxrlhf plan`, keys of the config apart."""
+    """The command line of `jaxrlhf plan`, without the keys of the config."""
     parser.description = (
-        "What every phase of a run needs: memory by part, products of matrices, traffic, exchanges between devices, time. The "
+        "What every phase of a run needs: memory by part, matrix products, memory traffic, communication between devices, time. The "
         "steps are compiled and not run; no data and no weights are read. Predictions, not measurements."
     )
     parser.epilog = f"{EPILOG}."
-    parser.add_argument("--devices", type=int, help="plan for so many devices, made up on this machine's CPU; default: those there are")
-    parser.add_argument("--device", help="whose published memory, peak and bandwidth to take: h100, or several, h100,h200,v5p")
-    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a device of your own, or another amount")
+    parser.add_argument("--devices", type=int, help="plan for this many devices, simulated on the CPU; default: those of this machine")
+    parser.add_argument("--device", help="take the published memory, peak and bandwidth of: h100, or several, h100,h200,v5p")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a device")
     parser.add_argument("--peak", type=float, metavar="TFLOPS", help="its peak of dense matrix products in model.dtype")
     parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="its memory's bandwidth")
-    parser.add_argument("--rows", type=int, help="rows of data.train, for the number of steps; nothing is read")
+    parser.add_argument("--rows", type=int, help="rows of data.train, for the number of steps; the data is not read")
     parser.add_argument("--valid_rows", type=int, help="rows held out, for the evaluations")
     parser.add_argument(
         "--exact", action="store_true", help="compile the training steps of deep models whole; default: 2 and 4 layers, extrapolated"
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
-    parser.add_argument("--figure", metavar="FILE", help="draw memory by part, a bar a phase (png, svg, pdf)")
+    parser.add_argument("--figure", metavar="FILE", help="draw the memory of each phase by part (png, svg, pdf)")
 
 
 def start_devices(count: int | None) -> None:
-    """Make up `count` CPU devices, before anything else touches a device; None: leave things as they are.
+    """Simulate `count` CPU devices, before JAX uses any; None: use the devices of this machine.
 
-    What is compiled here is not run, and the time it takes is part of what is told: it is neither read from a cache nor kept in one.
+    The compilation cache is off: the plan reports how long compiling takes.
     """
     jax.config.update("jax_enable_compilation_cache", False)
     if count is None:
@@ -55,7 +55,7 @@ def start_devices(count: int | None) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Plan every arm of the recipe, print it, and write what was asked for."""
+    """Plan every arm of the recipe, print the plans, and write the files that were asked for."""
     start_devices(options.devices)
     config = config_of(options.command, options.recipe, options.overrides)
     devices = devices_of(options)
@@ -65,7 +65,7 @@ def main(options: argparse.Namespace) -> int:
     if options.figure:
         check_figure(options.figure)
     if options.json and not Path(options.json).parent.is_dir():
-        raise ValueError(f"--json {options.json}: there is no folder {Path(options.json).parent}; make it first.")
+        raise ValueError(f"--json {options.json}: the folder {Path(options.json).parent} does not exist; make it first.")
     plans, known = {}, {}
     print(to_yaml(config))
     for name, one in arms(config).items():
@@ -80,7 +80,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def devices_of(options: argparse.Namespace) -> list[Device]:
-    """The devices to judge by: those named, else the one that is here; none where that is a CPU and nothing is stated of it."""
+    """The devices to compare with: those named, else this machine's; none for a CPU of which nothing is stated."""
     stated = (options.memory, options.peak, options.bandwidth)
     if options.device:
         return [own_device(*stated, device_named(name.strip())) for name in options.device.split(",")]
@@ -89,6 +89,6 @@ def devices_of(options: argparse.Namespace) -> list[Device]:
 
 
 def progress(phase: Phase, program: Program) -> None:
-    """Say what was compiled and how long that took."""
+    """Print what was compiled and how long it took."""
     depths = f" at {' and '.join(map(str, program.layers))} layers" if program.layers else ""
     print(f"  compiled {phase.title}{depths}: {program.seconds:.1f} s", file=sys.stderr, flush=True)

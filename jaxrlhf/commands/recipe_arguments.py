@@ -1,4 +1,4 @@
-"""The recipe of a command line: CONFIG.yaml, and --section.key VALUE for what is to be otherwise."""
+"""Build the config of a command line: CONFIG.yaml with the overrides --section.key VALUE."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from jaxrlhf.recipe import ConfigError, load_config
 
 
 def config_of(command: str, path: str, overrides: list[str]) -> Config:
-    """The recipe at `path` with what the command line overrides. Raises ConfigError, with a line for each contradiction."""
+    """The config at `path` with the overrides of the command line. Raises ConfigError, with a line for each fault."""
     config = load_config(path)
     if overrides:
         config = _overridden(config, overrides, f"jaxrlhf {command} {path}")
         faults = [*contradictions(config), *_overruled(config, overrides)]
         if command == "sweep" and any(word.partition("=")[0] == "--seed" for word in overrides):
-            faults.append("--seed would do nothing: --seeds gives the seeds, and --sft_seed that of the text and of SFT.")
+            faults.append("--seed would do nothing in a sweep: use --seeds, and --sft_seed for the seed of the text and of SFT.")
         if faults:
             raise ConfigError("\n".join(faults))
     return config
 
 
 def _overridden(config: Config, overrides: list[str], prog: str) -> Config:
-    # `row` has no keys of its own: what it holds is checked with the method it changes.
+    # `row` is a dict, which tyro cannot parse by key; its columns are checked with the method.
     row, rest, words = dict(config.row), [], iter(overrides)
     for word in words:
         if word.startswith("--row."):
@@ -35,13 +35,12 @@ def _overridden(config: Config, overrides: list[str], prog: str) -> Config:
             row[column.replace("-", "_")] = yaml.safe_load(value if given else next(words, ""))
         else:
             rest.append(word)
-    config, overrides = dataclasses.replace(config, row=row), rest
-    # Keys are written as in the YAML; tyro takes underscores and hyphens alike.
-    return tyro.cli(Config, default=config, args=overrides, prog=prog, config=(tyro.conf.FlagConversionOff,))
+    # tyro takes underscores, as in the YAML, and hyphens.
+    return tyro.cli(Config, default=dataclasses.replace(config, row=row), args=rest, prog=prog, config=(tyro.conf.FlagConversionOff,))
 
 
 def _overruled(config: Config, overrides: list[str]) -> Iterator[str]:
-    """The given keys that an arm sets itself: the arm's value would win, and the one given here would do nothing."""
+    """Faults for overrides of keys that an arm sets itself, where they would do nothing."""
     given = [word[2:].partition("=")[0].replace("-", "_") for word in overrides if word.startswith("--")]
     for key in given:
         arms = [name for name, own in config.arms.items() if any(key == k or key.startswith(f"{k}.") for k in own)]

@@ -1,4 +1,4 @@
-"""`jaxrlhf report`: the page of one or several run folders, written once or served fresh on this machine alone."""
+"""`jaxrlhf report`: write the page of one or several run folders, or serve it on this machine and keep it up to date."""
 
 from __future__ import annotations
 
@@ -16,36 +16,38 @@ from jaxrlhf.storage.run_folder import fetch_run, publish
 
 
 def write_report(folder: str | Path) -> Path | None:
-    """Write the report of a run that has just finished; its path. None, with a message on standard error, where that fails.
+    """Write the report of a run that has just finished; its path, or None with a message on standard error.
 
-    The run is done and its folder is whole: no fault in drawing a page may turn it into a failure.
+    The run itself is finished, so an error in its report must not turn it into a failure.
     """
     try:
         page = write(report([folder]), Path(folder) / PAGE)
         publish(Path(folder))
         return page
     except Exception as error:
-        print(f"jaxrlhf: the report was not written ({type(error).__name__}: {error}); the run is whole: try jaxrlhf report {folder}",
+        print(f"jaxrlhf: the report was not written ({type(error).__name__}: {error}); the run is complete: try jaxrlhf report {folder}",
               file=sys.stderr)  # fmt: skip
         return None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "One self-contained page of runs: table, figures, samples, config and lineage; PNG and SVG figures beside it."
+    parser.description = (
+        "Write one self-contained page of runs (table, figures, samples, config, lineage), and PNG and SVG figures beside it."
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, of a run with arms, or of a sweep; several side by side")
     parser.add_argument("--output", help="file (….html) or folder to write to; default: report.html in the first RUN")
     parser.add_argument("--samples", type=int, default=CAP, help=f"rows of every arm and round in the sample table (default {CAP})")
-    parser.add_argument("--serve", nargs="?", type=int, const=PORT, metavar="PORT", help=f"keep it fresh on http://{HOST}:{PORT}, "
-                        "for nobody but this machine")  # fmt: skip
+    parser.add_argument("--serve", nargs="?", type=int, const=PORT, metavar="PORT", help=f"serve it on http://{HOST}:{PORT}, "
+                        "up to date, for this machine only")  # fmt: skip
 
 
 def main(options: argparse.Namespace) -> int:
     """Write the report and print where it is, or serve it until interrupted. Raises ReportError where there is nothing to show."""
     if options.samples < 0:
-        raise ReportError(f"--samples {options.samples}: give how many rows at most, 0 or more.")
+        raise ReportError(f"--samples {options.samples}: give a number of rows, at least 0.")
     if options.serve is not None:
         if any(is_url(run) for run in options.runs):
-            raise ReportError("--serve follows folders of this machine; leave it out for a run at a URL.")
+            raise ReportError("--serve reads folders of this machine; leave it out for a run at a URL.")
         return serve(options.runs, options.serve, cap=options.samples)
     runs = [fetch_run(run) if is_url(run) else as_path(run).expanduser() for run in options.runs]
     done = report(runs, cap=options.samples)
@@ -59,7 +61,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def put_report(url: str, page: Path) -> str:
-    """Put a report that was made of `fetch_run(url)` beside the run: the page, its table and its figures. The page's URL."""
+    """Upload the report of `fetch_run(url)` to the run: the page, its table and its figures. The page's URL."""
     figures = [f"{FIGURES}/{name}" for name in files_in(page.parent / FIGURES)]
     for name in (TABLE, *figures, page.name):
         put_file(page.parent / name, join(url, name))
@@ -69,7 +71,7 @@ def put_report(url: str, page: Path) -> str:
 def target_of(output: str | None, first: Path) -> Path:
     if output is None:
         if not first.is_dir():
-            raise ReportError(f"{first} is no folder to write {PAGE} into; name another with --output.")
+            raise ReportError(f"{first} is not a folder; name one for {PAGE} with --output.")
         return first / PAGE
     path = Path(output).expanduser()
     target = path if path.suffix.lower() in (".html", ".htm") else path / PAGE

@@ -11,14 +11,14 @@ from jaxrlhf.distributed.launch import watched
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How the processes of a run find each other; everything else, `--help` too, is said of the recipe's keys."""
+    """How the processes of a run reach each other; all other arguments, `--help` too, belong to the recipe."""
     parser.add_argument("--coordinator")
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--process_id", type=int)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run the recipe, print its table and where its folder and report are."""
+    """Run the recipe; print its table and the paths of its folder and report."""
     group = {name: getattr(options, name) for name in ("coordinator", "num_processes", "process_id")}
     if requested_group(**group) and (status := watched()) is not None:
         return status
@@ -32,7 +32,7 @@ def main(options: argparse.Namespace) -> int:
     from jaxrlhf.storage.remote import is_url, join
 
     if not distributed.is_leader():
-        logging.getLogger().setLevel(logging.ERROR)  # the leader says it
+        logging.getLogger().setLevel(logging.ERROR)  # the leader logs it
     folder = run(config, until=None if options.command == "run" else options.command)
     if not distributed.is_leader():
         pass

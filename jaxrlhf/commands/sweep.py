@@ -1,4 +1,4 @@
-"""`jaxrlhf sweep`: every arm of a recipe at every seed, into one table."""
+"""`jaxrlhf sweep`: run every arm of a recipe with every seed, and print one table."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from jaxrlhf.sweep.table import show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `jaxrlhf sweep`, keys of the config apart."""
+    """The command line of `jaxrlhf sweep`, without the keys of the config."""
     parser.description = (
-        "Every arm of a recipe at every seed, into one table. A sweep that was stopped goes on with the same command. "
-        "Exit status 1 where a run failed: its error.txt says why, the others have gone on."
+        "Run every arm of a recipe with every seed, and print one table. The same command resumes a stopped sweep. "
+        "Exit status 1 where a run failed: its error.txt says why; the others are run all the same."
     )
     parser.epilog = f"{EPILOG}; --output FOLDER is where runs go (runs by default)."
     parser.add_argument("--seeds", default="", help="5: the seeds 0 to 4; 3,5,9: these three")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run the sweep, print its table and what failed; 1 where a run did."""
+    """Run the sweep, print its table and its failures; 1 where a run failed."""
     config = config_of(options.command, options.recipe, options.overrides)
     folder = sweep(config, seeds_of(options.seeds))
     done = read_sweep(folder)

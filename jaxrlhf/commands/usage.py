@@ -1,4 +1,4 @@
-"""What the command line says of itself."""
+"""Names and help texts that the commands share."""
 
 USAGE = """\
 jaxrlhf run CONFIG.yaml [--section.key value …]     all stages of a run, and its table
@@ -12,5 +12,6 @@ jaxrlhf report RUN [RUN …] [--serve]                one page: table, figures, 
 jaxrlhf launch --processes 2 run CONFIG.yaml [--…]  several processes on this machine, one run
 jaxrlhf run CONFIG.yaml --help                      every key of the config
 """
+RUN_COMMANDS = ("run", "sft", "reward", "ppo")  # a run, or its first stages; in several processes too
 HELP = ("-h", "--help")
 EPILOG = "Any other --section.key VALUE changes the recipe, as in `jaxrlhf run`"  # of commands with options of their own

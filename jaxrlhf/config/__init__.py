@@ -1,6 +1,6 @@
-"""The frozen dataclasses of a run. YAML and command line become these before anything is compiled.
+"""The config of a run as frozen dataclasses; YAML and the command line are parsed into them.
 
-Argument names are TRL's where the meaning is equal. Every default of the library stands here and nowhere else.
+Argument names are TRL's where the meaning is the same. All defaults of the library are here.
 """
 
 from jaxrlhf.config.data import (

@@ -1,4 +1,4 @@
-"""Settings that contradict each other or cannot be right: one sentence each, before anything is read."""
+"""Check a config for values that are out of range or contradict each other, before anything is read."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 from jaxrlhf.config.run import Config
 
-# The only whole numbers that may be 0: none of it, or switched off.
+# The whole numbers that may be 0, which means none or off; all others are at least 1.
 _MAY_BE_ZERO = ("seed", "sft_seed", "warmup_steps", "max_steps", "top_k", "bucket", "critic_warmup_updates", "length_turn", "r")
 
 
 def _too_small(section: Any, prefix: str = "") -> Iterator[str]:
-    """Every count of the config is a positive number, but for those that may be 0."""
+    """Whole numbers below their least value."""
     for field in dataclasses.fields(section):
         key, value = f"{prefix}{field.name}", getattr(section, field.name)
         if dataclasses.is_dataclass(value):
-            if field.name != "mesh":  # its −1 means all the rest; the mesh itself says what is wrong with its axes
+            if field.name != "mesh":  # its −1 means all remaining devices; make_mesh checks the axes
                 yield from _too_small(value, f"{key}.")
         elif isinstance(value, int) and not isinstance(value, bool) and isinstance(field.default, int | None):
             least = 0 if field.name in _MAY_BE_ZERO else 1
@@ -26,15 +26,15 @@ def _too_small(section: Any, prefix: str = "") -> Iterator[str]:
 
 
 def contradictions(config: Config) -> Iterator[str]:
-    """Combinations that cannot work, each with the way out."""
+    """A sentence for each fault of the config, with the way out."""
     faults = list(_too_small(config)) + list(_out_of_range(config))
     yield from faults
     if not faults:  # what follows divides by them
-        yield from _at_odds(config)
+        yield from _contradicting(config)
 
 
 def _out_of_range(config: Config) -> Iterator[str]:
-    """Single numbers that mean nothing."""
+    """Numbers outside of their range."""
     shape = config.model.shape
     if config.model.source is None and shape.hidden_size % shape.num_heads:
         fits = max(shape.hidden_size // shape.num_heads, 1) * shape.num_heads
@@ -51,45 +51,33 @@ def _out_of_range(config: Config) -> Iterator[str]:
         yield f"pairs.temperature is {pairs.temperature}; greedy sampling gives the same response twice, give a number above 0."
     if not 0 <= pairs.label_flip < 0.5:
         yield f"pairs.label_flip is {pairs.label_flip}; it must lie in [0, 0.5), beyond that labels say the opposite."
-    yield from _outside_of_training(config)
-    yield from _outside_of_updates(config)
-    yield from _outside_of_triggers(config)
+    yield from _training_out_of_range(config)
+    yield from _updates_out_of_range(config)
+    yield from _refit_out_of_range(config)
     if config.evaluation.temperature < 0:
-        yield f"evaluation.temperature is {config.evaluation.temperature}; it must be at least 0, which is greedy."
+        yield f"evaluation.temperature is {config.evaluation.temperature}; it must be at least 0 (0 is greedy)."
     if not 0 <= weights.alpha < 1:
         yield f"weights.alpha is {weights.alpha}; the relative ratio needs 0 ≤ alpha < 1."
     if weights.temperature <= 0:
         yield f"weights.temperature is {weights.temperature}; log-probs need a temperature above 0."
     if weights.eta != "ess" and not weights.eta >= 0:
-        yield f"weights.eta is {weights.eta}; below 0 it prefers pairs the policy would never say, give at least 0 (no correction) or ess."
+        yield f"weights.eta is {weights.eta}; it must be at least 0 (0: no correction) or ess; below 0 it prefers unlikely pairs."
     if weights.eta == "ess" and not 0 < weights.ess_target <= 1:
         yield f"weights.ess_target is {weights.ess_target}; it is the share of pairs that should count, 0 < ess_target ≤ 1."
 
 
-# Numbers of the optimizers and of PPO that must be above 0 where they are given, and those that may be 0 (none of it).
-_POSITIVE = ("learning_rate", "critic_learning_rate", "adam_epsilon", "max_grad_norm", "kl_target")
+# Numbers of the optimizers, PPO and DPO that must be above 0 where they are given, and those that may be 0.
+_POSITIVE = ("learning_rate", "critic_learning_rate", "adam_epsilon", "max_grad_norm", "kl_target", "cliprange", "cliprange_high",
+             "cliprange_value", "beta", "wpo_clip")  # fmt: skip
+_NOT_NEGATIVE = ("weight_decay", "kl_coef", "kl_coef_previous", "vf_coef", "center_rewards_coefficient", "missing_eos_penalty",
+                 "spread_coef")  # fmt: skip
 
 
-_POSITIVE += ("cliprange", "cliprange_high", "cliprange_value", "beta", "wpo_clip")
-
-_NOT_NEGATIVE = (
-    "weight_decay",
-    "kl_coef",
-    "kl_coef_previous",
-    "vf_coef",
-    "center_rewards_coefficient",
-    "missing_eos_penalty",
-    "spread_coef",
-)
-
-
-def _outside_of_training(config: Config) -> Iterator[str]:
-    """The numbers of SFT, reward training and PPO. `not x > 0`, and not `x <= 0`: NaN is a fault too."""
+def _training_out_of_range(config: Config) -> Iterator[str]:
+    """SFT, reward training, PPO and DPO. `not x > 0` rather than `x <= 0`: NaN is a fault too."""
     for part in ("sft", "reward", "ppo", "dpo"):
-        section = getattr(config, part)
-        for key, value in dataclasses.asdict(section).items():
-            if value is None:
-                continue
+        given = {key: value for key, value in dataclasses.asdict(getattr(config, part)).items() if value is not None}
+        for key, value in given.items():
             if key in _POSITIVE and not value > 0:
                 yield f"{part}.{key} is {value}; it must be above 0."
             elif key in _NOT_NEGATIVE and not value >= 0:
@@ -101,15 +89,15 @@ def _outside_of_training(config: Config) -> Iterator[str]:
         yield f"ppo.dual_clip is {dual}; it bounds a ratio from above and must be above 1 (3 is usual), or left out."
 
 
-def _outside_of_updates(config: Config) -> Iterator[str]:
-    """The numbers of the filter and of synthetic pairs."""
+def _updates_out_of_range(config: Config) -> Iterator[str]:
+    """The filter and synthetic pairs."""
     chosen, made, smoothing = config.filter, config.synthesize, config.dpo.label_smoothing
     if not 0 <= smoothing < 0.5:
         yield f"dpo.label_smoothing is {smoothing}; it must lie in [0, 0.5), beyond that labels say the opposite."
     if chosen.threshold is not None and not -1 <= chosen.threshold <= 1:
         yield f"filter.threshold is {chosen.threshold}; it is a cosine, which lies in [-1, 1]."
     if chosen.temperature < 0:
-        yield f"filter.temperature is {chosen.temperature}; it must be at least 0, which is greedy."
+        yield f"filter.temperature is {chosen.temperature}; it must be at least 0 (0 is greedy)."
     if not 0 < chosen.top_p <= 1:
         yield f"filter.top_p is {chosen.top_p}; it must lie in (0, 1], and 1 keeps every token."
     if made.temperature <= 0:
@@ -122,7 +110,7 @@ def _outside_of_updates(config: Config) -> Iterator[str]:
         yield f"synthesize.num_samples is {made.num_samples}; a pair needs at least 2 responses to a prompt."
 
 
-def _outside_of_triggers(config: Config) -> Iterator[str]:
+def _refit_out_of_range(config: Config) -> Iterator[str]:
     """The thresholds at which a refit is due."""
     refit = config.refit
     if not refit.kl_budget > 0:
@@ -134,13 +122,13 @@ def _outside_of_triggers(config: Config) -> Iterator[str]:
 
 
 def _warm_ups(config: Config) -> Iterator[str]:
-    """Warm-ups that would never end. An SFT or reward training without max_steps is as long as its data, which is not known here."""
+    """Warm-ups longer than their training. Without max_steps the length depends on the data, which is not known here."""
     ppo = config.ppo
     for name, section in (("sft", config.sft), ("reward", config.reward), ("dpo", config.dpo)):
         if section.max_steps and section.warmup_steps >= section.max_steps:
             yield (
                 f"{name}.warmup_steps {section.warmup_steps} leaves nothing of {name}.max_steps {section.max_steps}; "
-                "the learning rate would only rise, lower it."
+                "the learning rate would only rise; lower it."
             )
     updates = ppo.total_episodes // ppo.batch_size
     if ppo.critic_warmup_updates >= updates:
@@ -153,7 +141,7 @@ def _warm_ups(config: Config) -> Iterator[str]:
         yield f"ppo.warmup_steps {ppo.warmup_steps} leaves nothing of the policy's {steps} optimizer steps of a round; lower it."
 
 
-def _at_odds(config: Config) -> Iterator[str]:
+def _contradicting(config: Config) -> Iterator[str]:
     """Settings that contradict each other."""
     ppo, data = config.ppo, config.data
     for name in ("forward_batch_size", "generation_batch_size"):

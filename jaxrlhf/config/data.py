@@ -1,4 +1,4 @@
-"""What a run reads: text, models, tokenizers, pairs and the gold reward."""
+"""Config of what a run reads: text, models, tokenizers, pairs and the gold reward."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Literal
 
 from pydantic import ConfigDict
 
-STRICT = ConfigDict(extra="forbid")  # without it a dataclass drops unknown keys in silence
+STRICT = ConfigDict(extra="forbid")  # pydantic would ignore unknown keys
 
 
 @dataclass(frozen=True)
 class ToyTask:
-    """The task's numbers. The knob that makes a reward model stale is `overlong_penalty`, beyond `length_turn`.
+    """The built-in task. `overlong_penalty`, beyond `length_turn` words, is what makes a reward model stale.
 
-    Gold, in units of reward; every count is per response, a word is what stands between spaces (a full stop is a word, EOS is not):
+    Gold rewards; every count is per response. A word is what stands between spaces: a full stop is a word, EOS is not.
     """
 
     __pydantic_config__ = STRICT
 
     length_turn: int = 8  # words up to which length is free; 8 = both facts' main words and two full stops
-    overlong_penalty: float = 0.25  # THE KNOB: reward lost per squared word beyond length_turn
+    overlong_penalty: float = 0.25  # reward lost: this × (words beyond length_turn)²
     main_reward: float = 0.7  # per subject, verb or object of either fact that the response contains (at most 6)
     detail_reward: float = 0.2  # per place or time of either fact that the response contains (at most 4)
     foreign_penalty: float = 0.5  # per word that is not in the post
@@ -63,7 +63,7 @@ class ToyTask:
 
 @dataclass(frozen=True)
 class LimitsConfig:
-    """Lengths in tokens; a prompt over the limit is dropped (named) or cut on the left, a response cut or dropped."""
+    """Lengths in tokens. A prompt over the limit is dropped (and listed) or cut on the left, a response cut or dropped."""
 
     __pydantic_config__ = STRICT
 
@@ -78,7 +78,7 @@ Sources = str | tuple[str, ...]  # one or several of: a file, a pattern of files
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from: JSONL(.gz) or Parquet, hub ids, or `toy`, the task the package generates."""
+    """Where text comes from: JSONL(.gz) or Parquet files, hub ids, or `toy`, the task that the package generates."""
 
     __pydantic_config__ = STRICT
 
@@ -90,11 +90,11 @@ class DataConfig:
     rename: dict[str, str] = field(default_factory=dict)  # column of the data → name the readers know: {query: prompt}
     num_demonstrations: int = 40_000  # toy only
     num_prompts: int = 20_000  # toy only
-    max_pairs: int | None = None  # read at most so many training pairs
+    max_pairs: int | None = None  # read at most this many training pairs
     on_bad_row: Literal["drop", "error"] = "drop"
-    prompt_format: str = "{}"  # a frame for bare instructions, "\n\nHuman: {}\n\nAssistant:"
-    response_format: str = "{}"  # and for their answers, " {}"
-    bucket: int = 0  # batches are cut to multiples of so many tokens (few shapes, few compilations); 0: full width
+    prompt_format: str = "{}"  # a template for bare instructions, "\n\nHuman: {}\n\nAssistant:"
+    response_format: str = "{}"  # and for their responses, " {}"
+    bucket: int = 0  # the width of a batch is a multiple of this many tokens (few shapes, few compilations); 0: full width
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     toy: ToyTask = field(default_factory=ToyTask)
 
@@ -122,10 +122,10 @@ class ModelConfig:
     source: str | None = None
     shape: ModelShape = field(default_factory=ModelShape)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
-    # Knobs of memory: they change no result beyond rounding, and no stage's hash.
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again: all but products with kernels; whole layers
-    offload_frozen: bool = False  # reference, reward and SFT models of a PPO round wait on the host, each on the device in its turn
-    logits_chunk: int | None = None  # positions whose logits exist at a time in training and scoring; None: 2²⁶ logits decide
+    # Memory settings: they change results by rounding at most, and no stage's hash.
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes: all but products with kernels; whole layers
+    offload_frozen: bool = False  # keep the reference, reward and SFT models of a PPO round in host memory, one at a time on the device
+    logits_chunk: int | None = None  # positions whose logits are computed at a time in training and scoring; None: at most 2²⁶ logits
 
     def __post_init__(self) -> None:
         if self.logits_chunk is not None and self.logits_chunk < 1:

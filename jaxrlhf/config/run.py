@@ -14,7 +14,7 @@ from jaxrlhf.config.updates import EncoderConfig, FilterConfig, RefitConfig, Syn
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Taken at the end of every round over all evaluation prompts."""
+    """The evaluation at the end of every round."""
 
     __pydantic_config__ = STRICT
 
@@ -25,11 +25,11 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices by axis; −1: all the others."""
+    """Devices per axis; −1: all remaining ones."""
 
     __pydantic_config__ = STRICT
 
-    engine: Literal["jit", "pmap"] = "jit"  # pmap: one replica a device, so fsdp and tensor are 1; in one process
+    engine: Literal["jit", "pmap"] = "jit"  # pmap: one replica per device (fsdp and tensor are 1), in one process
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
@@ -39,7 +39,7 @@ class MeshConfig:
 class CheckpointConfig:
     __pydantic_config__ = STRICT
 
-    every: int = 500  # steps of a stage; a stopped stage goes on from its last checkpoint
+    every: int = 500  # steps of a stage; a stopped stage resumes from its last checkpoint
     keep: int = 1
 
 
@@ -56,20 +56,20 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A run: one method, or several arms that share every stage whose inputs are equal."""
+    """A run: one method, or several arms that share every stage with equal inputs."""
 
     __pydantic_config__ = STRICT
 
     name: str = "run"
     seed: int = 0
-    sft_seed: int | None = None  # seed of the text and of π_SFT; None: `seed`. Where it is given, the seeds of a sweep share both
+    sft_seed: int | None = None  # seed of the text and of π_SFT; None: `seed`. If given, the seeds of a sweep share both
     method: str = "ocrm"  # a row of algorithms.rounds.METHODS, or module:attribute of one
     row: dict[str, Any] = field(default_factory=dict)  # columns of that row (algorithms.rounds.Method) to change: {reference: previous}
     rounds: int = 3
     output: str = "runs"
-    store: str | None = None  # finished stages; None: <output>/.stages
+    store: str | None = None  # folder or URL of the finished stages; None: <output>/.stages
     standalone: bool = False  # copy stages into the run folder instead of linking them
-    arms: dict[str, dict[str, Any]] = field(default_factory=dict)  # name → overrides with dotted keys, each a run of its own
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)  # name → overrides with dotted keys; each arm is a run
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -92,5 +92,5 @@ class Config:
 
     @property
     def text_seed(self) -> int:
-        """The seed of everything up to π_SFT."""
+        """The seed of all stages up to π_SFT."""
         return self.seed if self.sft_seed is None else self.sft_seed

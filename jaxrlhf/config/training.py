@@ -1,4 +1,4 @@
-"""How models are trained: optimizers, SFT, reward models, PPO, DPO and adapters. Argument names are TRL's where the meaning is equal."""
+"""Config of training: optimizers, SFT, reward models, PPO, DPO and LoRA. Argument names are TRL's where the meaning is the same."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class RewardConfig(OptimizerConfig):
     use_margin: bool = False
     eval_batch_size: int = 128
     num_reference_rows: int | None = None  # reference responses behind `reward_bias`; None: all demonstrations
-    ensemble_size: int = 4  # reward models of a method with an ensemble, which differ in their head and the order of their pairs
-    spread_coef: float = 1.0  # mean-minus-spread: the score is the members' mean less so many of their standard deviations
+    ensemble_size: int = 4  # reward models in an ensemble; they differ in their head and the order of their pairs
+    spread_coef: float = 1.0  # mean-minus-spread: the score is the members' mean minus this × their standard deviation
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class PPOConfig(OptimizerConfig):
 
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
     total_episodes: int = 100_000  # responses sampled in a round
-    round_prompts: Literal["fresh", "same"] = "fresh"  # every round goes on with fresh prompts, or starts over with those of round 1
+    round_prompts: Literal["fresh", "same"] = "fresh"  # every round takes new prompts, or those of round 1 again
     rloo_k: int = 4  # RLOO only: responses to each prompt; batch_size counts responses
     batch_size: int = 512  # rollout batch
     num_mini_batches: int = 1
@@ -89,8 +89,8 @@ class PPOConfig(OptimizerConfig):
     missing_eos_score: float | None = None  # replaces the score (−1 in the papers)
     critic_warmup_updates: int = 0  # rollouts in which only the critic learns
     critic_learning_rate: float | None = None
-    generation_batch_size: int | None = None  # responses sampled at once, which share a KV cache; None: all. Memory, not results
-    forward_batch_size: int | None = None  # rows a forward pass of scoring takes at once; None: all
+    generation_batch_size: int | None = None  # responses sampled at once, which share a KV cache; None: all. Changes memory, not results
+    forward_batch_size: int | None = None  # rows of a forward pass in scoring; None: all
 
 
 @dataclass(frozen=True)
@@ -103,25 +103,25 @@ class DPOConfig(OptimizerConfig):
     gradient_accumulation_steps: int = 1
     beta: float = 0.05
     loss: str = "dpo"  # of policy_update dpo: dpo, ipo, ipo_mean or module:attribute, with head "lm"
-    label_smoothing: float = 0.0  # share of labels taken to be wrong; dpo and wpo
+    label_smoothing: float = 0.0  # assumed share of wrong labels; dpo and wpo
     wpo_clip: float | None = 1.0  # of policy_update wpo: the largest weight of a pair; None: no clamp
     eval_batch_size: int = 128  # rows of a pass that computes the reference's log-probs
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Adapters on the policy: they learn, the model beside them does not, and a round ends by merging them into it. Hu et al. (2021)."""
+    """LoRA on the policy (Hu et al., 2021): only the adapters are trained, and merged into the model at the end of a round."""
 
     __pydantic_config__ = STRICT
 
-    r: int = 0  # rank; 0: no adapters, all parameters learn
+    r: int = 0  # rank; 0: no adapters, all parameters are trained
     alpha: float = 16.0  # the update of a kernel is A·B · alpha / r
     target_modules: tuple[Literal["q", "k", "v", "out", "up", "gate", "down"], ...] = ("q", "k", "v", "out", "up", "gate", "down")
 
     def __post_init__(self) -> None:
         if self.r < 0:
-            raise ValueError(f"lora.r {self.r} is no rank; give a positive number, or 0 to train all parameters.")
+            raise ValueError(f"lora.r is {self.r}; give a positive rank, or 0 to train all parameters.")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"lora.alpha {self.alpha} must be finite and positive: adapters would learn nothing.")
+            raise ValueError(f"lora.alpha {self.alpha} must be finite and above 0.")
         if not self.target_modules:
             raise ValueError("lora.target_modules is empty; name the kernels that get an adapter, or leave it out for all.")

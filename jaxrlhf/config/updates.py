@@ -1,4 +1,4 @@
-"""How the reward model is corrected: weights, encoder, filter, synthetic pairs, and when."""
+"""Config of how and when the reward model is updated: weights, encoder, filter, synthetic pairs, refits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class WeightsConfig:
     ess_target: float = 0.15  # share of the pairs, for eta: ess
     normalize: Literal["none", "mean"] = "none"
     temperature: float = 1.0
-    max_tokens: int | None = None  # only the first so many response tokens; None: all
+    max_tokens: int | None = None  # count only this many response tokens, from the first; None: all
     reference_compat: bool = False  # the public code's float32 floor, for comparison only
     batch_size: int = 128
 
@@ -39,20 +39,18 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """FRFT: which offline pairs look like what the policy writes now."""
+    """FRFT: which offline pairs are similar to what the policy writes now."""
 
     __pydantic_config__ = STRICT
 
     rule: Literal["either", "both", "chosen", "rejected", "half-half"] = "either"
     n: int | None = 2_000  # keep the n most similar pairs; None: all above `threshold`
     threshold: float | None = None  # cosine below which no pair is kept; None: none
-    compare: Literal["own", "nearest"] = (
-        "own"  # own: the policy's text for the pair's own prompt (the public code); nearest: over all prompts
-    )
+    compare: Literal["own", "nearest"] = "own"  # own: with the policy's text for the same prompt (the public code); nearest: over all
     k: int = 1  # nearest: mean cosine with the k most similar generations
     num_prompts: int = 2_000  # nearest: prompts the policy answers
-    round_prompts: Literal["fresh", "same"] = "fresh"  # nearest: every round asks other prompts, or the same ones
-    embed: Literal["response", "prompt+response"] = "response"  # what is embedded, on both sides alike
+    round_prompts: Literal["fresh", "same"] = "fresh"  # nearest: every round takes new prompts, or the same ones
+    embed: Literal["response", "prompt+response"] = "response"  # what is embedded, of pairs and generations
     temperature: float = 0.9  # of the policy's generations, as are top_k and top_p
     top_k: int = 0
     top_p: float = 1.0
@@ -63,7 +61,7 @@ class FilterConfig:
 
 @dataclass(frozen=True)
 class SynthesizeConfig:
-    """RLP-SPG: pairs from the policy's own text. Its settings in comparisons by others are not known; these are its authors'."""
+    """RLP-SPG: pairs from the policy's own text, with the settings of its authors."""
 
     __pydantic_config__ = STRICT
 
@@ -78,15 +76,15 @@ class SynthesizeConfig:
 
 @dataclass(frozen=True)
 class RefitConfig:
-    """When a method that updates its reward model does so, looked at before every round but the first.
+    """When a method that updates its reward model does so; decided before every round but the first.
 
-    Where no refit is due, the round goes on with the reward model, KL reference, optimizer and critic of the one before.
+    Without a refit the round continues with the reward model, KL reference, optimizer and critic of the round before.
     """
 
     __pydantic_config__ = STRICT
 
     when: Literal["round", "kl", "ess", "accuracy"] = "round"  # round: before every round (the papers)
     kl_budget: float = 2.0  # kl: nats a response between the policy of the last refit and the policy now
-    ess_floor: float = 0.3  # ess: share of the pairs that still count under the ratio of those two policies
-    accuracy_drop: float = 0.05  # accuracy: on the policy's own text as gold labels it, below what it was at the last refit
-    max_rounds: int | None = None  # refit after so many rounds in any case
+    ess_floor: float = 0.3  # ess: effective share of the pairs under the ratio of those two policies
+    accuracy_drop: float = 0.05  # accuracy: on the policy's own text with gold labels, this far below the value at the last refit
+    max_rounds: int | None = None  # refit after this many rounds in any case

@@ -1,1 +1,1 @@
-"""What a run says while it runs: metrics, progress, and what compiles in the middle of a loop."""
+"""Log metrics and progress of a run, and notice what compiles in the middle of a loop."""

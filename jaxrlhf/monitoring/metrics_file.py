@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line a step, read back and repaired."""
+"""Write, read and repair metrics.jsonl, which has a line for each logged step."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +16,7 @@ RESERVED = ("stage", "round", "step")
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Python numbers of device scalars, fetched together. Strings, bools and None stay. Raises ValueError for longer arrays."""
+    """Device scalars as Python numbers, fetched together. Strings, bools and None stay. Raises ValueError for larger arrays."""
     out = {}
     for name, value in jax.device_get(dict(metrics)).items():
         if isinstance(value, np.ndarray | np.generic):
@@ -28,7 +28,7 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a half-written last one (the process was killed) is left out. No file: no lines."""
+    """The lines of a metrics.jsonl without a half-written last one (the process was killed); none where there is no file."""
     path = Path(path)
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     lines = []
@@ -36,7 +36,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"{path}:{number} is not JSON ({error}); delete that line to go on.") from error
+            raise ValueError(f"{path}:{number} is not JSON ({error}); delete that line.") from error
     return lines
 
 
@@ -52,13 +52,14 @@ def repair(path: Path) -> None:
 
 
 def forget(path: Path, stage: str, round: int | None, *, after: int) -> None:
-    """Drop the lines of `stage` in `round` whose step is past `after`: a resumed run takes those steps again."""
+    """Remove the lines of `stage` in `round` after step `after`: a resumed run takes those steps again."""
     rewrite(path, lambda line: (line["stage"], line["round"]) != (stage, round) or line["step"] <= after)
 
 
-def rewrite(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+def rewrite(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Remove the lines for which `keep` is false."""
     lines = read(path)
-    kept = [line for line in lines if wanted(line)]
+    kept = [line for line in lines if keep(line)]
     if len(kept) < len(lines):
         write_lines(path, map(to_line, kept))
 

@@ -1,4 +1,4 @@
-"""Progress of work outside a run."""
+"""Show the progress of a command that is not a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxrlhf.types import Progress
 
 @contextmanager
 def shown(what: str) -> Iterator[Progress]:
-    """A progress that is shown on standard error, with the time left, and not kept."""
+    """A progress bar on standard error with the time left; nothing is kept."""
     with tempfile.TemporaryDirectory() as scratch, RunLog(scratch) as log:
         stage = None
 

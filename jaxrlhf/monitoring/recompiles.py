@@ -13,8 +13,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import jax
-
 _log = logging.getLogger(__name__)
 
 Mode = Literal["warn", "error", "off"]
@@ -60,11 +58,15 @@ class CompileWatch:
         return sum(one.seconds for one in self.seen)
 
     def start(self) -> CompileWatch:
+        import jax  # here, as the store of finished stages needs no JAX
+
         jax.monitoring.register_event_duration_secs_listener(self._listen)
         return self
 
     def stop(self) -> None:
         """Stop recording, and sum up the compilations that got no line."""
+        import jax
+
         with suppress(AssertionError, ValueError):  # somebody has cleared all listeners
             jax.monitoring.unregister_event_duration_listener(self._listen)
         if len(self._late) > SHOWN:

@@ -1,8 +1,8 @@
-"""What a run says about itself: metrics to JSONL, TensorBoard and W&B, and its progress to whoever watches.
+"""Log a run: metrics to metrics.jsonl, TensorBoard and W&B, and progress to the terminal.
 
-Metrics are written one step late: `step` keeps the device arrays it is given, and they are fetched when the next step has been dispatched,
-so that logging never makes the device wait. In `metrics.jsonl` numbers that JSON lacks are the strings "NaN", "Infinity" and "-Infinity",
-which `float()` reads. Logging is not thread-safe and belongs to one process: pass `RunLog(None)` in the others.
+Metrics are written one step late: `step` keeps the device arrays and fetches them after the next step is dispatched, so that logging never
+makes the device wait. In `metrics.jsonl` numbers that JSON lacks are the strings "NaN", "Infinity" and "-Infinity", which `float()` reads.
+Logging is not thread-safe and happens in one process: use `RunLog(None)` in the others.
 """
 
 import time
@@ -20,7 +20,7 @@ from jaxrlhf.monitoring.writers import brief, open_bar, open_tensorboard, open_w
 
 
 class RunLog:
-    """The log of one run folder; `folder` None writes and shows nothing.
+    """The log of one run folder; with `folder` None nothing is written or shown.
 
         with RunLog(folder, tensorboard=True) as log:
             with log.stage("reward", round=1, total_steps=200, start=resumed_at) as stage:
@@ -28,8 +28,8 @@ class RunLog:
                 for n, (state, metrics) in enumerate(train(...), start=resumed_at + 1):
                     stage.step(n, metrics, tokens=4096)
 
-    `wandb`: keyword arguments of `wandb.init`, or None. `plain`: lines instead of a progress bar; by default where the output is no
-    terminal. `every`: seconds between two plain lines. `file`: where progress goes (default: standard error).
+    `wandb`: keyword arguments of `wandb.init`, or None. `plain`: lines instead of a progress bar; the default where the output is not a
+    terminal. `every`: seconds between two plain lines. `file`: where progress is shown (default: standard error).
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class RunLog:
         folder: str | Path | None = None,
         watch: CompileWatch | None = None,
     ) -> "StageLog":
-        """Begin a stage; the one before it is closed. `start` is the step it resumes from: later lines of this stage are forgotten.
+        """Begin a stage, and close the one before it. `start` is the step it resumes from: later lines of this stage are removed.
 
-        With `folder` the stage's lines are also written to its own metrics.jsonl, from where `replay` copies them into the log of a run
-        that finds the stage finished. `watch` is told of every step and says here what it has to say, until the stage is closed.
+        With `folder` the lines are also written to metrics.jsonl there, from where `replay` copies them into the log of a run that finds
+        the stage finished. `watch` is called after every step, and its messages are shown here, until the stage is closed.
         """
         if self._stage:
             self._stage.close()
@@ -76,7 +76,7 @@ class RunLog:
         return self._stage
 
     def replay(self, path: str | Path, stage: str, *, round: int | None = None) -> int:
-        """Copy the lines of a finished stage's metrics.jsonl under this run's names, in place of what it had; the number of lines."""
+        """Copy the lines of a finished stage's metrics.jsonl, in place of those this run has of it; the number of lines."""
         lines = [{**line, "stage": stage, "round": round} for line in read(path)]
         if self.folder is not None:
             forget(self.folder / FILE, stage, round, after=-1)
@@ -84,19 +84,19 @@ class RunLog:
         return len(lines)
 
     def keep_only(self, stages: Collection[tuple[str, int | None]]) -> None:
-        """Drop the lines of every (stage, round) that is not among `stages`: an earlier run under this name took them."""
+        """Remove the lines of every (stage, round) that is not in `stages`: an earlier run of this name wrote them."""
         if self.folder is not None:
             rewrite(self.folder / FILE, lambda line: (line["stage"], line["round"]) in stages)
 
     def note(self, text: str) -> None:
-        """Say something to whoever watches."""
+        """Show a line of text."""
         if self._stage and self._stage.bar:
             self._stage.bar.console.print(text, markup=False)
         else:
             self._console.print(text, markup=False)
 
     def close(self) -> None:
-        """Write what is pending and close the writers."""
+        """Write the pending metrics and close the writers."""
         if self._stage:
             self._stage.close()
         if self._wandb:
@@ -121,7 +121,7 @@ class StageLog:
         total: int | None,
         start: int,
         folder: Path | None,
-        watch: CompileWatch | None = None,
+        watch: CompileWatch | None,
     ):
         self._log, self._name, self._round, self._total, self._start = log, name, round, total, start
         self._title = name if round is None else f"round {round} {name}"
@@ -138,7 +138,7 @@ class StageLog:
             forget(path, name, round, after=start)
         self._files = [open(path, "a", encoding="utf-8") for path in paths]  # noqa: SIM115 (closed in close)
         self._board: Any = None
-        self._plots = False  # whether the plots know of this stage: with its first metrics
+        self._plots = False  # whether TensorBoard and W&B are set up for this stage
         self.bar, self._task = (None, None) if log._plain or log.folder is None else open_bar(log._console, self._title, total, start)
         self._watch = watch
         if watch is not None:
@@ -146,21 +146,21 @@ class StageLog:
             watch.start()
 
     def phase(self, name: str) -> None:
-        """What is going on until the next step, like "compiling"; plain output prints it the first time, and then at its usual pace."""
+        """Show what happens until the next step, like "compiling"; plain output prints a new phase at once."""
         self._phase = name
         self._show(force=name not in self._phases)
         self._phases.add(name)
 
     def dispatched(self, n: int) -> None:
-        """Step `n` has been dispatched, whether or not it is logged: what it compiled is looked at. Raises RecompileError."""
+        """Check what step `n`, just dispatched, has compiled, whether or not it is logged. Raises RecompileError."""
         if self._watch is not None:
             self._watch.step(n)
 
     def step(self, n: int, metrics: Mapping[str, Any], *, tokens: int | None = None) -> None:
-        """Step `n` (1 is the first) has been dispatched and gave `metrics`, name → scalar.
+        """Log `metrics`, name → scalar, of step `n` (the first is 1), which was just dispatched.
 
-        `tokens` is how many were worked on since the last call; not every step has to be logged. Writes the
-        step before it; a step without metrics moves the progress alone. Raises ValueError for metrics that are no scalars.
+        `tokens`: how many were processed since the last call; not every step has to be logged. Writes the step before; a step without
+        metrics only moves the progress. Raises ValueError for metrics that are not scalars.
         """
         if any(name in RESERVED for name in metrics):
             raise ValueError(f"metrics of stage {self._name} may not be called {', '.join(RESERVED)}; rename them.")
@@ -173,7 +173,7 @@ class StageLog:
         self._show(force=first or n == self._total)
 
     def note(self, text: str) -> None:
-        """Say something to whoever watches, under the stage's name."""
+        """Show a line of text with the stage's name."""
         self._log.note(f"{self._title}: {text}")
 
     def close(self) -> None:
@@ -202,11 +202,11 @@ class StageLog:
         self.close()
 
     def flush(self) -> None:
-        """Write the last step now, waiting for the device: before a checkpoint, or a death right after it would lose the step's line."""
+        """Write the last step now, waiting for the device. Call it before a checkpoint: a resumed run does not repeat the step."""
         if self._pending is None:
             return
         (n, metrics), self._pending = self._pending, None
-        if not metrics:  # a pass that only shows how far it is
+        if not metrics:  # a pass that only shows its progress
             return
         numbers = scalars(metrics)
         self._last = numbers
@@ -240,7 +240,7 @@ class StageLog:
             self._log.note("  ".join(part for part in parts if part))
 
     def _rate(self) -> tuple[float, float] | None:
-        """(steps, tokens) a second over the recent steps; the first one, which compiles, does not count."""
+        """(steps, tokens) per second over the recent steps, without the first one, which compiles."""
         if len(self._times) < 2:
             return None
         seconds = max(self._times[-1][0] - self._times[0][0], 1e-9)

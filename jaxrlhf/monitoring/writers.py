@@ -1,4 +1,4 @@
-"""Where metrics go beside metrics.jsonl: the progress bar, TensorBoard, W&B."""
+"""Open what shows metrics beside metrics.jsonl: the progress bar, TensorBoard, W&B."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def brief(numbers: Mapping[str, Any]) -> str:
-    """The few numbers worth a place on the screen: losses, scores, KL, the first three."""
+    """The first three losses, scores and KLs (or metrics), for the progress bar."""
     chosen = [name for name in numbers if name.startswith(("loss/", "rollout/score", "rollout/kl"))] or list(numbers)
     shown = [f"{name} {numbers[name]:.4g}" for name in chosen if isinstance(numbers[name], int | float)]
     return "  ".join(shown[:3])
@@ -28,7 +28,7 @@ def open_bar(console: Console, title: str, total: int | None, start: int) -> tup
 
 
 def open_tensorboard(folder: Path | None, name: str, round: int | None, start: int) -> Any:
-    """A TensorBoard run a stage, so that the rounds of one metric lie over each other; what lies past `start` is purged."""
+    """A TensorBoard run for each stage, so that the rounds of a metric share a plot; steps after `start` are purged."""
     from tensorboardX import SummaryWriter
 
     assert folder is not None
@@ -36,7 +36,7 @@ def open_tensorboard(folder: Path | None, name: str, round: int | None, start: i
 
 
 def open_wandb(folder: Path, arguments: dict[str, Any]) -> Any:
-    """A W&B run that a resumed run continues: its id is kept in the run folder. Every stage has its own step axis."""
+    """A W&B run that a resumed run continues: its id is kept in the run folder. Each stage has its own step axis."""
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
