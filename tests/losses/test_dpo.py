@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.losses import PAIR_LOSSES, bind, dpo_loss, ipo_loss, sequence_logp, token_stats
+from jaxrlhf.losses import PAIR_LOSSES, bind, dpo_loss, ipo_loss, sequence_logp
 from jaxrlhf.losses.dpo import dpo_pair_loss, ipo_mean_pair_loss, ipo_pair_loss
+from jaxrlhf.models.model import token_stats
 from jaxrlhf.types import PairBatch, PairOutputs
 
 H_CHOSEN, H_REJECTED = jnp.array([1.0, -2.0, 0.3]), jnp.array([0.5, 1.0, 0.3])
@@ -87,7 +88,7 @@ def test_against_torch(golden, name, entry):
     batch = pair_batch(masks, reference, jnp.array(data["inputs"]["weights"]) if name == "dpo_weighted" else None)
 
     def outputs(logits):
-        sides = [token_stats(x, t) for x, t in zip(logits, tokens, strict=True)]
+        sides = [token_stats(x, t, 1.0) for x, t in zip(logits, tokens, strict=True)]
         logps = [sequence_logp(side.logp_BT, mask) for side, mask in zip(sides, masks, strict=True)]
         return PairOutputs(logps[0], logps[1], sides[0], sides[1])
 

@@ -4,33 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from jaxrlhf.losses import masked_count, masked_mean, masked_sum, masked_whiten, response_mask
+from jaxrlhf.losses import masked_count, masked_mean, masked_sum, masked_whiten
 from jaxrlhf.losses.masked import row_mean
 
 MASK = jnp.array([[True, True, False], [True, False, False]])
-
-
-def test_response_mask_by_hand():
-    tokens = jnp.array([[5, 2, 7, 2], [2, 2, 2, 2], [5, 6, 7, 8], [5, 6, 7, 2], [5, 9, 2, 5]])
-    expected = [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]
-    np.testing.assert_array_equal(response_mask(tokens, (2, 9)), np.array(expected, bool))
-
-
-def test_response_mask_without_eos_ids_is_full():
-    assert bool(jnp.all(response_mask(jnp.zeros((2, 3), jnp.int32), ())))
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 4), min_size=6, max_size=6))
-def test_response_mask_against_a_loop(row):
-    expected, open_ = [], True
-    for token in row:
-        expected.append(open_)
-        open_ = open_ and token not in (3, 4)
-    assert response_mask(jnp.array([row]), (3, 4))[0].tolist() == expected
 
 
 @pytest.mark.parametrize("rubbish", [np.nan, np.inf, -np.inf])

@@ -16,9 +16,7 @@ from jaxrlhf.losses import (
     eta_for_ess,
     importance_weights,
     relative_log_ratio,
-    response_mask,
     sequence_logp,
-    token_logp,
     weight_summary,
 )
 
@@ -46,7 +44,9 @@ def log_probabilities(responses, seed):
     for b, row in enumerate(responses):
         for t in range(LENGTH):
             logits[b, t] = table.setdefault(tuple(row[:t]), 1.5 * rng.normal(size=4))
-    return sequence_logp(token_logp(jnp.asarray(logits), responses), response_mask(responses, (EOS,)))
+    ended = responses == EOS
+    mask = ended.cumsum(axis=1) - ended == 0  # up to and with the first EOS
+    return sequence_logp(token_stats(jnp.asarray(logits), jnp.asarray(responses), 1.0).logp_BT, mask)
 
 
 @pytest.fixture

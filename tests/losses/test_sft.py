@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.losses import sft_loss, token_logp
+from jaxrlhf.losses import sft_loss
+from jaxrlhf.models.model import token_stats
 
 LOGP = jnp.array([[-1.0, -2.0, jnp.nan], [-4.0, -jnp.inf, jnp.inf]])
 MASK = jnp.array([[True, True, False], [True, False, False]])
@@ -27,5 +28,5 @@ def test_nothing_gives_nothing():
 
 def test_gradient_of_the_logits_is_probability_minus_one_hot():
     logits, tokens = jnp.array([[[0.0, 1.0, 2.0]]]), jnp.array([[1]])
-    gradient = jax.grad(lambda x: sft_loss(token_logp(x, tokens), jnp.ones((1, 1), bool)))(logits)
+    gradient = jax.grad(lambda x: sft_loss(token_stats(x, tokens, 1.0).logp_BT, jnp.ones((1, 1), bool)))(logits)
     np.testing.assert_allclose(gradient[0, 0], jax.nn.softmax(logits[0, 0]) - jnp.array([0, 1, 0]), rtol=1e-5, atol=1e-6)

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.losses import dpo_loss, token_stats, wpo_weights
+from jaxrlhf.losses import dpo_loss, wpo_weights
 from jaxrlhf.losses.dpo import log_ratios
 from jaxrlhf.losses.wpo import wpo_pair_loss
+from jaxrlhf.models.model import token_stats
 from jaxrlhf.types import TokenStats
 
 
@@ -45,7 +46,7 @@ def test_the_weights_themselves_carry_no_gradient():
 
 
 def test_a_uniform_policy_weighs_one():
-    uniform = token_stats(jnp.zeros((2, 3, 7)), jnp.zeros((2, 3), jnp.int32))
+    uniform = token_stats(jnp.zeros((2, 3, 7)), jnp.zeros((2, 3), jnp.int32), 1.0)
     mask = jnp.ones((2, 3), bool)
     np.testing.assert_allclose(wpo_weights(uniform, mask, uniform, mask, clip=None), [1, 1], rtol=1e-5)
 
@@ -59,7 +60,7 @@ def test_weights_against_torch(golden):
     """Pairs on both sides of the clamp. The losses under these weights are compared in test_dpo.py."""
     data = golden("preference_losses")
     inputs = {key: [jnp.array(side) for side in data["inputs"][key]] for key in ("logits", "tokens", "masks")}
-    sides = [token_stats(inputs["logits"][i], inputs["tokens"][i]) for i in range(2)]
+    sides = [token_stats(inputs["logits"][i], inputs["tokens"][i], 1.0) for i in range(2)]
     for clip, name in ((1.0, "wpo_clipped"), (None, "wpo_free")):
         weights = wpo_weights(sides[0], inputs["masks"][0], sides[1], inputs["masks"][1], clip=clip)
         np.testing.assert_allclose(weights, data["stats"][name], rtol=1e-5)
@@ -69,7 +70,7 @@ def test_weights_against_torch(golden):
 def test_a_sum_and_an_unaligned_weight_are_other_weights():
     """What the three public implementations agree on, and what a fourth leaves out: the mean over tokens, and log Σ_v π(v)²."""
     logits = jnp.array([[[2.0, 0.0, -1.0], [0.5, 0.2, 0.0], [1.0, 1.0, -2.0]]])
-    side, mask = token_stats(logits, jnp.array([[0, 1, 2]])), jnp.ones((1, 3), bool)
+    side, mask = token_stats(logits, jnp.array([[0, 1, 2]]), 1.0), jnp.ones((1, 3), bool)
     logp, adjust = side.logp_BT[0], side.log_sum_sq_BT[0]
     np.testing.assert_allclose(adjust, jnp.log(jnp.sum(jax.nn.softmax(logits[0]) ** 2, -1)), rtol=1e-5)
     weight = float(wpo_weights(side, mask, side, mask, clip=None)[0])

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.losses.logp import token_logp
 from jaxrlhf.rollouts.credit import gae_credit, rloo_credit
 from jaxrlhf.rollouts.score import Readings, RolloutModels, assemble_rollout, has_ended, score_rollout
 from jaxrlhf.steps.pair import response_scores
@@ -30,7 +29,9 @@ def table_lm() -> Model:
         logits = params["table"][tokens_BL[:, start - 1 : -1]]
         p = jax.nn.softmax(logits / temperature)
         return TokenStats(
-            token_logp(logits, tokens_BL[:, start:], temperature=temperature), -(p * jnp.log(p)).sum(-1), jnp.log((p * p).sum(-1))
+            jnp.take_along_axis(jnp.log(p), tokens_BL[:, start:, None], axis=-1)[..., 0],
+            -(p * jnp.log(p)).sum(-1),
+            jnp.log((p * p).sum(-1)),
         )
 
     return Model(None, None, None, None, score_tokens)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """Hugging Face folder ↔ (model, parameters, tokenizer, config): safetensors only, in both directions."""
 
-from jaxrlhf.models.hub.load import FILES, initialise, load, read_config, rehead, resolve, tokenizer_named
+from jaxrlhf.models.hub.load import FILES, initialise, load, read_config, resolve, tokenizer_named
 from jaxrlhf.models.hub.loaded import Loaded, eos_ids, head_of, reward_bias, with_reward_bias
 from jaxrlhf.models.hub.save import PAD_TOKEN, save
 from jaxrlhf.models.hub.tokenizer import check_vocabulary, read_tokenizer, with_tokenizer
@@ -16,7 +16,6 @@ __all__ = [
     "load",
     "read_config",
     "read_tokenizer",
-    "rehead",
     "resolve",
     "reward_bias",
     "save",

@@ -76,12 +76,6 @@ def initialise(
     return Loaded(model, sharding.init_on_mesh(model.init, mesh, key), tokenizer, config)
 
 
-def rehead(loaded: Loaded, *, head: str, key: Array | None = None, dtype: str | None = None) -> Loaded:
-    """The same backbone (its arrays shared) under a new head: how a reward model starts from a language model."""
-    params = with_head(loaded.params, key, loaded.config, head)
-    return loaded._replace(model=build_model(loaded.config, head=head, dtype=dtype or "float32"), params=params)
-
-
 def resolve(source: str | Path) -> Path:
     """A local folder as it is, one at a URL as the copy of it here; anything else is a hub id, fetched into or found in the hub's cache."""
     if remote.is_url(source):

@@ -11,7 +11,8 @@ import pytest
 import jaxrlhf
 from jaxrlhf import rng
 from jaxrlhf.data.tables import read_pair_table, read_table
-from jaxrlhf.losses import sequence_logp, token_logp
+from jaxrlhf.losses import sequence_logp
+from jaxrlhf.models.model import token_stats
 from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.pipeline import loop
 from jaxrlhf.pipeline.run import run
@@ -79,7 +80,7 @@ def logps(folder: Path, prompts, responses, temperature: float) -> np.ndarray:
     tokens, mask, start = padded(prompts, responses)
     loaded = jaxrlhf.load(folder)
     logits = jax.jit(loaded.model.apply)(loaded.params, tokens, mask).logits[:, start - 1 : -1]
-    return np.asarray(sequence_logp(token_logp(logits, tokens[:, start:], temperature=temperature), mask[:, start:]))
+    return np.asarray(sequence_logp(token_stats(logits, tokens[:, start:], temperature).logp_BT, mask[:, start:]))
 
 
 def test_kl_is_the_policys_own_text_under_both_policies(never):
