@@ -5,31 +5,25 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from jaxrlhf.data.chat import chat_end_id, special_strings
 from jaxrlhf.data.read_report import DataError
 
-Specials = Literal["text", "parse"]
 Ids = list[int]
 
 
 class Encoder:
     """Texts → ids for rows of which some are templated; counts what it noticed."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int] | None, specials: Specials, templated: Sequence[bool]
-    ) -> None:
-        if specials not in ("text", "parse"):
-            raise DataError(f"specials is {specials!r}; it must be 'text' or 'parse'.")
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int] | None, templated: Sequence[bool]) -> None:
         if eos_ids is not None and not eos_ids:
             raise DataError("eos_ids is empty; give at least the tokenizer's EOS (eos_ids_of(tokenizer)).")
         self.tokenizer, self.eos_ids = tokenizer, tuple(int(i) for i in eos_ids or ())
-        self.parsed = [bool(t) or specials == "parse" for t in templated]
-        self.end = [self._end(bool(t)) for t in (False, True)] if self.eos_ids and any(templated) else [self.eos_ids[:1]] * 2
         self.templated = templated
+        self.end = [self._end(t) for t in (False, True)] if self.eos_ids and any(templated) else [self.eos_ids[:1]] * 2
         self.counts: Counter[str] = Counter()
         self.bos = _leading_ids(tokenizer)
         self.special_text = re.compile("|".join(map(re.escape, special_strings(tokenizer))) or r"(?!)")
@@ -48,10 +42,10 @@ class Encoder:
         return self.eos_ids[:1] if end is None else (end,)
 
     def _ids(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids without BOS or EOS; specials stay text unless the row is parsed."""
+        """Ids without BOS or EOS; specials stay text unless the row is templated."""
         out: list[Ids] = [[]] * len(texts)
         for parse in (False, True):
-            at = [i for i, p in enumerate(self.parsed) if p is parse]
+            at = [i for i, p in enumerate(self.templated) if p == parse]
             if not at:
                 continue
             found = self.tokenizer(
@@ -76,13 +70,13 @@ class Encoder:
         return [ids or [int(start)] for ids in rows]
 
     def responses(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of responses with their EOS; nothing stands after a first EOS (inside a text there is one only where specials are parsed)."""
+        """Ids of responses with their EOS; nothing stands after a first EOS (inside a text there is one only in templated rows)."""
         bare = [self.trailing.sub("", text) for text in texts]
         self.counts["responses with EOS or PAD spelled at the end (taken off)"] += sum(a != b for a, b in zip(texts, bare, strict=True))
         ends, out = set(self.eos_ids), []
         for ids, templated in zip(self._ids(bare), self.templated, strict=True):
             stop = next((k for k, i in enumerate(ids) if i in ends), len(ids))
-            out.append(ids[: stop + 1] if stop < len(ids) else [*ids, *self.end[bool(templated)]])
+            out.append(ids[: stop + 1] if stop < len(ids) else [*ids, *self.end[templated]])
         return out
 
 

@@ -12,9 +12,7 @@ from jaxrlhf.data.read_report import DataError
 PAD, EOS, BOS = "<|pad|>", "<|endoftext|>", "<|startoftext|>"
 
 
-def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, *, bos: bool = False, min_frequency: int = 2, model_max_length: int | None = None
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, bos: bool = False) -> PreTrainedTokenizerFast:
     """A tokenizer of at most `vocab_size` ids: PAD 0, EOS 1, (BOS 2), the 256 bytes, then merges. The same texts give the same tokenizer.
 
     `bos` puts a BOS in front of every text. Small corpora run out of pairs and give fewer ids: `len(tokenizer)` is the number to build a
@@ -30,12 +28,11 @@ def train_tokenizer(
     backend.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, min_frequency=2, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
     if bos:
         backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 2)])
-    options = {} if model_max_length is None else {"model_max_length": model_max_length}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
@@ -43,5 +40,4 @@ def train_tokenizer(
         bos_token=BOS if bos else None,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        **options,
     )

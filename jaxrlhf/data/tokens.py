@@ -7,9 +7,8 @@ alone (`batches.trim` cuts padding). Masks are made from lengths and carried, so
 - BOS (whatever the tokenizer puts in front of a text) stands once at the start of the prompt. A prompt of no tokens becomes one
   start token.
 - A response from data ends in EOS unless it was truncated; EOS or PAD spelled at its end is taken off first: there are never two.
-- Special tokens spelled inside text stay text: `<|endoftext|>` in a prompt does not end it. `specials="parse"` turns them into
-  control tokens, for data that was rendered beforehand. Rows marked `templated` are always parsed, and their responses end in the
-  chat template's end token.
+- Special tokens spelled inside text stay text: `<|endoftext|>` in a prompt does not end it. In rows marked `templated` they
+  are control tokens, and their responses end in the chat template's end token.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from jaxrlhf.data.chat import eos_ids_of
-from jaxrlhf.data.encode import Encoder, Ids, Specials
+from jaxrlhf.data.encode import Encoder, Ids
 from jaxrlhf.data.pairs import Demonstration, Pair, Prompt
 from jaxrlhf.data.read_report import DataError, ReadReport
 from jaxrlhf.types import PairBatch, PromptBatch, TextBatch
@@ -54,14 +53,14 @@ class Limits:
 
 
 def tokenize_pairs(
-    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, limits: Limits, *, eos_ids: Sequence[int], specials: Specials = "text"
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, limits: Limits, *, eos_ids: Sequence[int]
 ) -> tuple[PairBatch, ReadReport]:
     """Pairs as one PairBatch of numpy arrays with leading N (weights 1, index_B = 0..N-1), and what was dropped or cut.
 
     `report.rows[i]` is the position in `pairs` of table row i. A pair whose sides become equal by truncation is dropped: it says nothing.
     Where any pair has a margin, `columns["margin"]` holds them, 0 for pairs without. Raises DataError if no row is left.
     """
-    encode = Encoder(tokenizer, eos_ids, specials, [p.templated for p in pairs])
+    encode = Encoder(tokenizer, eos_ids, [p.templated for p in pairs])
     prompts = encode.prompts([p.prompt for p in pairs])
     sides = [encode.responses([p.chosen for p in pairs]), encode.responses([p.rejected for p in pairs])]
     report = ReadReport(counts=encode.counts)
@@ -93,10 +92,9 @@ def tokenize_demonstrations(
     limits: Limits,
     *,
     eos_ids: Sequence[int],
-    specials: Specials = "text",
 ) -> tuple[TextBatch, ReadReport]:
     """Demonstrations as one TextBatch with leading N; otherwise as `tokenize_pairs`."""
-    encode = Encoder(tokenizer, eos_ids, specials, [r.templated for r in rows])
+    encode = Encoder(tokenizer, eos_ids, [r.templated for r in rows])
     prompts, responses = encode.prompts([r.prompt for r in rows]), encode.responses([r.response for r in rows])
     report, kept = ReadReport(counts=encode.counts), []
     for i, row in enumerate(rows):
@@ -105,11 +103,9 @@ def tokenize_demonstrations(
     return _text_batch([prompts[i] for i in kept], [responses[i] for i in kept], tokenizer, limits), report
 
 
-def tokenize_prompts(
-    rows: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, limits: Limits, *, eos_ids: Sequence[int] = (), specials: Specials = "text"
-) -> tuple[PromptBatch, ReadReport]:
-    """Prompts as one PromptBatch with leading N; otherwise as `tokenize_pairs` (`eos_ids` is not needed)."""
-    encode = Encoder(tokenizer, eos_ids or None, specials, [r.templated for r in rows])
+def tokenize_prompts(rows: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> tuple[PromptBatch, ReadReport]:
+    """Prompts as one PromptBatch with leading N; otherwise as `tokenize_pairs`."""
+    encode = Encoder(tokenizer, None, [r.templated for r in rows])
     prompts = encode.prompts([r.prompt for r in rows])
     report, kept = ReadReport(counts=encode.counts), []
     for i, row in enumerate(rows):
@@ -128,7 +124,6 @@ def retokenize_responses(
     *,
     eos_ids: Sequence[int],
     finished: Sequence[bool] | np.ndarray | None = None,
-    specials: Specials = "text",
     templated: bool = False,
 ) -> tuple[TextBatch, ReadReport]:
     """Sampled text for a model with another tokenizer: row i in is row i out, nothing is dropped whatever the limits say.
@@ -138,7 +133,7 @@ def retokenize_responses(
     """
     if len(prompts) != len(responses):
         raise DataError(f"{len(prompts)} prompts but {len(responses)} responses; give one prompt a response.")
-    encode = Encoder(tokenizer, eos_ids, specials, [templated] * len(prompts))
+    encode = Encoder(tokenizer, eos_ids, [templated] * len(prompts))
     heads, bodies = encode.prompts(prompts), encode.responses(responses)
     if finished is not None:
         bodies = [ids if done or len(ids) == 1 else ids[:-1] for ids, done in zip(bodies, finished, strict=True)]

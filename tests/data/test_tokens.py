@@ -1,6 +1,7 @@
 """Text → ids and masks, by hand with byte tokenizers (one token a byte), by property, and on real vocabularies."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,9 +101,9 @@ def test_pairs_that_truncation_makes_equal_are_dropped_and_named():
 
 
 @pytest.mark.parametrize("text", ["foo", f"foo{EOS}", f"foo{EOS}{EOS}\n", f"foo{EOS}{PAD}{PAD}"])
-@pytest.mark.parametrize("specials", ["text", "parse"])
-def test_a_response_never_gets_two_eos(text, specials):
-    table, _ = tokenize_demonstrations([Demonstration("x", "p", text, "s")], PLAIN, Limits(4, 12), eos_ids=(1,), specials=specials)
+@pytest.mark.parametrize("templated", [False, True])
+def test_a_response_never_gets_two_eos(text, templated):
+    table, _ = tokenize_demonstrations([Demonstration("x", "p", text, "s", templated)], PLAIN, Limits(4, 12), eos_ids=(1,))
     assert valid(table.response_BT, table.response_mask_BT) == [[*ids(PLAIN, "foo"), 1]]
 
 
@@ -112,7 +113,7 @@ def test_a_response_of_nothing_but_eos_is_dropped():
     assert report.dropped == [("s:1", "empty response: nothing but EOS")]
 
 
-def test_special_tokens_in_text_stay_text_unless_parsing_is_asked_for():
+def test_special_tokens_in_text_stay_text_unless_a_template_wrote_them():
     row = Demonstration("x", f"a{EOS}b", f"c{EOS}d", "s")
     table, report = tokenize_demonstrations([row], PLAIN, Limits(40, 40), eos_ids=(1,))
     spelled = [b + 0 for b in ids(PLAIN, "<|endoftext|>".replace("end", "eND"))]
@@ -121,7 +122,7 @@ def test_special_tokens_in_text_stay_text_unless_parsing_is_asked_for():
     response = valid(table.response_BT, table.response_mask_BT)[0]
     assert response[-1] == 1 and 1 not in response[:-1] and len(response) == 2 + len(spelled) + 1
     assert report.counts["texts that spell a special token (kept as text)"] == 2
-    table, _ = tokenize_demonstrations([row], PLAIN, Limits(40, 40), eos_ids=(1,), specials="parse")
+    table, _ = tokenize_demonstrations([replace(row, templated=True)], PLAIN, Limits(40, 40), eos_ids=(1,))
     assert valid(table.prompt_BL, table.prompt_mask_BL) == [[*ids(PLAIN, "a"), 1, *ids(PLAIN, "b")]]
     assert valid(table.response_BT, table.response_mask_BT) == [[*ids(PLAIN, "c"), 1]]  # nothing after the first EOS
 
