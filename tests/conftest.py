@@ -6,19 +6,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
-import pytest
-
-from jaxrlhf import sharding
-from jaxrlhf.recipe import from_mapping
-from jaxrlhf.sharding import mesh
-
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "golden"))  # tiny models and encoders, which the scripts of goldens make too
 
+# The models here are tiny, and compiling them is most of the time. What the code computes does not depend on how hard the compiler
+# tries, so it does not try: a program of a step compiles in a tenth of the time. XLA reads its flags once, when the backend starts.
+QUICK = {
+    "xla_backend_optimization_level": "0",
+    "xla_llvm_disable_expensive_passes": "true",
+    "xla_cpu_use_fusion_emitters": "false",
+    "xla_cpu_parallel_codegen_split_count": "1",
+}
+# Before jax is imported, and in the environment: the processes that tests start have the same flags and the same cache.
+os.environ["XLA_FLAGS"] = " ".join([*(f"--{name}={value}" for name, value in QUICK.items()), os.environ.get("XLA_FLAGS", "")]).strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from jaxrlhf import sharding  # noqa: E402
+from jaxrlhf.recipe import from_mapping  # noqa: E402
+from jaxrlhf.sharding import mesh  # noqa: E402
+
 jax.config.update("jax_num_cpu_devices", 4)  # before the backend starts; one device stays the default one
-jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax")))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 # A run of seconds: the toy task, a model of one layer, a few steps of everything.

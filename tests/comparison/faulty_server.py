@@ -53,6 +53,7 @@ class FaultyServer(ThreadingHTTPServer):
         self.bodies: list[dict] = []
         self.keys: set[str] = set()
         self.in_flight = self.most_in_flight = 0
+        self.trickled = 0  # bytes of the last reply that trickles
 
     @property
     def url(self) -> str:
@@ -152,6 +153,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
         self.end_headers()
-        for n in range(min(len(data), 200)):
+        for n in range(len(data)):
             self.wfile.write(data[n : n + 1])
+            self.server.trickled = n + 1
             time.sleep(0.05)

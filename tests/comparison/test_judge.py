@@ -28,6 +28,7 @@ from faulty_server import FAULTS, MALFORMED, FaultyServer
 
 SECRET = "sk-very-secret-0123456789"
 TEMPLATE = "Which is longer?\nQ: {prompt}\nA: {first}\nB: {second}\n"
+NEVER = 600.0  # seconds: longer than any client waits. An honest answer, in contrast, comes in time on a busy machine too
 FAST = {"template": TEMPLATE, "backoff": 0.001, "timeout": 5.0, "api_key_env": "TEST_JUDGE_KEY"}
 
 
@@ -89,8 +90,8 @@ def test_a_judge_that_always_prefers_the_first_scores_one_half(tmp_path):
 
 def test_verdicts_through_every_fault_in_the_order_of_the_pairs(tmp_path):
     prompts, a, b = rows(60)
-    with FaultyServer(longer, FAULTS, silence=1.8) as server:
-        judge = Judge("m", server.url, **FAST | {"timeout": 1.5, "attempts": 12, "asks": 12}, price_in=2.0, price_out=10.0)
+    with FaultyServer(longer, FAULTS, silence=NEVER) as server:
+        judge = Judge("m", server.url, **FAST | {"timeout": 3.0, "attempts": 12, "asks": 12}, price_in=2.0, price_out=10.0)
         shown = []
         judged = judge_pairs(prompts, a, b, judge, tmp_path / "answers.jsonl", progress=lambda *now: shown.append(now))
     assert [v.outcome for v in judged.verdicts] == expected(a, b)
@@ -178,15 +179,15 @@ def test_one_silent_question_is_counted_and_asked_again_next_time(tmp_path):
 
     def verdict(content):
         if server.stuck and "Q: p1" in content:
-            time.sleep(1.4)
+            time.sleep(NEVER)
         return longer(content)
 
     with Sometimes(verdict) as server:
-        judge = Judge("m", server.url, **FAST | {"timeout": 1.0}, attempts=2, concurrency=2)
+        judge = Judge("m", server.url, **FAST | {"timeout": 3.0}, attempts=2, concurrency=2)
         told = ["p0", "p1", "p2", "p3"], ["aaa"] * 4, ["b"] * 4
         judged = judge_pairs(*told, judge, tmp_path / "answers.jsonl")
         assert [v.outcome for v in judged.verdicts] == [1.0, None, 1.0, 1.0]
-        assert judged.usage["unanswered"] == 2 and "no answer in 1 s, 2 times" in judged.usage["failures"]
+        assert judged.usage["unanswered"] == 2 and "no answer in 3 s, 2 times" in judged.usage["failures"]
         server.stuck = False
         judged = judge_pairs(*told, judge, tmp_path / "answers.jsonl")
         assert [v.outcome for v in judged.verdicts] == [1.0] * 4 and judged.usage["asked_now"] == 2
@@ -223,10 +224,9 @@ def test_a_dead_endpoint_stops_it_and_one_refused_text_does_not(tmp_path):
 
 def test_a_reply_that_trickles_is_cut_off_in_time(tmp_path):
     with FaultyServer(longer, {"trickle": 1.0}) as server:
-        started = time.monotonic()
         with pytest.raises(JudgeError, match=r"no answer in 0.3 s, 1 times"):
             judge_pairs(["p"], ["aa"], ["b"], Judge("m", server.url, **FAST | {"timeout": 0.3}, attempts=1), tmp_path / "answers.jsonl")
-        assert time.monotonic() - started < 5  # the whole reply would take ten seconds
+        assert server.trickled < 1000  # the whole reply, which would take fifty seconds
 
 
 def test_failures_that_are_not_in_a_row_do_not_stop_it(tmp_path):
@@ -418,7 +418,7 @@ import openai
 from jaxrlhf.comparison.judge import judge_pairs
 from jaxrlhf.comparison.judge_client import Judge
 out, url, data = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-patient = {"timeout": 2.0, "attempts": 20, "asks": 20, "backoff": 0.005, "concurrency": 4}
+patient = {"timeout": 3.0, "attempts": 20, "asks": 20, "backoff": 0.005, "concurrency": 4}
 judge = Judge("m", url, template=data["template"], api_key_env="TEST_JUDGE_KEY", **patient)
 for line in sys.stdin:  # one life a line: the library is imported once
     child = os.fork()
@@ -438,7 +438,7 @@ def test_ten_kills_lose_nothing_and_count_nothing_twice(tmp_path):
     faults = {name: share for name, share in FAULTS.items() if name != "silent"} | {"silent": 0.01}
     questions = 2 * sum(x != y for x, y in zip(a, b, strict=True))
     path = tmp_path / "answers.jsonl"
-    with FaultyServer(longer, faults, silence=2.5, delay=0.004) as server:
+    with FaultyServer(longer, faults, silence=NEVER, delay=0.004) as server:
         data = json.dumps({"template": TEMPLATE, "prompts": prompts, "a": a, "b": b})
         parent = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(tmp_path), server.url, data], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -450,7 +450,7 @@ def test_ten_kills_lose_nothing_and_count_nothing_twice(tmp_path):
             parent.stdin.flush()
             child = int(parent.stdout.readline())
             if life < 10:
-                deadline = time.monotonic() + 20
+                deadline = time.monotonic() + 300
                 while (path.read_bytes().count(b"\n") if path.exists() else 0) < before + chance.randint(1, questions // 14):
                     assert time.monotonic() < deadline
                     time.sleep(0.002)
@@ -459,7 +459,7 @@ def test_ten_kills_lose_nothing_and_count_nothing_twice(tmp_path):
             assert parent.stdout.readline() == "over\n"
             if life < 10:
                 assert not (tmp_path / "done.json").exists()
-        parent.communicate(timeout=10)
+        parent.communicate(timeout=300)
     outcomes, usage = json.loads((tmp_path / "done.json").read_text())
     assert outcomes == expected(a, b)
     stored = [json.loads(line) for line in path.read_bytes().splitlines()]

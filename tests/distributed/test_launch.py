@@ -8,13 +8,26 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
 from jaxrlhf import cli
+from jaxrlhf.distributed import launch as launch_module
 from jaxrlhf.distributed.launch import launch
 
-WHO = "import os, signal, sys, time; me = int(os.environ['JAX_PROCESS_ID']); "
+# What a process waits for is a file that another one makes, never the clock: how fast they start is the machine's affair.
+WHO = """
+import os, signal, sys, time
+from pathlib import Path
+
+me = int(os.environ["JAX_PROCESS_ID"])
+
+def wait_for(*files):
+    while not all(Path(file).exists() for file in files):
+        time.sleep(0.01)
+
+"""
 
 
 def launched(code, capfd, processes=2, **options):
@@ -32,11 +45,14 @@ def test_the_leader_is_heard_and_the_devices_are_shared(capfd):
     assert (status, out, err) == (0, "0 2 4 0,1,2,3\n", "to the error stream\n")
 
 
-def test_who_is_gone_is_said_and_the_others_are_ended(capfd):
-    code = "print(f'I am {me}', flush=True); time.sleep(0.5 * (me == 1)); me == 1 and os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)"
-    started = time.monotonic()
-    status, out, err = launched(code, capfd, processes=3, grace=0.5)
-    assert status == 128 + 9 and time.monotonic() - started < 15
+def test_who_is_gone_is_said_and_the_others_are_ended(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = (
+        "print(f'I am {me}', flush=True); Path(str(me)).touch(); wait_for(*'012')\n"
+        "me == 1 and os.kill(os.getpid(), signal.SIGKILL); time.sleep(600)"
+    )
+    status, out, err = launched(code, capfd, processes=3, grace=1)
+    assert status == 128 + 9
     assert out == "I am 0\n"  # the last words of the one that is gone stand in the message
     assert "process 1 of 3 (pid " in err and "is gone: signal 9, SIGKILL" in err and "  | I am 1\n" in err
     last = err.splitlines()[-1]
@@ -44,28 +60,50 @@ def test_who_is_gone_is_said_and_the_others_are_ended(capfd):
     assert "with the same command: the run goes on from its last checkpoint." in last
 
 
-def test_the_one_that_ended_because_of_another_is_not_blamed(capfd):
+def test_the_one_that_ended_because_of_another_is_not_blamed(capfd, tmp_path, monkeypatch):
     """jax aborts a process whose peer is gone, and a process that was told of an error ends with a status of its own."""
-    code = "time.sleep(0.3 * (me == 2)); (sys.exit(75), 0) if me == 0 else os.abort() if me == 1 else sys.exit('mine')"
+    monkeypatch.chdir(tmp_path)
+    members = []
+
+    class Member(launch_module.Member):
+        def __init__(self, *given):
+            super().__init__(*given)
+            members.append(self)
+
+    def sleep(seconds):
+        if seconds > launch_module._TICK:  # another has been seen to be gone: now the one whose fault it is ends too
+            (tmp_path / "seen").touch()
+            members[2].process.wait()
+        time.sleep(seconds)
+
+    monkeypatch.setattr(launch_module, "Member", Member)
+    monkeypatch.setattr(launch_module, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    code = "wait_for(*['seen'] * (me == 2)); (sys.exit(75), 0) if me == 0 else os.abort() if me == 1 else sys.exit('mine')"
     status, _, err = launched(code, capfd, processes=3)
     assert status == 1 and "process 2 of 3 (pid " in err and "  | mine\n" in err
     assert "Fix the cause" in err.splitlines()[-1]
 
 
-def test_a_process_that_does_not_hear_is_killed(capfd):
-    code = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(0.5) if me else time.sleep(60); sys.exit(3)"
-    status, _, err = launched(code, capfd, grace=0.3)
+def test_a_process_that_does_not_hear_is_killed(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); me or Path('deaf').touch(); "
+    code = deaf + "wait_for('deaf') if me else time.sleep(600); sys.exit(3)"
+    status, _, err = launched(code, capfd, grace=0.5)
     assert status == 3 and "process 0 (signal 9, SIGKILL" in err and "(by SIGKILL)" in err
 
 
 def test_ctrl_c_ends_all():
-    code = WHO + "print(os.getpid(), flush=True); time.sleep(60)"
-    inner = f"import sys; from jaxrlhf.distributed.launch import launch; sys.exit(launch([sys.executable, '-c', {code!r}], 2, grace=5))"
+    code = WHO + "print(os.getpid(), flush=True); time.sleep(600)"
+    # A shell starts what it puts in the background deaf to SIGINT, and tests that run there hand that down: here it is heard.
+    inner = (
+        "import signal, sys; from jaxrlhf.distributed.launch import launch; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"sys.exit(launch([sys.executable, '-c', {code!r}], 2, grace=5))"
+    )
     process = subprocess.Popen([sys.executable, "-c", inner], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     child = int(process.stdout.readline())
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate()
     assert process.returncode == 130 and "stopped; the same command goes on" in err
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
@@ -90,8 +128,9 @@ def test_ctrl_c_in_a_terminal_reaches_the_watched_process_once():
         "import signal, sys, time; from jaxrlhf.distributed.launch import watched; status = watched(); seen = []\n"
         "if status is not None: sys.exit(status)\n"
         "signal.signal(signal.SIGINT, lambda *given: seen.append(given))\n"
-        "print('ready', flush=True); end = time.monotonic() + 1\n"
-        "while time.monotonic() < end: time.sleep(0.05)\n"
+        "print('ready', flush=True)\n"
+        "while not seen: time.sleep(0.05)\n"
+        "time.sleep(1)  # for a second one, which would come at about the same time\n"
         "print('interrupted', len(seen), flush=True)"
     )
     pid, terminal = pty.fork()

@@ -53,7 +53,7 @@ def together(recipe: dict[str, Any], command: str, how: list[str]) -> Outcome:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(jax.config.values["jax_compilation_cache_dir"])}
     words = [sys.executable, *how, command, str(folder / "recipe.yaml")]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=580)
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=1800)
     return Outcome(done.returncode, folder / "tiny", done.stdout, done.stderr)
 
 

@@ -193,11 +193,11 @@ def test_two_processes_read_their_own_slices_and_write_one_folder(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    env = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")} | {"JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", WORKER, port]
     workers = [subprocess.Popen([*command, str(n), source, tmp_path], env=env, stderr=subprocess.PIPE, text=True) for n in range(2)]
     for worker in workers:
-        _, errors = worker.communicate(timeout=120)
+        _, errors = worker.communicate(timeout=600)
         assert worker.returncode == 0, errors[-2000:]
 
     shapes = {tensor: value.shape for tensor, value in load_file(source / "model.safetensors").items()}

@@ -127,17 +127,24 @@ def test_the_time_left_does_not_count_the_first_step(tmp_path, monkeypatch):
     assert "sft: step 10/1810  1:00:00 left  250 tokens/s" in out.getvalue()
 
 
+# It is drawn now and then, by a thread: the process goes on when the test has seen what it waits for (or never will).
 TERMINAL = """
 import sys, time
+from pathlib import Path
 from jaxrlhf.monitoring.runlog import RunLog
+def until_seen(step):
+    end = time.monotonic() + 120
+    while not Path(sys.argv[1], f"seen-{step}").exists() and time.monotonic() < end:
+        time.sleep(0.02)
 with RunLog(sys.argv[1]) as log, log.stage("policy", round=2, total_steps=3) as stage:
     stage.phase("compiling")
-    time.sleep(0.4)
+    until_seen(0)
     for n in (1, 2, 3):
         stage.step(n, {"loss/ppo": n / 4}, tokens=100)
-        time.sleep(0.3)
+        until_seen(n)
     log.note("[bold] is no markup")
 """
+SHOWN = {0: ("compiling", "0/3"), 1: ("1/3",), 2: ("2/3",), 3: ("3/3", "tokens/s", "loss/ppo 0.5")}
 
 
 def test_a_terminal_gets_a_live_display(tmp_path):
@@ -154,6 +161,9 @@ def test_a_terminal_gets_a_live_display(tmp_path):
         if not part:
             break
         shown += part
+        for step, words in SHOWN.items():
+            if all(word.encode() in shown for word in words):
+                (tmp_path / f"seen-{step}").touch()
     os.close(leader)
     assert process.wait() == 0, shown.decode()
     text = shown.decode()

@@ -489,7 +489,7 @@ def test_served_on_loopback_and_fresh(run, undrawn):
         address = f"http://127.0.0.1:{server.server_port}"
 
         def get(path, **headers):
-            with urllib.request.urlopen(urllib.request.Request(address + path, headers=headers), timeout=20) as answer:
+            with urllib.request.urlopen(urllib.request.Request(address + path, headers=headers), timeout=300) as answer:
                 return answer.read().decode()
 
         assert server.server_address[0] == "127.0.0.1"

@@ -133,7 +133,7 @@ def test_a_served_page_reloads_itself_when_the_run_goes_on(browser, make_run, tm
         assert page.locator("#figure-training_score").count() == 0
         with (run / "metrics.jsonl").open("a") as file:
             file.write('{"stage": "policy", "round": 1, "step": 1, "rollout/score": 0.5}\n')
-        page.locator("#figure-training_score").wait_for(timeout=30_000)
+        page.locator("#figure-training_score").wait_for(timeout=300_000)
         page.close()
         server.shutdown()
     assert said == []

@@ -4,9 +4,7 @@ The stages are the package's own trainers. Only their optimizer is exchanged: fo
 gradient descent, so that one compilation serves both.
 """
 
-import os
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +13,6 @@ import optax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
-CACHE = Path(__file__).parents[2] / ".cache" / "jax"
-jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 from jaxrlhf import sharding  # noqa: E402
 from jaxrlhf.algorithms import training  # noqa: E402

@@ -11,8 +11,6 @@ import pytest
 SCRIPT = Path(__file__).with_name("every_way.py")
 WAYS = ("pmap", "8,1,1", "2,4,1", "2,2,2", "1,1,8")
 ROWS_ALONE = ("pmap", "8,1,1")  # every device has the whole model
-# What the code computes does not depend on how hard the compiler tries; compiling is nearly all of the time.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 # Leaves that no loss of the stage can move, with why. They must stay where they were, in every way; all others have moved.
 STILL = {
@@ -27,8 +25,8 @@ STILL = {
 def found(tmp_path_factory):
     """{"WAY|STAGE/OPTIMIZER/LEAF": array}, and "start/STAGE/LEAF"."""
     file = tmp_path_factory.mktemp("ways") / "found.npz"
-    env = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")} | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
-    done = subprocess.run([sys.executable, str(SCRIPT), str(file)], env=env, capture_output=True, text=True, timeout=900)
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, str(SCRIPT), str(file)], env=env, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-4000:]
     with np.load(file) as arrays:
         return dict(arrays)

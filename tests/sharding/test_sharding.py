@@ -216,10 +216,10 @@ def test_two_processes_share_a_mesh():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    env = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")} | {"JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
     workers = [subprocess.Popen([sys.executable, "-c", WORKER, port, str(n)], env=env, stderr=subprocess.PIPE, text=True) for n in range(2)]
     for worker in workers:
-        _, errors = worker.communicate(timeout=120)
+        _, errors = worker.communicate(timeout=600)
         assert worker.returncode == 0, errors[-2000:]
 
 

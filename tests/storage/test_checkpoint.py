@@ -128,14 +128,27 @@ def test_another_model_is_refused_not_padded_or_cast(tmp_path, state, change, me
 
 
 KILLED = """
-import sys, jax.numpy as jnp, os, signal, threading
+import sys, jax.numpy as jnp, os, signal, time
+from pathlib import Path
 from jaxrlhf.storage.checkpoint import Checkpoints
 from jaxrlhf.types import TrainState
 checkpoints = Checkpoints(sys.argv[1])
 small = {"w": jnp.ones(2)}
 checkpoints.save(1, TrainState(jnp.int32(1), small, {}))
 checkpoints.wait()
+
+# However fast the disk is, the second one does not get its name before the process is killed, nor is it killed before that has begun.
+def unless_it_is_the_second(rename):
+    def checked(source, target, **options):
+        if Path(target).name == "2":
+            time.sleep(600)
+        return rename(source, target, **options)
+    return checked
+
+os.rename, os.replace = unless_it_is_the_second(os.rename), unless_it_is_the_second(os.replace)
 checkpoints.save(2, TrainState(jnp.int32(2), {"w": jnp.ones(30_000_000)}, {}))
+while not list(Path(sys.argv[1]).glob("2*/*")):
+    time.sleep(0.001)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 

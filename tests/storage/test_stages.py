@@ -117,7 +117,7 @@ def build(folder):
     with open(folder / "log", "a") as log: log.write(mode + "\\n")
     (Path(root) / "begun").touch()
     if mode == "killed": os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(1.0)
+    while mode == "first" and not (Path(root) / "waited for").exists(): time.sleep(0.01)
 done = Store(root).build(Stage("01-sft", "model", "sft", {"learning_rate": 1e-3, "steps": 3}), build)
 print(done.cached, done.record["resumed"])
 """
@@ -140,14 +140,15 @@ def test_a_killed_stage_is_continued_by_the_next_process(store):
 
 def test_two_processes_build_a_stage_once(store):
     first = start("first", store)
-    deadline = time.monotonic() + 30
-    while not (store.root / "begun").exists() and time.monotonic() < deadline:
+    while not (store.root / "begun").exists() and first.poll() is None:
         time.sleep(0.01)
     second = start("second", store)
+    assert second.stderr is not None
+    said = next((line for line in second.stderr if line.startswith("stage 01-sft")), "")
+    (store.root / "waited for").touch()
+    assert f"stage 01-sft is being built by another process (process {first.pid} on" in said
     assert first.communicate()[0].split() == ["False", "False"]
-    out, errors = second.communicate()
-    assert out.split() == ["True", "False"]
-    assert f"stage 01-sft is being built by another process (process {first.pid} on" in errors
+    assert second.communicate()[0].split() == ["True", "False"]
     assert (store.root / SFT.hash / "log").read_text() == "first\n"
 
 
