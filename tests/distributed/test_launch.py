@@ -149,7 +149,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_watched_process_once():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--processes", "2", "sweep", "c.yaml"], "jaxrlhf launch … sweep: what can be launched is run, sft, reward, ppo CONFIG.yaml"),
+        (["--processes", "2", "sweep", "c.yaml"], "jaxrlhf launch … sweep: give one of run, sft, reward, ppo CONFIG.yaml"),
         (["--processes", "2"], "launch … nothing"),
         (["--processes", "0", "run", "c.yaml"], "--processes 0"),
     ],
@@ -162,4 +162,4 @@ def test_what_cannot_be_launched(words, message, capsys):
 def test_on_a_machine_with_gpus_their_share_is_asked_for(capsys, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     assert cli.main(["launch", "--processes", "2", "run", "c.yaml"]) == 1
-    assert "say how many each has with --devices_per_process" in capsys.readouterr().err
+    assert "give --devices_per_process" in capsys.readouterr().err

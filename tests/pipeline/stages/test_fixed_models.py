@@ -121,7 +121,7 @@ def test_training_starts_at_the_reference(finished):
 def test_moments_of_merged_adapters_are_not_carried(tmp_path, tiny_config):
     with pytest.raises(ConfigError, match=r"row\.restart_optimizer is false and lora\.r 2"):
         check(tiny_config(tmp_path, lora=LORA, row={"restart_optimizer": False}))
-    with pytest.raises(ConfigError, match=r"lora\.r -1 is no rank"):
+    with pytest.raises(ConfigError, match=r"lora\.r is -1; give a positive rank"):
         tiny_config(tmp_path, lora={"r": -1})
     with pytest.raises(ConfigError, match=r"lora\.target_modules"):
         tiny_config(tmp_path, lora={"r": 1, "target_modules": ["head"]})
