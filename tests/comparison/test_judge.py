@@ -366,7 +366,7 @@ def test_the_key_comes_from_the_environment(tmp_path, monkeypatch):
         url = server.url.replace("//", "//user:pass@")
         judged = judge_pairs(["p"], ["a"], ["b"], Judge("m", server.url, **FAST), tmp_path / "answers.jsonl")
         assert judged.verdicts[0].outcome == 0.5
-        assert Judge("m", url + "?token=1").described()["base_url"] == server.url
+        assert Judge("m", url + "?token=1").identity()["base_url"] == server.url
 
 
 def test_settings_that_cannot_work():
