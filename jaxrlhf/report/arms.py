@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,60 +14,32 @@ from jaxrlhf.report.runs import ReportError, RunRead, now_doing, read_runs, sett
 TRAINING = ("rollout/score", "kl/sft", "rollout/kl")
 
 
-@dataclass
-class View:
-    """One run and what is computed from its folder, each thing once."""
+class View(NamedTuple):
+    """One run and what is computed from its folder."""
 
     run: RunRead
-
-    @cached_property
-    def curve(self) -> Curve:
-        return reading.curve(self.run)
-
-    @cached_property
-    def reliabilities(self) -> dict[int, dict[str, Any]]:
-        return reading.reliabilities(self.run)
-
-    @cached_property
-    def drifts(self) -> dict[int, dict[str, float | None]]:
-        return reading.drifts(self.run)
-
-    @cached_property
-    def budgets(self) -> list[dict[str, Any]]:
-        return reading.budgets(self.run)
-
-    @cached_property
-    def weights(self) -> dict[int, dict[str, Any]]:
-        return reading.weights(self.run)
-
-    @cached_property
-    def filters(self) -> dict[int, dict[str, Any]]:
-        return reading.filters(self.run)
-
-    @cached_property
-    def seconds(self) -> dict[str, float]:
-        return seconds_by_part(self.run)
-
-    @cached_property
-    def flops(self) -> tuple[dict[str, float | None], list[str]]:
-        return flops_by_part(self.run)
-
-    @cached_property
-    def training(self) -> dict[str, list[tuple[float, float]]]:
-        return reading.training(self.run, TRAINING)
-
-    @cached_property
-    def lineage(self) -> list[dict[str, Any]]:
-        return reading.lineage_lines(self.run)
-
-    def read(self) -> None:
-        """Read all there is, so that `run.missing` is complete."""
-        for name in ("curve", "reliabilities", "drifts", "budgets", "weights", "filters", "seconds", "flops", "training", "lineage"):
-            getattr(self, name)
+    curve: Curve
+    reliabilities: dict[int, dict[str, Any]]
+    drifts: dict[int, dict[str, float | None]]
+    budgets: list[dict[str, Any]]
+    weights: dict[int, dict[str, Any]]
+    filters: dict[int, dict[str, Any]]
+    seconds: dict[str, float]
+    flops: tuple[dict[str, float | None], list[str]]
+    training: dict[str, list[tuple[float, float]]]
+    lineage: list[dict[str, Any]]
 
     def by_round(self, name: str) -> list[float | None]:
         """One figure of summary.json, π_SFT first."""
         return [value if isinstance(value := row.get(name), int | float) else None for row in self.run.rounds]
+
+
+def view_of(run: RunRead) -> View:
+    """Everything is read here, so that `run.missing` is complete afterwards."""
+    return View(
+        run, reading.curve(run), reading.reliabilities(run), reading.drifts(run), reading.budgets(run), reading.weights(run),
+        reading.filters(run), seconds_by_part(run), flops_by_part(run), reading.training(run, TRAINING), reading.lineage_lines(run),
+    )  # fmt: skip
 
 
 class Arm(NamedTuple):
@@ -113,10 +83,7 @@ def collect(folders: Sequence[str | Path]) -> Collected:
         found += [(folder, run) for run in new]
     if not found:
         raise ReportError("\n".join(problems) or "name at least one run folder.")
-    arms = _arms(found)
-    for view in (view for arm in arms for view in arm.views):
-        view.read()
-    return Collected(arms, problems, [Path(one) for one in folders])
+    return Collected(_arms(found), problems, [Path(one) for one in folders])
 
 
 def _arms(found: Sequence[tuple[Path, RunRead]]) -> list[Arm]:
@@ -138,7 +105,7 @@ def _arms(found: Sequence[tuple[Path, RunRead]]) -> list[Arm]:
             label = f"{label}′"
         labels.append(label)
     ordered = [sorted(runs, key=lambda run: -1 if run.seed is None else run.seed) for runs in groups.values()]
-    return [Arm(label, [View(run) for run in runs]) for label, runs in zip(labels, ordered, strict=True)]
+    return [Arm(label, [view_of(run) for run in runs]) for label, runs in zip(labels, ordered, strict=True)]
 
 
 class Column(NamedTuple):
@@ -157,10 +124,6 @@ def _last(name: str) -> Callable[[View], float | None]:
 
 def _end(name: str) -> Callable[[View], float | None]:
     return lambda view: values[-1] if (values := view.by_round(name)) else None
-
-
-def _points(view: View, name: str) -> float | None:
-    return getattr(view.curve.points[-1], name) if view.curve.points else None
 
 
 def _peak(name: str) -> Callable[[View], float | None]:
