@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxrlhf.evaluation.curves import Band, Curve, band
+from jaxrlhf.evaluation.curves import Curve, Estimate, estimate
 from jaxrlhf.report import diagnoses as reading
 from jaxrlhf.report.costs import flops_by_part, seconds_by_part, share_of_corrections
 from jaxrlhf.report.runs import ReportError, RunRead, now_doing, read_runs, settings_key
@@ -166,11 +166,11 @@ COLUMNS = (
 
 
 def table(arms: Sequence[Arm]) -> tuple[list[Column], list[dict[str, Any]]]:
-    """(columns that have a value somewhere, one row an arm): {"arm", "seeds" (of the means), "state", key: Band | None, …}."""
+    """(columns that have a value somewhere, one row an arm): {"arm", "seeds" (of the means), "state", key: Estimate | None, …}."""
     rows = []
     for arm in arms:
         row: dict[str, Any] = {"arm": arm.name, "seeds": len(arm.compared), "state": state_of(arm)}
-        row |= {column.key: band([column.of(view) for view in arm.compared]) for column in COLUMNS}
+        row |= {column.key: estimate([column.of(view) for view in arm.compared]) for column in COLUMNS}
         rows.append(row)
     return [column for column in COLUMNS if any(row[column.key] is not None for row in rows)], rows
 
@@ -182,7 +182,7 @@ def state_of(arm: Arm) -> str:
     return f"{len(arm.views) - len(open_)} of {len(arm.views)} finished" if len(arm.views) > 1 else now_doing(open_[0]) or "unfinished"
 
 
-def as_text(value: Band | None, digits: int) -> str:
+def as_text(value: Estimate | None, digits: int) -> str:
     """mean, or mean ± one standard error; "–" where there is nothing."""
     if value is None:
         return "–"
