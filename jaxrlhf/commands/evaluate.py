@@ -13,6 +13,11 @@ from jaxrlhf.comparison.judge_client import TEMPLATE, Judge
 from jaxrlhf.comparison.responses import GenerationSettings
 from jaxrlhf.sharding.compile_cache import cache_compilations
 
+# Options that are arguments of `evaluate`, and with --judge_ before them fields of Judge.
+COMPARISON_OPTIONS = ("gold", "prompts", "limit", "max_new_tokens", "max_prompt_length", "temperature", "batch_size", "dtype", "seed",
+                      "length", "bins", "tokenizer", "overwrite")  # fmt: skip
+JUDGE_OPTIONS = ("base_url", "concurrency", "timeout", "attempts", "asks", "keep_going", "price_in", "price_out")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `jaxrlhf evaluate`."""
@@ -75,17 +80,10 @@ def judge_of(options: argparse.Namespace) -> Judge | None:
         template = Path(given).expanduser().read_text(encoding="utf-8")
     return Judge(
         model=options.judge,
-        base_url=options.judge_base_url,
         api_key_env=options.api_key_env,
         template=template,
         request=request,
-        concurrency=options.judge_concurrency,
-        timeout=options.judge_timeout,
-        attempts=options.judge_attempts,
-        asks=options.judge_asks,
-        keep_going=options.judge_keep_going,
-        price_in=options.judge_price_in,
-        price_out=options.judge_price_out,
+        **{name: getattr(options, f"judge_{name}") for name in JUDGE_OPTIONS},
     )
 
 
@@ -99,18 +97,8 @@ def main(options: argparse.Namespace) -> int:
     """Compare as the command line says, show progress, and print the tables and where they lie."""
     cache_compilations()
     folder = Path(options.output) if options.output else default_output(options.a, options.b)
-    done = evaluate(
-        options.a,
-        options.b,
-        output=folder,
-        judge=judge_of(options),
-        toy_prompts=options.toy,
-        **{
-            name: getattr(options, name)
-            for name in ("gold", "prompts", "limit", "max_new_tokens", "max_prompt_length", "temperature", "batch_size", "dtype", "seed")
-        },
-        **{name: getattr(options, name) for name in ("length", "bins", "tokenizer", "overwrite")},
-    )
+    same = {name: getattr(options, name) for name in COMPARISON_OPTIONS}
+    done = evaluate(options.a, options.b, output=folder, judge=judge_of(options), toy_prompts=options.toy, **same)
     show(done.figures)
     print(f"comparison: {folder / TABLE}")
     return 0

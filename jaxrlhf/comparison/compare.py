@@ -80,8 +80,8 @@ def evaluate(
     folder = Path(output)
     check_output(folder, settings, overwrite)
     write_whole(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
-    told = [responses_of(side, name, asked, writing, folder, show) for side, name in zip(sides, "ab", strict=True)]
-    texts, finished, left_out = matched(asked.rows, told)
+    responses = [responses_of(side, name, asked, writing, folder, show) for side, name in zip(sides, "ab", strict=True)]
+    texts, finished, left_out = matched(asked.rows, responses)
     notes = [note for side in sides for note in side.notes] + notes + left_out
     scores = None if scorer is None else gold_scores(texts, scorer)  # before the judge: what is wrong here is said before anything is paid
     judged = None if judge is None else _judged(texts, judge, folder, show)
@@ -137,7 +137,7 @@ def settings_of(
         **{name: candidate_identity(side) for name, side in zip("ab", sides, strict=True)},
         "prompts": prompts_identity(asked.rows),
         "gold": _gold_identity(gold),
-        "judge": None if judge is None else judge.described(),
+        "judge": None if judge is None else judge.identity(),
         **writing.identity(),
         **rest,
     }

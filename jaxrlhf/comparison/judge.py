@@ -1,8 +1,8 @@
 """A language model as judge of two responses, behind any endpoint that speaks OpenAI's chat completions.
 
 Every pair is asked about twice, the second time in the other order, and a verdict that follows the order is a tie: a judge that always
-prefers the first answer gives a score of exactly one half. Answers are stored as they come (`answers.py`) under a hash of all that was
-asked, so that an evaluation that was stopped goes on where it was, and one that is finished can be read question by question.
+prefers the first answer gives a score of exactly one half. Answers are stored as they come (`judge_answers.py`) under a hash of all that
+was asked, so that an evaluation that was stopped goes on where it was, and one that is finished can be read question by question.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from jaxrlhf.comparison.judge_answers import AnswerError, AnswerFile
-from jaxrlhf.comparison.judge_client import REFUSED, TEMPLATE, Judge, JudgeClient, JudgeError, Question
-from jaxrlhf.comparison.judge_replies import FIRST, SECOND, TIE, parse
+from jaxrlhf.comparison.judge_answers import AnswerFile
+from jaxrlhf.comparison.judge_client import REFUSED, Judge, JudgeClient, Question
+from jaxrlhf.comparison.judge_replies import FIRST, SECOND, TIE
 
 T = TypeVar("T")
 
@@ -137,21 +137,3 @@ def _run(coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(coroutine)
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, coroutine).result()
-
-
-__all__ = [
-    "FIRST",
-    "SECOND",
-    "TEMPLATE",
-    "TIE",
-    "AnswerError",
-    "Judge",
-    "JudgeError",
-    "Judged",
-    "Question",
-    "Verdict",
-    "combine",
-    "judge_pairs",
-    "parse",
-    "usage_of",
-]  # fmt: skip

@@ -105,16 +105,11 @@ class Judge:
         asked = [address and address.rstrip("/"), self.model, self.fields(), self.template, prompt, first, second]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
 
-    def described(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What a report says of the judge; an address without the user name, password and query that may stand in it."""
         template = hashlib.sha256(self.template.encode()).hexdigest()[:16]
-        return {
-            "model": self.model,
-            "base_url": without_credentials(self.base_url),
-            "request": self.fields(),
-            "template": template,
-            "asks": self.asks,
-        }
+        asked = {"model": self.model, "base_url": without_credentials(self.base_url), "request": self.fields()}
+        return asked | {"template": template, "asks": self.asks}
 
 
 class Question(NamedTuple):
@@ -133,7 +128,7 @@ class JudgeClient:
     """One pass over questions: workers that share one client, one file and one account of failures in a row."""
 
     def __init__(self, judge: Judge, stored: AnswerFile, progress: Callable[[int, int], None] | None):
-        self.judge, self.stored, self.progress = judge, stored, progress
+        self.judge, self.stored, self.progress = judge, stored, progress or (lambda done, total: None)
         self.failed: dict[str, str] = {}
         self.in_a_row = 0
         self.secret = _key_of(judge)
@@ -142,18 +137,17 @@ class JudgeClient:
         """Ask them all, store what is answered, and return why the others are not: key -> reason."""
         openai = _library()
         self.total, self.done = len(questions), 0
-        self._shown()
-        # The library's own retries are off: every request that is sent is counted here.
+        self.progress(self.done, self.total)
+        # The library's own retries are off. Ours count every request, and also repeat one whose reply is no completion or too slow in all.
         options = {"api_key": self.secret, "base_url": self.judge.base_url, "max_retries": 0, "timeout": self.judge.timeout}
         async with openai.AsyncOpenAI(**options) as client:
             waiting = iter(questions.items())
-            workers = [asyncio.ensure_future(self._work(openai, client, waiting)) for _ in range(min(self.judge.concurrency, self.total))]
             try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
+                async with asyncio.TaskGroup() as workers:
+                    for _ in range(min(self.judge.concurrency, self.total)):
+                        workers.create_task(self._work(openai, client, waiting))
+            except ExceptionGroup as failed:
+                raise failed.exceptions[0] from None
         return self.failed
 
     async def _work(self, openai: Any, client: Any, waiting: Iterator[tuple[str, Question]]) -> None:
@@ -173,10 +167,6 @@ class JudgeClient:
                 self._store(key, question, taken, verdict=verdict, answer=taken.texts[-1])
                 self.in_a_row = 0
             self.done += 1
-            self._shown()
-
-    def _shown(self) -> None:
-        if self.progress:
             self.progress(self.done, self.total)
 
     def _store(self, key: str, question: Question, taken: Usage, **how: str | None) -> None:

@@ -91,10 +91,10 @@ def kept_responses(
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["written"] == facts:
             return {row["number"]: (row["response"], row["finished"]) for row in kept["responses"]}
-    told = generate_responses(side, asked, writing, show)
-    rows = [{"number": i, "prompt": asked.rows[i].prompt, "response": text, "finished": ended} for i, (text, ended) in told.items()]
+    responses = generate_responses(side, asked, writing, show)
+    rows = [{"number": i, "prompt": asked.rows[i].prompt, "response": text, "finished": ended} for i, (text, ended) in responses.items()]
     write_whole(path, json.dumps({"written": facts, "responses": rows}, ensure_ascii=False, indent=0) + "\n")
-    return told
+    return responses
 
 
 def generate_responses(side: Candidate, asked: Prompts, writing: GenerationSettings, show: Callable[[str], Any]) -> Responses:
@@ -119,17 +119,17 @@ def _rendered(asked: Prompts, tokenizer: Any) -> list[Prompt]:
     return [own.get(row.source, row) for row in asked.rows]
 
 
-def matched(rows: list[Prompt], told: list[Responses]) -> tuple[Texts, list[list[bool | None]], list[str]]:
+def matched(rows: list[Prompt], sides: list[Responses]) -> tuple[Texts, list[list[bool | None]], list[str]]:
     """(texts, who ended by itself, what was left out): the prompts that both sides have a response to, in order."""
-    kept = [i for i in range(len(rows)) if all(i in side for side in told)]
+    kept = [i for i in range(len(rows)) if all(i in side for side in sides)]
     if not kept:
         raise DataError(
-            f"there is no prompt that both sides answer: of {len(rows)}, A has responses to {len(told[0])} and B to {len(told[1])}. "
+            f"there is no prompt that both sides answer: of {len(rows)}, A has responses to {len(sides[0])} and B to {len(sides[1])}. "
             "Prompts are matched by their whole text."
         )
-    a, b = ([side[i] for i in kept] for side in told)
+    a, b = ([side[i] for i in kept] for side in sides)
     asked = [rows[i] for i in kept]
     texts = Texts([r.id for r in asked], [r.prompt for r in asked], [x for x, _ in a], [y for y, _ in b], [r.reference for r in asked])
-    lacking = [f"{len(rows) - len(side)} without one of {name}" for side, name in zip(told, "AB", strict=True) if len(side) < len(rows)]
+    lacking = [f"{len(rows) - len(side)} without one of {name}" for side, name in zip(sides, "AB", strict=True) if len(side) < len(rows)]
     notes = [f"{len(rows) - len(kept)} of {len(rows)} prompts are left out: {', '.join(lacking)}."] if lacking else []
     return texts, [[ended for _, ended in side] for side in (a, b)], notes

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Point:
@@ -85,27 +87,27 @@ class Curve:
         return None if proxy is None or gold is None or len(self.points) < 2 else proxy - gold
 
 
-class Band(NamedTuple):
-    """Mean over n seeds, and its standard error (None for one)."""
+class Estimate(NamedTuple):
+    """Mean over n seeds, its standard error (None for one seed) and the least of them."""
 
     n: int
     mean: float
     se: float | None
+    least: float
 
 
-def band(values: Sequence[float | None]) -> Band | None:
-    """Mean and standard error s/√n (s with n − 1) of what is there; None where nothing is."""
-    x = [value for value in values if value is not None]
-    if not x:
+def estimate(values: Sequence[float | None]) -> Estimate | None:
+    """Of one value a seed, those that are there: se = s/√n with the sample deviation s (n − 1). None where there is no value."""
+    x = np.array([value for value in values if value is not None], np.float64)
+    if not len(x):
         return None
-    mean = sum(x) / len(x)
-    se = math.sqrt(sum((value - mean) ** 2 for value in x) / (len(x) - 1) / len(x)) if len(x) > 1 else None
-    return Band(len(x), mean, se)
+    se = float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else None
+    return Estimate(len(x), float(x.mean()), se, float(x.min()))
 
 
-def over_seeds(series: Sequence[Sequence[float | None]]) -> list[Band | None]:
-    """Round by round over runs of one arm that have come equally far (`Arm.compared`); Band.n is less where one lacks a round's figure."""
-    return [band([one[i] for one in series if i < len(one)]) for i in range(max(map(len, series), default=0))]
+def over_seeds(series: Sequence[Sequence[float | None]]) -> list[Estimate | None]:
+    """Round by round over runs of one arm that have come equally far (`Arm.compared`); n is less where one lacks a round's figure."""
+    return [estimate([one[i] for one in series if i < len(one)]) for i in range(max(map(len, series), default=0))]
 
 
 def curve_of(

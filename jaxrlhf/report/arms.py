@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxrlhf.evaluation.curves import Band, Curve, band
+from jaxrlhf.evaluation.curves import Curve, Estimate, estimate
 from jaxrlhf.report import diagnoses as reading
 from jaxrlhf.report.costs import flops_by_part, seconds_by_part, share_of_corrections
 from jaxrlhf.report.runs import ReportError, RunRead, now_doing, read_runs, settings_key
@@ -16,60 +14,32 @@ from jaxrlhf.report.runs import ReportError, RunRead, now_doing, read_runs, sett
 TRAINING = ("rollout/score", "kl/sft", "rollout/kl")
 
 
-@dataclass
-class View:
-    """One run and what is computed from its folder, each thing once."""
+class View(NamedTuple):
+    """One run and what is computed from its folder."""
 
     run: RunRead
-
-    @cached_property
-    def curve(self) -> Curve:
-        return reading.curve(self.run)
-
-    @cached_property
-    def reliabilities(self) -> dict[int, dict[str, Any]]:
-        return reading.reliabilities(self.run)
-
-    @cached_property
-    def drifts(self) -> dict[int, dict[str, float | None]]:
-        return reading.drifts(self.run)
-
-    @cached_property
-    def budgets(self) -> list[dict[str, Any]]:
-        return reading.budgets(self.run)
-
-    @cached_property
-    def weights(self) -> dict[int, dict[str, Any]]:
-        return reading.weights(self.run)
-
-    @cached_property
-    def filters(self) -> dict[int, dict[str, Any]]:
-        return reading.filters(self.run)
-
-    @cached_property
-    def seconds(self) -> dict[str, float]:
-        return seconds_by_part(self.run)
-
-    @cached_property
-    def flops(self) -> tuple[dict[str, float | None], list[str]]:
-        return flops_by_part(self.run)
-
-    @cached_property
-    def training(self) -> dict[str, list[tuple[float, float]]]:
-        return reading.training(self.run, TRAINING)
-
-    @cached_property
-    def lineage(self) -> list[dict[str, Any]]:
-        return reading.lineage_lines(self.run)
-
-    def read(self) -> None:
-        """Read all there is, so that `run.missing` is complete."""
-        for name in ("curve", "reliabilities", "drifts", "budgets", "weights", "filters", "seconds", "flops", "training", "lineage"):
-            getattr(self, name)
+    curve: Curve
+    reliabilities: dict[int, dict[str, Any]]
+    drifts: dict[int, dict[str, float | None]]
+    budgets: list[dict[str, Any]]
+    weights: dict[int, dict[str, Any]]
+    filters: dict[int, dict[str, Any]]
+    seconds: dict[str, float]
+    flops: tuple[dict[str, float | None], list[str]]
+    training: dict[str, list[tuple[float, float]]]
+    lineage: list[dict[str, Any]]
 
     def by_round(self, name: str) -> list[float | None]:
         """One figure of summary.json, π_SFT first."""
         return [value if isinstance(value := row.get(name), int | float) else None for row in self.run.rounds]
+
+
+def view_of(run: RunRead) -> View:
+    """Everything is read here, so that `run.missing` is complete afterwards."""
+    return View(
+        run, reading.curve(run), reading.reliabilities(run), reading.drifts(run), reading.budgets(run), reading.weights(run),
+        reading.filters(run), seconds_by_part(run), flops_by_part(run), reading.training(run, TRAINING), reading.lineage_lines(run),
+    )  # fmt: skip
 
 
 class Arm(NamedTuple):
@@ -113,10 +83,7 @@ def collect(folders: Sequence[str | Path]) -> Collected:
         found += [(folder, run) for run in new]
     if not found:
         raise ReportError("\n".join(problems) or "name at least one run folder.")
-    arms = _arms(found)
-    for view in (view for arm in arms for view in arm.views):
-        view.read()
-    return Collected(arms, problems, [Path(one) for one in folders])
+    return Collected(_arms(found), problems, [Path(one) for one in folders])
 
 
 def _arms(found: Sequence[tuple[Path, RunRead]]) -> list[Arm]:
@@ -138,7 +105,7 @@ def _arms(found: Sequence[tuple[Path, RunRead]]) -> list[Arm]:
             label = f"{label}′"
         labels.append(label)
     ordered = [sorted(runs, key=lambda run: -1 if run.seed is None else run.seed) for runs in groups.values()]
-    return [Arm(label, [View(run) for run in runs]) for label, runs in zip(labels, ordered, strict=True)]
+    return [Arm(label, [view_of(run) for run in runs]) for label, runs in zip(labels, ordered, strict=True)]
 
 
 class Column(NamedTuple):
@@ -199,11 +166,11 @@ COLUMNS = (
 
 
 def table(arms: Sequence[Arm]) -> tuple[list[Column], list[dict[str, Any]]]:
-    """(columns that have a value somewhere, one row an arm): {"arm", "seeds" (of the means), "state", key: Band | None, …}."""
+    """(columns that have a value somewhere, one row an arm): {"arm", "seeds" (of the means), "state", key: Estimate | None, …}."""
     rows = []
     for arm in arms:
         row: dict[str, Any] = {"arm": arm.name, "seeds": len(arm.compared), "state": state_of(arm)}
-        row |= {column.key: band([column.of(view) for view in arm.compared]) for column in COLUMNS}
+        row |= {column.key: estimate([column.of(view) for view in arm.compared]) for column in COLUMNS}
         rows.append(row)
     return [column for column in COLUMNS if any(row[column.key] is not None for row in rows)], rows
 
@@ -215,7 +182,7 @@ def state_of(arm: Arm) -> str:
     return f"{len(arm.views) - len(open_)} of {len(arm.views)} finished" if len(arm.views) > 1 else now_doing(open_[0]) or "unfinished"
 
 
-def as_text(value: Band | None, digits: int) -> str:
+def as_text(value: Estimate | None, digits: int) -> str:
     """mean, or mean ± one standard error; "–" where there is nothing."""
     if value is None:
         return "–"

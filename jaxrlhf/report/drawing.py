@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrlhf.evaluation.curves import Band, over_seeds
+from jaxrlhf.evaluation.curves import Estimate, over_seeds
 from jaxrlhf.evaluation.plotting import PALETTE, style, svg_of
 from jaxrlhf.report.arms import Arm, View
 
@@ -66,7 +66,9 @@ def label_of(name: str) -> str:
     return f"\u200a{short}" if short.startswith("_") else short
 
 
-def line_of(axes: Any, x: Sequence[float | None], bands: Sequence[Band | None], style: dict[str, Any], label: str | None = None) -> bool:
+def line_of(
+    axes: Any, x: Sequence[float | None], bands: Sequence[Estimate | None], style: dict[str, Any], label: str | None = None
+) -> bool:
     """A line through the means with a band of one standard error; False where no point has both coordinates."""
     points = [(at, one) for at, one in zip(x, bands, strict=True) if at is not None and one is not None]
     if not points:

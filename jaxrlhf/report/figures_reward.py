@@ -133,7 +133,3 @@ def _drift(axes: Any, arms: Sequence[Arm], name: str, ylabel: str, factor: float
 
     axes.set_ylabel(ylabel)
     return by_round(axes, arms, of, style=style)
-
-
-def _from_sft(view: View) -> bool:
-    return all(row["from_sft"] for row in view.budgets)

@@ -9,7 +9,6 @@ from jaxrlhf.evaluation.plotting import BLUE, GREEN, ORANGE, SKY, VERMILION
 from jaxrlhf.report.arms import Arm, View
 from jaxrlhf.report.costs import PARTS
 from jaxrlhf.report.drawing import DATA, INK, by_round, dashed_style, label_of, line_style, percents, whole_numbers
-from jaxrlhf.report.figures_reward import _from_sft
 
 
 def kl_budget_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
@@ -123,7 +122,8 @@ def _training(axes: Any, arms: Sequence[Arm], name: str) -> bool:
     drawn = False
     for number, arm in enumerate(arms):
         for place, view in enumerate(arm.views):
-            points = view.training.get(name) or (view.training.get("rollout/kl") if name == "kl/sft" and _from_sft(view) else None)
+            from_sft = all(row["from_sft"] for row in view.budgets)
+            points = view.training.get(name) or (view.training.get("rollout/kl") if name == "kl/sft" and from_sft else None)
             if points:
                 axes.plot([x for x, _ in points], [y for _, y in points], label=label_of(arm.name) if place == 0 else None,
                           linewidth=1.0, alpha=0.9 if len(arm.views) == 1 else 0.5, gid=DATA, **dashed_style(number))  # fmt: skip

@@ -13,7 +13,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from jaxrlhf.evaluation.curves import band
+from jaxrlhf.evaluation.curves import estimate
 from jaxrlhf.formatting import escape_markdown, markdown_table
 from jaxrlhf.report.arms import Arm, Column, as_text, table
 from jaxrlhf.report.costs import PARTS
@@ -159,7 +159,7 @@ def _peak_said(arm: Arm) -> str:
 
 
 def _gap_said(arm: Arm) -> str:
-    gap = band([view.curve.gap for view in arm.compared])
+    gap = estimate([view.curve.gap for view in arm.compared])
     if gap is None:
         return ""
     amount = as_text(gap._replace(mean=abs(gap.mean)), 2)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from jax.scipy.special import betainc
+
+from jaxrlhf.evaluation.curves import Estimate, estimate
 
 FIGURES = ("gold", "peak", "win_rate", "proxy", "kl_sft", "reward_accuracy", "ess", "fits", "seconds")
 
@@ -43,27 +43,9 @@ class Run:
         }  # fmt: skip
 
 
-class Estimate(NamedTuple):
-    """Mean over n seeds, its standard error (None for one seed) and the least of them."""
-
-    n: int
-    mean: float
-    se: float | None
-    least: float
-
-
-def estimate(values: Sequence[float]) -> Estimate | None:
-    """Of one value a seed: se = s/√n with the sample deviation s (divided by n − 1). None where there is no value."""
-    if not values:
-        return None
-    x = np.asarray(values, np.float64)
-    se = float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else None
-    return Estimate(len(x), float(x.mean()), se, float(x.min()))
-
-
 @dataclass(frozen=True)
 class Sweep:
-    """All runs of a sweep; `settings` says what every arm is (`described`), in the order of the recipe."""
+    """All runs of a sweep; `settings` says what every arm is (`arm_facts`), in the order of the recipe."""
 
     name: str
     sft_seed: int | None

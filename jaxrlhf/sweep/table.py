@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jaxrlhf.evaluation.curves import Estimate
 from jaxrlhf.formatting import as_strict_json, markdown_table
 from jaxrlhf.sweep.findings import findings
 from jaxrlhf.sweep.statistics import FIGURES, Sweep, format_estimate
@@ -27,22 +28,13 @@ def _mean(figure: str, digits: int) -> Callable[[Sweep, str], str]:
     return lambda sweep, arm: format_estimate(sweep.estimate(arm, figure), digits)
 
 
-def _whole(figure: str) -> Callable[[Sweep, str], str]:
-    def cell(sweep: Sweep, arm: str) -> str:
-        found = sweep.estimate(arm, figure)
-        return "–" if found is None else f"{found.mean:.1f}".removesuffix(".0")
-
-    return cell
+def _fits(sweep: Sweep, arm: str) -> str:
+    found = sweep.estimate(arm, "fits")
+    return "–" if found is None else f"{found.mean:.1f}".removesuffix(".0")
 
 
-def _least(sweep: Sweep, arm: str) -> str:
-    found = sweep.estimate(arm, "gold")
-    return "–" if found is None else f"{found.least:.2f}"
-
-
-def _least_difference(sweep: Sweep, arm: str) -> str:
-    found = sweep.difference(arm)
-    return "–" if found is None else f"{found.least:+.2f}"
+def _least(found: Estimate | None, sign: str = "") -> str:
+    return "–" if found is None else f"{found.least:{sign}.2f}"
 
 
 def columns_of(sweep: Sweep) -> list[Column]:
@@ -50,15 +42,15 @@ def columns_of(sweep: Sweep) -> list[Column]:
         Column("n", lambda sweep, arm: str(len(sweep.finished(arm))), 100),
         Column("gold", _mean("gold", 2), 99),
         Column(f"gold −\n{sweep.first}", lambda sweep, arm: format_estimate(sweep.difference(arm), 2, sign=True), 98),
-        Column("gold,\nleast", _least, 97),
-        Column("diff.,\nleast", _least_difference, 90),
+        Column("gold,\nleast", lambda sweep, arm: _least(sweep.estimate(arm, "gold")), 97),
+        Column("diff.,\nleast", lambda sweep, arm: _least(sweep.difference(arm), "+"), 90),
         Column("gold,\nbest round", _mean("peak", 2), 92),
         Column("win rate", _mean("win_rate", 2), 94),
         Column("proxy", _mean("proxy", 2), 91),
         Column("KL to\nSFT", _mean("kl_sft", 2), 96),
         Column("RM\naccuracy", _mean("reward_accuracy", 3), 95),
         Column("ESS", _mean("ess", 0), 93),
-        Column("RM\nfits", _whole("fits"), 89),
+        Column("RM\nfits", _fits, 89),
         Column("s", _mean("seconds", 0), 88),
     ]
 

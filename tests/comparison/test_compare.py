@@ -135,9 +135,9 @@ def test_stored_responses_bring_their_prompts(run, tmp_path):
     policy = str(run / "stages" / "04-r1-policy")
     mixed = evaluate(policy, str(stage), output=tmp_path / "c", gold="toy", **QUIET)
     assert mixed.figures["prompts"] == 6 and mixed.figures["settings"]["max_new_tokens"] == 5 and mixed.figures["notes"] == []
-    told = evaluate(policy, str(stage), output=tmp_path / "d", gold="toy", max_new_tokens=3, **QUIET)
-    assert "policies wrote up to 3 tokens" in told.figures["notes"][0]
-    assert max(len(row["a"].split()) for row in told.rows) <= 3
+    limited = evaluate(policy, str(stage), output=tmp_path / "d", gold="toy", max_new_tokens=3, **QUIET)
+    assert "policies wrote up to 3 tokens" in limited.figures["notes"][0]
+    assert max(len(row["a"].split()) for row in limited.rows) <= 3
     with pytest.raises(DataError, match="no prompt that both sides answer: of 6, A has responses to 6 and B to 0"):
         evaluate(str(stage), lines(tmp_path / "x.jsonl", [{"prompt": "q", "response": "r"}]), output=tmp_path / "e", gold="toy")
 

@@ -184,12 +184,12 @@ def test_one_silent_question_is_counted_and_asked_again_next_time(tmp_path):
 
     with Sometimes(verdict) as server:
         judge = Judge("m", server.url, **FAST | {"timeout": 3.0}, attempts=2, concurrency=2)
-        told = ["p0", "p1", "p2", "p3"], ["aaa"] * 4, ["b"] * 4
-        judged = judge_pairs(*told, judge, tmp_path / "answers.jsonl")
+        texts = ["p0", "p1", "p2", "p3"], ["aaa"] * 4, ["b"] * 4
+        judged = judge_pairs(*texts, judge, tmp_path / "answers.jsonl")
         assert [v.outcome for v in judged.verdicts] == [1.0, None, 1.0, 1.0]
         assert judged.usage["unanswered"] == 2 and "no answer in 3 s, 2 times" in judged.usage["failures"]
         server.stuck = False
-        judged = judge_pairs(*told, judge, tmp_path / "answers.jsonl")
+        judged = judge_pairs(*texts, judge, tmp_path / "answers.jsonl")
         assert [v.outcome for v in judged.verdicts] == [1.0] * 4 and judged.usage["asked_now"] == 2
 
 
@@ -235,28 +235,28 @@ def test_failures_that_are_not_in_a_row_do_not_stop_it(tmp_path):
             raise BrokenPipeError  # the connection drops
         return longer(content)
 
-    told = [f"p{i}" for i in range(8)], ["aaa"] * 8, ["b"] * 8
+    texts = [f"p{i}" for i in range(8)], ["aaa"] * 8, ["b"] * 8
     with FaultyServer(even_fail) as server:
         judge = Judge("m", server.url, **FAST, attempts=1, concurrency=1)
-        judged = judge_pairs(*told, judge, tmp_path / "answers.jsonl")
+        judged = judge_pairs(*texts, judge, tmp_path / "answers.jsonl")
         assert [v.outcome for v in judged.verdicts] == [1.0, None] * 4 and judged.usage["unanswered"] == 8
         # only those are asked again, one after the other: an outage, unless told to go on
         with pytest.raises(JudgeError, match=r"3 questions in a row.*--judge_keep_going"):
-            judge_pairs(*told, judge, tmp_path / "answers.jsonl")
-        judged = judge_pairs(*told, replace(judge, keep_going=True), tmp_path / "answers.jsonl")
+            judge_pairs(*texts, judge, tmp_path / "answers.jsonl")
+        judged = judge_pairs(*texts, replace(judge, keep_going=True), tmp_path / "answers.jsonl")
         assert judged.usage["unanswered"] == 8 and judged.usage["judged"] == 4
 
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_a_reply_that_is_no_completion_is_tried_again_and_never_an_answer(tmp_path, name):
-    told = ["p0", "p1"], ["aaa", "b"], ["b", "aaa"]
+    texts = ["p0", "p1"], ["aaa", "b"], ["b", "aaa"]
     with FaultyServer(longer, {name: 1.0}) as server:
         judge = Judge("m", server.url, **FAST, attempts=2, concurrency=1)
         with pytest.raises(JudgeError, match=r"no answer to 3 questions in a row; the last: no completion: .*, 2 times"):
-            judge_pairs(*told, judge, tmp_path / "answers.jsonl")
+            judge_pairs(*texts, judge, tmp_path / "answers.jsonl")
         assert server.fates[name] == 3 * 2
         server.faults = {}
-        judged = judge_pairs(*told, judge, tmp_path / "answers.jsonl")
+        judged = judge_pairs(*texts, judge, tmp_path / "answers.jsonl")
     assert [v.outcome for v in judged.verdicts] == [1.0, 0.0] and judged.usage["asked_now"] == 4 and judged.usage["nonsense"] == 0
     assert judged.usage["requests"] == 3 * 2 + 4 and judged.usage["prompt_tokens"] == 400
 
@@ -342,7 +342,7 @@ def test_refusals_do_not_add_up_to_an_outage(tmp_path):
             raise BrokenPipeError  # the connection drops
         return longer(content)
 
-    told = [f"p{i}" for i in range(8)], ["aaa"] * 8, ["b"] * 8
+    texts = [f"p{i}" for i in range(8)], ["aaa"] * 8, ["b"] * 8
     with FaultyServer(verdict) as server:
         judge = Judge("m", server.url, **FAST, attempts=1, concurrency=1)
         judge_pairs(["p9"], ["aaa"], ["b"], judge, tmp_path / "answers.jsonl")
@@ -352,7 +352,7 @@ def test_refusals_do_not_add_up_to_an_outage(tmp_path):
             refusing(self, "422" if re.search("Q: p[0-4]", content) else fate, content)
 
         server.RequestHandlerClass = type("Refusing", (server.RequestHandlerClass,), {"answer": answer})
-        judged = judge_pairs(*told, judge, tmp_path / "answers.jsonl")  # ten refusals, then two lost connections: no three in a row
+        judged = judge_pairs(*texts, judge, tmp_path / "answers.jsonl")  # ten refusals, then two lost connections: no three in a row
     assert [v.outcome for v in judged.verdicts] == [None] * 6 + [1.0] * 2
     assert judged.usage["refused"] == 10 and judged.usage["unanswered"] == 2
 
@@ -366,7 +366,7 @@ def test_the_key_comes_from_the_environment(tmp_path, monkeypatch):
         url = server.url.replace("//", "//user:pass@")
         judged = judge_pairs(["p"], ["a"], ["b"], Judge("m", server.url, **FAST), tmp_path / "answers.jsonl")
         assert judged.verdicts[0].outcome == 0.5
-        assert Judge("m", url + "?token=1").described()["base_url"] == server.url
+        assert Judge("m", url + "?token=1").identity()["base_url"] == server.url
 
 
 def test_settings_that_cannot_work():

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxrlhf.evaluation.curves import Curve, Point, band, curve_of, over_seeds
+from jaxrlhf.evaluation.curves import Curve, Point, curve_of, estimate, over_seeds
 from jaxrlhf.evaluation.diagnostics import agreement_with_gold, drift, kl_budget, reliability
 
 
@@ -109,5 +109,6 @@ def test_a_scale_holds_until_the_next_fit():
 
 
 def test_bands():
-    assert band([1.0, None, 3.0]) == (2, 2.0, 1.0) and band([2.0]) == (1, 2.0, None) and band([None]) is None
+    assert estimate([1.0, None, 3.0]) == (2, 2.0, pytest.approx(1.0), 1.0) and estimate([2.0]) == (1, 2.0, None, 2.0)
+    assert estimate([None]) is None
     assert [None if one is None else one.n for one in over_seeds([[1.0, 2.0], [1.0], [None, 4.0]])] == [2, 2]

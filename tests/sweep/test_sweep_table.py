@@ -8,9 +8,10 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from jaxrlhf.evaluation.curves import estimate
 from jaxrlhf.formatting import with_numbers
 from jaxrlhf.sweep.findings import findings
-from jaxrlhf.sweep.statistics import Run, Sweep, chance_beyond, estimate, format_estimate
+from jaxrlhf.sweep.statistics import Run, Sweep, chance_beyond, format_estimate
 from jaxrlhf.sweep.table import as_json, as_markdown, columns_of, show
 
 PPO = {
