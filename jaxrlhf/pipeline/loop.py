@@ -7,12 +7,12 @@ from typing import Any
 
 from jaxrlhf.algorithms.rounds import PREFERENCE, Method, Round, method_of, num_rounds, round_of
 from jaxrlhf.config import Config
-from jaxrlhf.pipeline.stages.context import RunContext
+from jaxrlhf.pipeline.stages.context import RoundInputs, RunContext
 from jaxrlhf.pipeline.stages.evaluation import evaluation_stage
 from jaxrlhf.pipeline.stages.pairs import pairs_stage
 from jaxrlhf.pipeline.stages.policy import policy_stage
 from jaxrlhf.pipeline.stages.preference import preference_stage
-from jaxrlhf.pipeline.stages.refit import refit_stage
+from jaxrlhf.pipeline.stages.refit import RefitInputs, refit_stage
 from jaxrlhf.pipeline.stages.reward import reward_stage
 from jaxrlhf.pipeline.stages.reward_update import update_stage
 from jaxrlhf.pipeline.stages.sft import sft_stage, tokenizer_stage
@@ -74,23 +74,21 @@ def _next_round(run: RunContext, method: Method, track: Track, number: int, pair
     """The row's round `number`, with or without a refit."""
     done = method.reward_update is None or (method.update_rounds == "once" and track.update is not None)
     always = number == 1 or done or run.config.refit.when == "round"
-    then = track.refitted
-    track.decision = (
-        None
-        if always
-        else refit_stage(
-            run,
+    if always:
+        track.decision = None
+    else:
+        since = RefitInputs(
             number,
             policy=track.policies[-1],
             evaluation=track.evaluations[-1],
-            fitted_for=track.policies[then],
-            evaluation_then=track.evaluations[then],
+            fitted_for=track.policies[track.refitted],
+            evaluation_then=track.evaluations[track.refitted],
             rewards=track.rewards,
             ensemble=track.last.ensemble if track.last else None,
-            rounds=number - 1 - then,
+            rounds=number - 1 - track.refitted,
             pairs=pairs,
         )
-    )
+        track.decision = refit_stage(run, since)
     due = track.decision is None or track.decision.record["result"]["due"]
     return round_of(method, number, track.last, due=due, updated=track.update is not None)
 
@@ -113,14 +111,21 @@ def _reward(run: RunContext, round: Round, track: Track, pairs: Done) -> Done | 
 
 def _policy(run: RunContext, method: Method, round: Round, track: Track, pairs: Done) -> Done:
     """The policy of a round."""
-    sft, start, reference = track.policies[0], track.policies[round.policy_start], track.policies[round.reference]
+    given = RoundInputs(
+        sft=track.policies[0],
+        start=track.policies[round.policy_start],
+        reference=track.policies[round.reference],
+        previous=track.policies[-1],
+        pairs=pairs,
+        rewards=track.rewards,
+        update=track.update,
+    )
     if round.policy_update in PREFERENCE:
-        return preference_stage(run, round, sft=sft, start=start, reference=reference, pairs=pairs, update=track.update)
+        return preference_stage(run, round, given)
     more = round.number < num_rounds(method, run.config.rounds)
     skips = method.reward_update is not None and run.config.refit.when != "round"
     carries = more and (skips or not (method.restart_optimizer and method.restart_critic))
-    models = {"sft": sft, "start": start, "reference": reference, "rewards": track.rewards, "previous": track.policies[-1]}
-    return policy_stage(run, round, **models, carries=carries)
+    return policy_stage(run, round, given, carries=carries)
 
 
 def not_the_sampler(config: Config) -> list[str]:

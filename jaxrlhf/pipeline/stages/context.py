@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -24,6 +24,18 @@ from jaxrlhf.storage.store import Store
 from jaxrlhf.types import Metrics, Progress, TextBatch, TrainState
 
 Loop = Callable[[TrainState, int], Iterator[tuple[TrainState, Metrics]]]
+
+
+class RoundInputs(NamedTuple):
+    """The finished stages that a round's policy may be made from."""
+
+    sft: Done
+    start: Done  # the policy it starts from
+    reference: Done  # the policy that its KL or log-ratio is taken against
+    previous: Done  # the policy of the round before, wherever this one starts
+    pairs: Done
+    rewards: tuple[Done, ...] = ()  # one reward model, or the members of the round's ensemble
+    update: Done | None = None  # the reward update that chose or weighted the pairs
 
 
 @dataclass

@@ -11,7 +11,7 @@ from jaxrlhf.algorithms.ppo import RoundModels
 from jaxrlhf.config import Config
 from jaxrlhf.models.hub import Loaded, reward_bias
 from jaxrlhf.models.lora import adapters
-from jaxrlhf.pipeline.stages.context import RunContext
+from jaxrlhf.pipeline.stages.context import RoundInputs, RunContext
 from jaxrlhf.storage.stage import Done
 from jaxrlhf.types import Params
 
@@ -39,22 +39,15 @@ def lora_slice(config: Config) -> dict[str, Any]:
 
 
 def fixed_models(
-    run: RunContext,
-    loaded: dict[str, Params],
-    rewards: tuple[Done, ...],
-    bias: float,
-    *,
-    ensemble: bool,
-    reference: Done,
-    sft: Done,
-    frozen: Params | None,
+    run: RunContext, given: RoundInputs, loaded: dict[str, Params], bias: float, *, ensemble: bool, frozen: Params | None
 ) -> RoundModels:
     """The models of a round that do not learn; one that is `loaded` already (parameters by the hash of their stage) is not read again.
 
-    The first of `rewards`, whose bias is `bias`, is loaded; the others are the further members of an ensemble. `frozen` is what lies under
-    the adapters. `loaded` is used up: a caller that holds its models nowhere else has none in memory that the round does not need. With
-    `model.offload_frozen` each goes to the host's memory before the next is read; a reference that is the base is needed and stays.
+    The first of `given.rewards`, whose bias is `bias`, is loaded; the others are the further members of an ensemble. `frozen` is what lies
+    under the adapters. `loaded` is used up: a caller that holds its models nowhere else has none in memory that the round does not need.
+    With `model.offload_frozen` each goes to the host's memory before the next is read; a reference that is the base is needed and stays.
     """
+    rewards, reference, sft = given.rewards, given.reference, given.sft
     offloaded = run.config.model.offload_frozen
     away = sharding.offload if offloaded else lambda params: params
 

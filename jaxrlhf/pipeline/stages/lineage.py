@@ -6,16 +6,17 @@ What is written is stage names and hashes and facts about the data, never a path
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxrlhf.algorithms.reward_update import Pairs
-from jaxrlhf.algorithms.rounds import Round
+from jaxrlhf.algorithms.rounds import PREFERENCE, Round
 from jaxrlhf.data.pairs import dataset_hash
 from jaxrlhf.losses import weight_summary
+from jaxrlhf.pipeline.stages.context import RoundInputs
 from jaxrlhf.storage.record import RECORD, read_record
 from jaxrlhf.storage.stage import Done, StageError
 
@@ -30,7 +31,9 @@ def reward_lineage(
 
     `data.hash` is of the pairs' ids and texts, whatever their order; `data.weights` are those of losses.weight_summary.
     """
-    summary = weight_summary(weights_N)
+    summary, policy = weight_summary(weights_N), reference_to(sft)
+    if update is not None and (hash := update.record["inputs"]["policy"]) != sft.hash:
+        policy = {"stage": f"r{round.number - 1}-policy", "hash": hash}  # the policy the update was made for, as its stage knows it
     data = {
         "hash": dataset_hash(fitted.rows),
         "pairs": len(fitted.rows),
@@ -43,38 +46,26 @@ def reward_lineage(
         "round": round.number,
         "parent": reference_to(start),
         "data": data,
-        "corrects_for": reference_to(sft) if update is None else _policy_before(round, sft, update),
+        "corrects_for": policy,
     }
 
 
-def _policy_before(round: Round, sft: Done, update: Done) -> dict[str, str]:
-    """The policy an update was made for, as its stage knows it: by hash."""
-    hash = update.record["inputs"]["policy"]
-    return {"stage": sft.name if hash == sft.hash else f"r{round.number - 1}-policy", "hash": hash}
-
-
-def policy_lineage(
-    round: Round,
-    *,
-    start: Done,
-    reference: Done | None,
-    sft: Done,
-    rewards: Sequence[Done] = (),
-    pairs: Done | None = None,
-    update: Done | None = None,
-) -> dict[str, Any]:
-    """A policy's parent, its reward models (none where it learns from `pairs` directly, and their `update`), its KL reference and π_SFT."""
+def policy_lineage(round: Round, given: RoundInputs, *, refers: bool = True) -> dict[str, Any]:
+    """A policy's parent, its KL reference (where it `refers` to one) and π_SFT; its reward models, or the pairs it learns from directly."""
+    direct = round.policy_update in PREFERENCE
     facts = {
         "kind": "policy",
         "round": round.number,
         "update": round.policy_update,
-        "parent": reference_to(start),
-        "reward": [reference_to(reward) for reward in rewards],
-        "reference": None if reference is None else reference_to(reference),
-        "sft": reference_to(sft),
+        "parent": reference_to(given.start),
+        "reward": [] if direct else [reference_to(reward) for reward in given.rewards],
+        "reference": reference_to(given.reference) if refers else None,
+        "sft": reference_to(given.sft),
     }
-    further = {"pairs": pairs, "pairs_update": update}
-    return facts | {name: reference_to(done) for name, done in further.items() if done is not None}
+    if direct:
+        facts["pairs"] = reference_to(given.pairs)
+        facts |= {} if given.update is None else {"pairs_update": reference_to(given.update)}
+    return facts
 
 
 def reference_to(done: Done) -> dict[str, str]:

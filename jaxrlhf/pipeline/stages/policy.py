@@ -17,11 +17,11 @@ from jaxrlhf.algorithms.policy_updates import POLICY_UPDATES
 from jaxrlhf.algorithms.ppo import as_compiled, num_updates, rollout_prompts, train_ppo
 from jaxrlhf.algorithms.rounds import Round
 from jaxrlhf.algorithms.training import own_copy
-from jaxrlhf.config import Config, PPOConfig
+from jaxrlhf.config import PPOConfig
 from jaxrlhf.data.tokens import pad_id_of, tokenize_prompts
 from jaxrlhf.models.hub import Loaded, eos_ids, reward_bias
 from jaxrlhf.pipeline import inputs
-from jaxrlhf.pipeline.stages.context import RunContext, add_model
+from jaxrlhf.pipeline.stages.context import RoundInputs, RunContext, add_model
 from jaxrlhf.pipeline.stages.ensemble import reward_inputs, spread_of
 from jaxrlhf.pipeline.stages.fixed_models import fixed_models, lora_slice, split_params
 from jaxrlhf.pipeline.stages.lineage import policy_lineage, write_lineage
@@ -29,57 +29,23 @@ from jaxrlhf.plugins import plugin, source_of
 from jaxrlhf.steps.state import init_state, joined, restarted_schedules
 from jaxrlhf.storage.checkpoint import Checkpoints
 from jaxrlhf.storage.stage import Done, Stage
-from jaxrlhf.types import Params, PromptBatch, TrainState
+from jaxrlhf.types import Params, TrainState
 
 
-def prompt_table(run: RunContext, folder: Path, tokenizer: Any) -> PromptBatch:
-    """All PPO prompts as tokens."""
-    rows, report = inputs.prompts_of(run.config, tokenizer)
-    table, cut = tokenize_prompts(rows, tokenizer, inputs.limits_of(run.config))
-    run.report_rows(folder, "prompts", report, cut)
-    return table
+def policy_stage(run: RunContext, round: Round, given: RoundInputs, *, carries: bool) -> Done:
+    """The policy of a round: PPO or RLOO against the reward models; a critic starts as a copy of the first.
 
-
-def policy_stage(
-    run: RunContext, round: Round, *, sft: Done, start: Done, reference: Done, rewards: tuple[Done, ...], previous: Done, carries: bool
-) -> Done:
-    """The policy of a round: PPO or RLOO from `start` against `rewards`, its KL taken to `reference`.
-
-    `rewards` is one reward model, or the members of the round's ensemble; a critic starts as a copy of the first.
-    `previous` is the policy of the round before, whose optimizer or critic the method may carry on (wherever the policy itself starts).
-    `carries`: the next round takes over optimizer or critic, so the final training state stays in the folder.
-    RLOO has no critic: the row's restart_critic and the fields in `POLICY_UPDATES["rloo"].unread` are without effect.
+    `carries`: the next round takes over optimizer or critic, so the final training state stays in the folder. This one takes them from
+    `given.previous`, where the method keeps them. RLOO has no critic: the row's restart_critic and the fields in
+    `POLICY_UPDATES["rloo"].unread` are without effect.
     With LoRA every round has new adapters on the merged policy it starts from, and so a new optimizer.
     """
     config, way = run.config, POLICY_UPDATES[round.policy_update]
     restarts = (round.restart_optimizer or config.lora.r > 0, round.restart_critic or not way.critic)
     moved = round.moved_reference and config.ppo.kl_coef_previous is not None
     section = replace(config.ppo, kl_coef=config.ppo.kl_coef_previous if moved else config.ppo.kl_coef, kl_coef_previous=None)  # type: ignore[arg-type]
-    given = {"sft": sft, "start": start, "reference": reference, "rewards": rewards, "previous": previous}
-    stage = _stage_of(config, round, section, restarts, carries, **given)
-
-    def build(folder: Path) -> dict[str, Any]:
-        return _train_policy(run, round, folder, section, restarts, **given)
-
-    return run.build(stage, build, round=round.number, keep_state=carries)
-
-
-def _stage_of(
-    config: Config,
-    round: Round,
-    section: PPOConfig,
-    restarts: tuple[bool, bool],
-    carries: bool,
-    *,
-    sft: Done,
-    start: Done,
-    reference: Done,
-    rewards: tuple[Done, ...],
-    previous: Done,
-) -> Stage:
-    """What a policy depends on; fields that its way of learning does not read are no part of it."""
     again = round.number > 1 and section.round_prompts == "same"  # round 1 has the same prompts either way
-    unread = (*POLICY_UPDATES[round.policy_update].unread, "generation_batch_size") + (() if again else ("round_prompts",))
+    unread = (*way.unread, "generation_batch_size") + (() if again else ("round_prompts",))
     spread_coef = spread_of(round.ensemble, config)
     slice_ = {
         "ppo": {k: v for k, v in asdict(section).items() if k not in unread} | {"plugin": source_of(section.loss)},
@@ -93,28 +59,23 @@ def _stage_of(
         "carries": carries,
     }
     slice_ |= ({} if spread_coef is None else {"spread_coef": spread_coef}) | lora_slice(config)
-    sources = {"start": start, "reference": reference, **reward_inputs(rewards), "sft": sft}
-    sources |= {} if all(restarts) else {"previous": previous}
-    return Stage(f"r{round.number}-policy", "model", round.policy_update, slice_, sources, parent="start")
+    sources = {"start": given.start, "reference": given.reference, **reward_inputs(given.rewards), "sft": given.sft}
+    sources |= {} if all(restarts) else {"previous": given.previous}
+    stage = Stage(f"r{round.number}-policy", "model", round.policy_update, slice_, sources, parent="start")
+
+    def build(folder: Path) -> dict[str, Any]:
+        return _train_policy(run, round, given, folder, section, restarts)
+
+    return run.build(stage, build, round=round.number, keep_state=carries)
 
 
 def _train_policy(
-    run: RunContext,
-    round: Round,
-    folder: Path,
-    section: PPOConfig,
-    restarts: tuple[bool, bool],
-    *,
-    sft: Done,
-    start: Done,
-    reference: Done,
-    rewards: tuple[Done, ...],
-    previous: Done,
+    run: RunContext, round: Round, given: RoundInputs, folder: Path, section: PPOConfig, restarts: tuple[bool, bool]
 ) -> dict[str, Any]:
     """Train and write the policy; what its record says."""
-    write_lineage(folder, policy_lineage(round, start=start, reference=reference, sft=sft, rewards=rewards))
+    write_lineage(folder, policy_lineage(round, given))
     config, way, spread_coef = run.config, POLICY_UPDATES[round.policy_update], spread_of(round.ensemble, run.config)
-    policy, scorer = run.load(start, head="lm"), run.load(rewards[0], head="scalar")
+    policy, scorer = run.load(given.start, head="lm"), run.load(given.rewards[0], head="scalar")
     trainer = way.trainer(
         policy.model,
         scorer.model,
@@ -129,12 +90,14 @@ def _train_policy(
     key = rng.stream(run.key, "policy", round.number)
     trainable, frozen = split_params(run, policy, rng.stream(key, "adapters"))
     state = initial_state(trainable, scorer if way.critic else None, trainer.optimizer, section.kl_coef)
-    state = with_previous_state(run, sharding.place(state, run.mesh), previous, restarts)
-    loaded, bias = {start.hash: policy.params, rewards[0].hash: scorer.params}, reward_bias(scorer)
+    state = with_previous_state(run, sharding.place(state, run.mesh), given.previous, restarts)
+    loaded, bias = {given.start.hash: policy.params, given.rewards[0].hash: scorer.params}, reward_bias(scorer)
     policy, scorer, trainable = policy._replace(params=None), scorer._replace(params=None), None  # what is not fixed is in memory once
-    models = {"reference": reference, "sft": sft, "frozen": frozen}
-    fixed = fixed_models(run, loaded, rewards, bias, ensemble=spread_coef is not None, **models)
-    updates, table = num_updates(section), prompt_table(run, folder, policy.tokenizer)
+    fixed = fixed_models(run, given, loaded, bias, ensemble=spread_coef is not None, frozen=frozen)
+    rows, report = inputs.prompts_of(config, policy.tokenizer)
+    table, cut = tokenize_prompts(rows, policy.tokenizer, inputs.limits_of(config))
+    run.report_rows(folder, "prompts", report, cut)
+    updates = num_updates(section)
     before = 0 if section.round_prompts == "same" else (round.number - 1) * updates
 
     def loop(state: TrainState, done: int) -> Iterator:

@@ -17,7 +17,7 @@ from jaxrlhf.algorithms.training import num_steps, own_copy, train
 from jaxrlhf.data.batches import batches
 from jaxrlhf.models.hub import Loaded
 from jaxrlhf.offline.logprobs import stored_pair_logps
-from jaxrlhf.pipeline.stages.context import RunContext, add_model, placed
+from jaxrlhf.pipeline.stages.context import RoundInputs, RunContext, add_model, placed
 from jaxrlhf.pipeline.stages.fixed_models import lora_slice, split_params
 from jaxrlhf.pipeline.stages.lineage import policy_lineage, write_lineage
 from jaxrlhf.pipeline.stages.reward_update import updated_pairs
@@ -29,19 +29,19 @@ from jaxrlhf.types import PairBatch, TrainState
 TEMPERATURE = 1.0  # of the log-probs on both sides of the ratio: the pair step scores the policy at 1
 
 
-def preference_stage(run: RunContext, round: Round, *, sft: Done, start: Done, reference: Done, pairs: Done, update: Done | None) -> Done:
-    """The policy of a round, trained from `start` on the (filtered, weighted) pairs against `reference`.
+def preference_stage(run: RunContext, round: Round, given: RoundInputs) -> Done:
+    """The policy of a round, trained from `given.start` on the (filtered, weighted) pairs, against the reference where the loss reads one.
 
-    Every round has a fresh optimizer. `sft` is what other policy updates measure their distance to; this one only names it.
+    Every round has a fresh optimizer. π_SFT, which other policy updates measure their distance to, is only named.
     """
+    start, reference, pairs, update = given.start, given.reference, given.pairs, given.update
     config, section, number = run.config, run.config.dpo, round.number
     loss = preference_loss(section, round.policy_update, plugin)
 
     def build(folder: Path) -> dict[str, Any]:
         policy = run.load(start, head="lm")
         fitted, weights_N = updated_pairs(update, pairs)
-        used = reference if needs_reference(loss) else None
-        write_lineage(folder, policy_lineage(round, start=start, reference=used, sft=sft, pairs=pairs, update=update))
+        write_lineage(folder, policy_lineage(round, given, refers=needs_reference(loss)))
         table, n = with_weights(fitted.tokens, weights_N), len(fitted.rows)
         steps = num_steps(n, batch_size=section.batch_size, num_train_epochs=section.num_train_epochs, max_steps=section.max_steps)
         if needs_reference(loss):

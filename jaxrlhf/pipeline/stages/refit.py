@@ -6,9 +6,8 @@ Three measures of how far the reward model in use is from what it was fitted for
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,71 +25,41 @@ from jaxrlhf.pipeline.stages.ensemble import reward_inputs, reward_scores, sprea
 from jaxrlhf.pipeline.stages.pairs import TRAIN
 from jaxrlhf.storage.stage import Done, Stage
 
-
-@dataclass(frozen=True)
-class Measured:
-    """A measure's value (None where there was nothing to measure), and what else the record says of it."""
-
-    value: float | None
-    facts: dict[str, Any] = field(default_factory=dict)
+Measured = tuple[float | None, dict[str, Any]]  # the value (None: there was nothing to measure), and what else the record says of it
 
 
-@dataclass(frozen=True)
-class RefitInputs:
-    """What is compared: the round's policy and its evaluation now, and those of the policy the reward models were fitted for."""
+class RefitInputs(NamedTuple):
+    """What is compared before round `number`: the last policy and its evaluation, and those that the reward models were fitted for."""
 
     number: int
     policy: Done
     evaluation: Done
     fitted_for: Done
     evaluation_then: Done
-    rewards: tuple[Done, ...]
-    spread_coef: float | None  # of an ensemble's one score
+    rewards: tuple[Done, ...]  # one model, or the members of an `ensemble`
+    ensemble: str | None
+    rounds: int  # trained since the last refit
     pairs: Done
 
 
-def refit_stage(
-    run: RunContext,
-    number: int,
-    *,
-    policy: Done,
-    evaluation: Done,
-    fitted_for: Done,
-    evaluation_then: Done,
-    rewards: tuple[Done, ...],
-    ensemble: str | None,
-    rounds: int,
-    pairs: Done,
-) -> Done:
-    """The decision before round `number`; its result is {"when", "value", "threshold", "due", "forced", "rounds", …}.
+def refit_stage(run: RunContext, since: RefitInputs) -> Done:
+    """The decision before a round; its result is {"when", "value", "threshold", "due", "forced", "rounds", …}.
 
-    `policy` and its `evaluation` are the last ones; `rewards`, a model or the members of an `ensemble`, were fitted for `fitted_for`.
-
-    `rounds` have been trained since the last refit; from `refit.max_rounds` on a refit is due whatever the value (`forced`). A value that
-    cannot be taken (gold ties all samples) makes no refit due.
+    From `refit.max_rounds` rounds on a refit is due whatever the value (`forced`). A value that cannot be taken (gold ties all samples)
+    makes no refit due.
     """
+    number, rounds = since.number, since.rounds
     section = run.config.refit
     measure, threshold = MEASURES[section.when], float(getattr(section, THRESHOLDS[section.when]))
     forced = section.max_rounds is not None and rounds >= section.max_rounds
-    since = RefitInputs(
-        number,
-        policy=policy,
-        evaluation=evaluation,
-        fitted_for=fitted_for,
-        evaluation_then=evaluation_then,
-        rewards=rewards,
-        spread_coef=spread_of(ensemble, run.config),
-        pairs=pairs,
-    )
 
     def build(folder: Path) -> dict[str, Any]:
-        measured = measure.of(run, since)
-        value = measured.value
+        value, facts = measure.of(run, since)
         if value is not None and not np.isfinite(value):
             raise ValueError(f"refit.when {section.when}: the measure before round {number} is {value}; the policy has diverged.")
         due = forced or (value is not None and measure.due(value, threshold))
         result = {"when": section.when, "value": value, "threshold": threshold, "due": due, "forced": forced, "rounds": rounds}
-        result |= measured.facts
+        result |= facts
         figures = {f"refit/{name}": float(x) for name, x in result.items() if isinstance(x, bool | int | float)}
         with run.log.stage("refit", round=number, total_steps=1, folder=folder) as stage:
             stage.step(1, figures)
@@ -131,7 +100,7 @@ def kl_measure(run: RunContext, since: RefitInputs) -> Measured:
     kl_N = np.asarray(sides_2N, np.float64).mean(axis=0)  # a prompt's two responses are one observation
     n = len(kl_N)
     stderr = float(kl_N.std(ddof=1) / np.sqrt(n)) if n > 1 else None
-    return Measured(float(kl_N.mean()), {"stderr": stderr, "samples": 2 * n})
+    return float(kl_N.mean()), {"stderr": stderr, "samples": 2 * n}
 
 
 def ess_measure(run: RunContext, since: RefitInputs) -> Measured:
@@ -147,7 +116,7 @@ def ess_measure(run: RunContext, since: RefitInputs) -> Measured:
 
     now, then = logps(since.policy, "the policy"), logps(since.fitted_for, "that of the last refit")
     share = ess_share(now, then, alpha=config.weights.alpha)
-    return Measured(share, {"ess": share * len(rows), "pairs": len(rows)})
+    return share, {"ess": share * len(rows), "pairs": len(rows)}
 
 
 def ess_share(now: dict[str, np.ndarray], then: dict[str, np.ndarray], *, alpha: float) -> float:
@@ -170,11 +139,11 @@ def accuracy_measure(run: RunContext, since: RefitInputs) -> Measured:
     """
     policy = run.load(since.policy, head="lm")._replace(params=None)  # its tokenizer is what is needed
     then, now = (read_samples(evaluation.folder, pad_id_of(policy.tokenizer)) for evaluation in (since.evaluation_then, since.evaluation))
-    scores, _ = reward_scores(run, since.rewards, since.spread_coef, (*then.tables, *now.tables))
+    scores, _ = reward_scores(run, since.rewards, spread_of(since.ensemble, run.config), (*then.tables, *now.tables))
     assert then.gold is not None and now.gold is not None, "a config that refits by accuracy names a gold scorer"
     before, after = agreement_with_gold((scores[0], scores[1]), then.gold), agreement_with_gold((scores[2], scores[3]), now.gold)
     fall = None if before is None or after is None else before - after
-    return Measured(fall, {"accuracy": after, "accuracy_then": before})
+    return fall, {"accuracy": after, "accuracy_then": before}
 
 
 class Measure(NamedTuple):
@@ -185,14 +154,6 @@ class Measure(NamedTuple):
     due: Callable[[float, float], bool]
     inputs: Callable[[RefitInputs], dict[str, Done]]
     reads: Callable[[RunContext, RefitInputs], dict[str, Any]]
-
-
-def _policies(since: RefitInputs, *names: Literal["evaluation", "pairs"]) -> dict[str, Done]:
-    return {"policy": since.policy, "fitted_for": since.fitted_for} | {name: getattr(since, name) for name in names}
-
-
-def _rewards(since: RefitInputs) -> dict[str, Done]:
-    return reward_inputs(since.rewards) | {"policy": since.policy, "evaluation": since.evaluation, "evaluation_then": since.evaluation_then}
 
 
 def _weights_read(run: RunContext, since: RefitInputs) -> dict[str, Any]:
@@ -208,21 +169,24 @@ MEASURES: dict[str, Measure] = {
         "KL to the policy of the last refit, nats a response,",
         kl_measure,
         lambda value, budget: value > budget,
-        lambda since: _policies(since, "evaluation"),
+        lambda since: {"policy": since.policy, "fitted_for": since.fitted_for, "evaluation": since.evaluation},
         lambda run, since: {"temperature": run.config.evaluation.temperature, "dtype": run.config.model.dtype},
     ),
     "ess": Measure(
         "share of the pairs that count under what has changed since the last refit",
         ess_measure,
         lambda share, floor: share < floor,
-        lambda since: _policies(since, "pairs"),
+        lambda since: {"policy": since.policy, "fitted_for": since.fitted_for, "pairs": since.pairs},
         _weights_read,
     ),
     "accuracy": Measure(
         "fall of the reward model's accuracy on the policy's own text",
         accuracy_measure,
         lambda fall, most: fall > most,
-        _rewards,
-        lambda run, since: {"dtype": run.config.model.dtype, "spread_coef": since.spread_coef},
+        lambda since: (
+            reward_inputs(since.rewards)
+            | {"policy": since.policy, "evaluation": since.evaluation, "evaluation_then": since.evaluation_then}
+        ),
+        lambda run, since: {"dtype": run.config.model.dtype, "spread_coef": spread_of(since.ensemble, run.config)},
     ),
 }

@@ -13,6 +13,7 @@ from jaxrlhf.data.pairs import Pair, dataset_hash
 from jaxrlhf.data.tables import read_pair_table
 from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.pipeline.run import run
+from jaxrlhf.pipeline.stages.context import RoundInputs
 from jaxrlhf.pipeline.stages.lineage import lineage, policy_lineage, read_lineage, reference_to, reward_lineage, write_lineage
 from jaxrlhf.storage.record import read_record
 from jaxrlhf.storage.stage import Done, Stage
@@ -51,7 +52,8 @@ def made(tmp_path) -> dict[str, Done]:
         )  # fmt: skip
 
     def policy(round, start, reference, reward):
-        return policy_lineage(round, start=done[start], reference=done[reference], sft=done["sft"], rewards=[done[reward]])
+        given = RoundInputs(done["sft"], done[start], done[reference], done[start], done["pairs"], (done[reward],))
+        return policy_lineage(round, given)
 
     build("sft", {})
     build("pairs", {"sft": "sft"})
@@ -154,7 +156,8 @@ def test_a_run_writes_what_its_stages_were_made_of(tmp_path, tiny_config, one_de
 
 def test_a_policy_that_learns_from_pairs_names_them(made):
     first = round_of(METHODS["dpo"], 1)
-    facts = policy_lineage(first, start=made["sft"], reference=made["sft"], sft=made["sft"], pairs=made["pairs"], update=made["r2-update"])
+    sft = made["sft"]
+    facts = policy_lineage(first, RoundInputs(sft, sft, sft, sft, made["pairs"], (made["r1-reward"],), made["r2-update"]))
     assert facts["update"] == "dpo" and facts["reward"] == []
     assert facts["pairs"] == reference_to(made["pairs"]) and facts["pairs_update"] == reference_to(made["r2-update"])
     write_lineage(made["r1-policy"].folder, facts | {"reference": None})

@@ -24,7 +24,7 @@ from jaxrlhf.offline import logprobs
 from jaxrlhf.offline.logprobs import stored_pair_logps
 from jaxrlhf.pipeline.run import run
 from jaxrlhf.pipeline.stages import preference
-from jaxrlhf.pipeline.stages.context import RunContext
+from jaxrlhf.pipeline.stages.context import RoundInputs, RunContext
 from jaxrlhf.pipeline.stages.pairs import TRAIN, UPDATED, WEIGHTS, pairs_stage
 from jaxrlhf.pipeline.stages.preference import preference_stage, with_reference
 from jaxrlhf.pipeline.stages.sft import sft_stage, tokenizer_stage
@@ -90,8 +90,8 @@ class Made:
     def policy(self, row="dpo", *, number=1, start: Done | None = None, reference: Done | None = None, update: Done | None = None) -> Done:
         method = METHODS[row]
         round = round_of(method, number, None if number == 1 else round_of(method, 1))
-        models = {"sft": self.sft, "start": start or self.sft, "reference": reference or self.sft}
-        return preference_stage(self.setting, round, **models, pairs=self.pairs, update=update)
+        given = RoundInputs(self.sft, start or self.sft, reference or self.sft, self.sft, self.pairs, update=update)
+        return preference_stage(self.setting, round, given)
 
     def update(self, weights, rows=None) -> Done:
         """What a reward update leaves: weights, and the pairs where it changed them."""
