@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf import distributed
+from jaxrlhf.files import finished_folder
 
 FORMAT = 1
 _ROWS_PER_SHARD = 100_000
@@ -56,10 +55,7 @@ def write_columns(
         raise FileExistsError(f"{folder} exists; delete it or pass overwrite=True.")
     arrays = {name: np.asarray(values) for name, values in columns.items()}
     _check_columns(ids, arrays)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with finished_folder(folder) as partial:
         shards = []
         for number, start in enumerate(range(0, max(len(ids), 1), _ROWS_PER_SHARD)):
             window = slice(start, start + _ROWS_PER_SHARD)
@@ -69,10 +65,6 @@ def write_columns(
         kinds = {name: {"dtype": a.dtype.name, "shape": list(a.shape[1:])} for name, a in arrays.items()}
         body = {"format": FORMAT, "header": _plain(header), "rows": len(ids), "columns": kinds, "shards": shards}
         (partial / "header.json").write_text(json.dumps(body, indent=1, sort_keys=True), encoding="utf-8")
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _replace_folder(partial, folder)
     return folder
 
 
@@ -192,14 +184,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _replace_folder(partial: Path, folder: Path) -> None:
-    """Rename into place; an older folder steps aside first, so that no reader ever sees half of one."""
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        os.replace(folder, old)
-        os.replace(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(partial, folder)

@@ -11,8 +11,9 @@ import numpy as np
 from jax import Array
 
 from jaxrlhf import sharding
+from jaxrlhf.files import finished_folder
 from jaxrlhf.models.hub.loaded import Loaded, eos_ids, head_of, reward_bias
-from jaxrlhf.models.hub.safetensors import MAX_SHARD_BYTES, Tensor, finished_folder, shards_of, write_json, write_shards
+from jaxrlhf.models.hub.safetensors import MAX_SHARD_BYTES, Tensor, shards_of, write_json, write_shards
 from jaxrlhf.models.hub.tensor_names import CLASSES, Entry, layout, leaf
 from jaxrlhf.models.lora import merged
 from jaxrlhf.types import Params
