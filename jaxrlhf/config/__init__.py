@@ -19,29 +19,7 @@ from jaxrlhf.config.training import DPOConfig, LoraConfig, OptimizerConfig, PPOC
 from jaxrlhf.config.updates import EncoderConfig, FilterConfig, RefitConfig, SynthesizeConfig, WeightsConfig
 
 __all__ = [
-    "CheckpointConfig",
-    "Config",
-    "DPOConfig",
-    "DataConfig",
-    "EncoderConfig",
-    "EvaluationConfig",
-    "FilterConfig",
-    "GoldConfig",
-    "LimitsConfig",
-    "LogConfig",
-    "LoraConfig",
-    "MeshConfig",
-    "ModelConfig",
-    "ModelShape",
-    "OptimizerConfig",
-    "PPOConfig",
-    "PairsConfig",
-    "RefitConfig",
-    "RewardConfig",
-    "SFTConfig",
-    "Sources",
-    "SynthesizeConfig",
-    "TokenizerConfig",
-    "ToyTask",
-    "WeightsConfig",
-]
+    "CheckpointConfig", "Config", "DPOConfig", "DataConfig", "EncoderConfig", "EvaluationConfig", "FilterConfig", "GoldConfig",
+    "LimitsConfig", "LogConfig", "LoraConfig", "MeshConfig", "ModelConfig", "ModelShape", "OptimizerConfig", "PPOConfig", "PairsConfig",
+    "RefitConfig", "RewardConfig", "SFTConfig", "Sources", "SynthesizeConfig", "TokenizerConfig", "ToyTask", "WeightsConfig",
+]  # fmt: skip

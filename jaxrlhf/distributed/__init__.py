@@ -10,17 +10,6 @@ from jaxrlhf.distributed.group import abort, failure_elsewhere, finish, is_group
 from jaxrlhf.distributed.membership import count, index, is_leader
 
 __all__ = [
-    "ProcessError",
-    "abort",
-    "agree",
-    "agree_on_columns",
-    "agree_on_rows",
-    "barrier",
-    "count",
-    "failure_elsewhere",
-    "finish",
-    "index",
-    "is_grouped",
-    "is_leader",
-    "start",
-]
+    "ProcessError", "abort", "agree", "agree_on_columns", "agree_on_rows", "barrier", "count", "failure_elsewhere", "finish", "index",
+    "is_grouped", "is_leader", "start",
+]  # fmt: skip
