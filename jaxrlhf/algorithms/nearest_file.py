@@ -25,7 +25,6 @@ from jaxrlhf.offline.select import keep_flags, similarity_header
 from jaxrlhf.types import Progress
 
 KEPT = "kept.jsonl"
-ENCODER = ("encoder", "backend", "pooling", "max_length", "dtype")
 Show = Callable[[str], AbstractContextManager[Progress | None]]  # what is done now → a progress for it
 
 
