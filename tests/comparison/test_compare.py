@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf import rng
+from jaxrlhf.commands import evaluate as command
 from jaxrlhf.commands.evaluate import default_output
 from jaxrlhf.comparison.candidates import Candidate, read_candidate
 from jaxrlhf.comparison.compare import evaluate, gold_scorer
@@ -176,7 +177,7 @@ def test_a_judge_beside_gold_and_again_without_a_question(run, tmp_path, monkeyp
     policy = str(run / "stages" / "04-r1-policy")
     with FaultyServer(lambda _: "A") as server:
         parser = argparse.ArgumentParser()
-        evaluate.add_arguments(parser)
+        command.add_arguments(parser)
         given = [
             policy,
             "reference",
@@ -193,7 +194,7 @@ def test_a_judge_beside_gold_and_again_without_a_question(run, tmp_path, monkeyp
         ]
         given += ["--output", tmp_path / "out", "--judge_price_in", 1, "--judge_price_out", 2, "--max_prompt_length", 17, "--batch_size", 8]
         given += ["--judge_template", "{prompt}|{first}|{second}", "--judge_request", '{"seed": 7}', "--length", "words"]
-        assert evaluate.main(parser.parse_args(list(map(str, given)))) == 0
+        assert command.main(parser.parse_args(list(map(str, given)))) == 0
         out = capsys.readouterr().out
         assert "A wins (strictly)" in out and "comparison:" in out and "The judge gave 6 of 6 verdicts" in out
         figures = json.loads((tmp_path / "out" / "comparison.json").read_text())
@@ -203,7 +204,7 @@ def test_a_judge_beside_gold_and_again_without_a_question(run, tmp_path, monkeyp
         assert figures["judge"]["usage"]["cost"] == pytest.approx(12 * (100 * 1 + 3 * 2) / 1e6)
         # once more, the weights gone: all is there already
         monkeypatch.setattr("jaxrlhf.comparison.responses.load", lambda *a, **k: pytest.fail("generated again"))
-        assert evaluate.main(parser.parse_args(list(map(str, given)))) == 0
+        assert command.main(parser.parse_args(list(map(str, given)))) == 0
         assert len(server.bodies) == asked
         again = json.loads((tmp_path / "out" / "comparison.json").read_text())
         again["judge"]["usage"]["asked_now"] = 12
@@ -369,15 +370,15 @@ def test_names_and_settings(tmp_path):
     assert label(Path("/runs/x/stages/04-r1-policy")) == "x/04-r1-policy" and label(Path("/a/b.jsonl")) == "b.jsonl"
     assert default_output("runs/x/stages/04-r1-policy", "reference") == Path("comparisons/x-04-r1-policy-against-reference")
     parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
+    command.add_arguments(parser)
     template = tmp_path / "t.txt"
     template.write_text("{first} {second} {prompt}")
     options = parser.parse_args(["a", "--judge", "m", "--judge_template", str(template), "--judge_timeout", "3", "--judge_asks", "2"])
-    assert evaluate.judge_of(options) == Judge("m", template="{first} {second} {prompt}", timeout=3.0, asks=2)
-    assert evaluate.judge_of(parser.parse_args(["a"])) is None
+    assert command.judge_of(options) == Judge("m", template="{first} {second} {prompt}", timeout=3.0, asks=2)
+    assert command.judge_of(parser.parse_args(["a"])) is None
     for wrong, says in (("{", "not JSON"), ("[1]", "must be a JSON object")):
         with pytest.raises(ValueError, match=says):
-            evaluate.judge_of(parser.parse_args(["a", "--judge", "m", "--judge_request", wrong]))
+            command.judge_of(parser.parse_args(["a", "--judge", "m", "--judge_request", wrong]))
     with pytest.raises(ValueError, match="both sides are x; name two different ones"):
         evaluate("x", "x", output=tmp_path, gold="toy")
     rows, _ = read_stored(Path(lines(tmp_path / "s.jsonl", [{"prompt": "a", "completion": "", "templated": True, "id": 4}])))
