@@ -74,9 +74,9 @@ class Filter(NamedTuple):
 
     def select_nearest(self, similar: dict[str, np.ndarray]) -> np.ndarray:
         """Row numbers of the pairs that the section's rule keeps."""
-        section = self.section
-        sides, limits = (similar[f"{side}_similarity"] for side in SIDES), {"n": section.n, "threshold": section.threshold}
-        return select(*sides, self._ids(), rule=section.rule, keys=self._keys(), **limits)
+        chosen, rejected = (similar[f"{side}_similarity"] for side in SIDES)
+        limits = {name: getattr(self.section, name) for name in ("rule", "n", "threshold")}
+        return select(chosen, rejected, self._ids(), keys=self._keys(), **limits)
 
     def select_at_random(self, n: int, seed: int) -> np.ndarray:
         """Row numbers of `n` pairs drawn without regard to similarity."""
@@ -86,8 +86,8 @@ class Filter(NamedTuple):
         """Write what the filter did to the data to `folder`; `facts` are further keywords of `filter_report`."""
         near = self.own_N if self.own_N is not None else nearest_index(self._vectors("chosen"), self._vectors(), mesh=self.mesh)
         said = {name: getattr(self.section, name) for name in ("rule", "n", "threshold", "compare", "k")}
-        sides = (similar[f"{side}_similarity"] for side in SIDES)
-        report = filter_report(self.pairs, *sides, kept, generations=self.answers, nearest_N=near, **said | facts)
+        chosen, rejected = (similar[f"{side}_similarity"] for side in SIDES)
+        report = filter_report(self.pairs, chosen, rejected, kept, generations=self.answers, nearest_N=near, **said | facts)
         write_filter_report(report, folder)
         return report
 
