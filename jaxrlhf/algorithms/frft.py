@@ -74,10 +74,9 @@ class Filter(NamedTuple):
 
     def select_nearest(self, similar: dict[str, np.ndarray]) -> np.ndarray:
         """Row numbers of the pairs that the section's rule keeps."""
-        section = self.section
         chosen, rejected = (similar[f"{side}_similarity"] for side in SIDES)
-        limits = {"n": section.n, "threshold": section.threshold}
-        return select(chosen, rejected, self._ids(), rule=section.rule, keys=self._keys(), **limits)
+        limits = {name: getattr(self.section, name) for name in ("rule", "n", "threshold")}
+        return select(chosen, rejected, self._ids(), keys=self._keys(), **limits)
 
     def select_at_random(self, n: int, seed: int) -> np.ndarray:
         """Row numbers of `n` pairs drawn without regard to similarity."""

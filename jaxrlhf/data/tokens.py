@@ -87,11 +87,7 @@ def tokenize_pairs(
 
 
 def tokenize_demonstrations(
-    rows: Sequence[Demonstration],
-    tokenizer: PreTrainedTokenizerBase,
-    limits: Limits,
-    *,
-    eos_ids: Sequence[int],
+    rows: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, limits: Limits, *, eos_ids: Sequence[int]
 ) -> tuple[TextBatch, ReadReport]:
     """Demonstrations as one TextBatch with leading N; otherwise as `tokenize_pairs`."""
     encode = Encoder(tokenizer, eos_ids, [r.templated for r in rows])
