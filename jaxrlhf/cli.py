@@ -1,7 +1,5 @@
 """The command line: run a command, and print a clear message where it fails."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import importlib

@@ -1,7 +1,5 @@
 """Files that readers see whole or not at all, and digests of files."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

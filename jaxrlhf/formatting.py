@@ -1,7 +1,5 @@
 """How values become text: cells and tables of Markdown, durations, and the numbers that JSON lacks."""
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata

@@ -1,7 +1,5 @@
 """Import the object that a config names as `module:attribute`, for code outside of the package."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import sys

@@ -1,7 +1,5 @@
 """Read a YAML recipe into a config and write one back. A wrong recipe is refused here, with the nearest known name."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import typing

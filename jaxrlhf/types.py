@@ -4,8 +4,6 @@ Shapes are suffixes: B rows, L prompt length, T response length, V vocabulary. P
 right-padded; masks are boolean and carried, never rebuilt from token ids.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, dataclass_transform

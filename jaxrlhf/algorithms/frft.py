@@ -4,8 +4,6 @@ Krishna, Sahoo (2024), Solving the Inverse Alignment Problem for Efficient RLHF.
 deviations that offline/select.py names.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """FRFT's filter outside a run: the pairs of a file that are nearest to given generations."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -3,8 +3,6 @@
 Ackermann, Ishida, Sugiyama (2025), Off-Policy Corrected Reward Modeling for RLHF.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax.numpy as jnp

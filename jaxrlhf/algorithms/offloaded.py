@@ -1,7 +1,5 @@
 """Scoring a rollout with frozen models that wait in the host's memory: one of them at a time is on the device."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """PPO and RLOO as a table: how each makes its compiled parts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """One round of PPO or RLOO against a fixed reward model or ensemble: sample, score, update, again."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Direct preference training: DPO, IPO, WPO, and whatever pair loss over log-probs a user names. The pairs teach the policy itself."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import lru_cache

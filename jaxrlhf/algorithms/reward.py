@@ -1,7 +1,5 @@
 """Reward models: Bradley–Terry training on (weighted) pairs, and the bias that puts reference responses at 0."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache

@@ -4,8 +4,6 @@ Lang, Huang, Li (2024), Fine-Tuning Language Models with Reward Learning on Poli
 paper's other variant, is 0 here: what follows is plain Bradley–Terry on D ∪ D̂.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from dataclasses import asdict

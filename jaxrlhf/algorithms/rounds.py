@@ -3,8 +3,6 @@
 A method is a row, a reward update is a function; the loop over the rounds (run/) knows neither.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping

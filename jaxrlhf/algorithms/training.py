@@ -1,7 +1,5 @@
 """Supervised training loops: what SFT and reward training have in common, and SFT."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any

@@ -1,7 +1,5 @@
 """`jaxrlhf embed`: compute the vectors of a file of texts and keep them on disk."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

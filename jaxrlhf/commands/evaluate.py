@@ -1,7 +1,5 @@
 """`jaxrlhf evaluate`: compare two candidates on the same prompts, by a gold reward or a judge."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`jaxrlhf generate`: sample from a policy folder."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """`jaxrlhf launch`: several processes of one run on this machine."""
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import sys

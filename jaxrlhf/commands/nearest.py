@@ -1,7 +1,5 @@
 """`jaxrlhf nearest`: apply FRFT's filter to files."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`jaxrlhf plan`: predict the memory and the time of a recipe without running it."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

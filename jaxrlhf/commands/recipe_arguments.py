@@ -1,7 +1,5 @@
 """Build the config of a command line: CONFIG.yaml with the overrides --section.key VALUE."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 

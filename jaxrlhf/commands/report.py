@@ -1,7 +1,5 @@
 """`jaxrlhf report`: write the page of one or several run folders, or serve it on this machine and keep it up to date."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`jaxrlhf run`, `sft`, `reward` and `ppo`: a run, or its first stages."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 

@@ -1,7 +1,5 @@
 """`jaxrlhf sweep`: run every arm of a recipe with every seed, and print one table."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 

@@ -1,7 +1,5 @@
 """What `jaxrlhf evaluate` was given as A or B: a policy folder, stored responses or the references; or why it is none of them."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Two sides on the same prompts by a gold scorer, a judge or both: what `jaxrlhf evaluate` does."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

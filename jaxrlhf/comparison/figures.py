@@ -1,7 +1,5 @@
 """Two lists of responses to the same prompts, side by side: what gold and a judge say of them, and what of it is length."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ prefers the first answer gives a score of exactly one half. Answers are stored a
 was asked, so that an evaluation that was stopped goes on where it was, and one that is finished can be read question by question.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Questions to a language model behind any endpoint that speaks OpenAI chat completions: many at a time, patiently, every one counted."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """What an endpoint's reply says, whatever its shape, and what one question has taken so far."""
 
-from __future__ import annotations
-
 import re
 import time
 from dataclasses import dataclass, field

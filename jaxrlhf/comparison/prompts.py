@@ -1,7 +1,5 @@
 """The prompts that two candidates are compared on."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass, replace

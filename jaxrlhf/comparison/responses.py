@@ -1,7 +1,5 @@
 """The prompts of a comparison, and what each side says to them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace

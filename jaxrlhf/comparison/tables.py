@@ -1,7 +1,5 @@
 """The tables of a comparison, in the terminal and in Markdown."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

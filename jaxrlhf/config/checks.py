@@ -1,7 +1,5 @@
 """Check a config for values that are out of range or contradict each other, before anything is read."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from typing import Any

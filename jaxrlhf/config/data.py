@@ -1,7 +1,5 @@
 """Config of what a run reads: text, models, tokenizers, pairs and the gold reward."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field, fields
 from typing import Literal

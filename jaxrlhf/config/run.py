@@ -1,7 +1,5 @@
 """The config of a whole run."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 

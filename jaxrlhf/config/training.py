@@ -1,7 +1,5 @@
 """Config of training: optimizers, SFT, reward models, PPO, DPO and LoRA. Argument names are TRL's where the meaning is the same."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

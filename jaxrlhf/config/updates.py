@@ -1,7 +1,5 @@
 """Config of how and when the reward model is updated: weights, encoder, filter, synthetic pairs, refits."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

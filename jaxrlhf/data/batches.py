@@ -4,8 +4,6 @@ An epoch is a partition: one global permutation, cut into batches; sharding come
 needed to resume.
 """
 
-from __future__ import annotations
-
 import itertools
 import zlib
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Conversations into text through a tokenizer's own chat template, with the checks that keep user text from acting as control tokens."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase

@@ -4,8 +4,6 @@ A folder of Parquet shards and `header.json`, which says what the numbers were c
 temperature, limits, and whatever else the writer adds. A header that differs from what the reader expects makes the column stale.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Texts → ids: BOS, EOS, and special tokens that are spelled in text. Only `tokens.py` calls it."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Sequence

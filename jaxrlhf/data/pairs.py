@@ -12,8 +12,6 @@ A row that cannot be used is dropped and named in the report (`on_bad_row="drop"
 row always raises.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """What a reader or the tokenizer stage kept, dropped and changed: nothing leaves a data set without a name here."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections import Counter

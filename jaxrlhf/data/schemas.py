@@ -1,7 +1,5 @@
 """One raw row → the fields of a pair, a demonstration or a prompt, or `BadRow` with the reason. No file, no id, no loop in here."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A row that cannot be read is yielded as a `Fault` in its place, so that the call
 disappears between two others. Local paths never touch the network.
 """
 
-from __future__ import annotations
-
 import glob
 import gzip
 import json

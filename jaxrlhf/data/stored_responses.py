@@ -1,7 +1,5 @@
 """Responses that were written before: files and folders of them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

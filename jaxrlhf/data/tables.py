@@ -1,7 +1,5 @@
 """Pairs and samples on disk: one Parquet file a table, text beside the very tokens, so that nothing is tokenised twice."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A byte-level BPE learned on a run's own text: no download, any text round-trips (bytes and emoji included)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

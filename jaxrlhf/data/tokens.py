@@ -11,8 +11,6 @@ alone (`batches.trim` cuts padding). Masks are made from lengths and carried, so
   are control tokens, and their responses end in the chat template's end token.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

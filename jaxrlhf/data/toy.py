@@ -14,8 +14,6 @@ the SFT policy teach "longer is better"; a policy that follows this walks over t
 `ToyTask.overlong_penalty` is the knob: 0 and length never betrays gold; larger and a stale reward model costs more.
 """
 
-from __future__ import annotations
-
 import zlib
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Find out whether this process is one of several, and how it reaches the others. Runs before JAX is imported."""
 
-from __future__ import annotations
-
 import os
 import socket
 import time

@@ -3,8 +3,6 @@
 Nothing here imports JAX, which may end the process it runs in.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

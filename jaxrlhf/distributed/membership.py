@@ -1,7 +1,5 @@
 """The number of processes, the index of this one, and whether it leads. In a single process JAX is not used."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

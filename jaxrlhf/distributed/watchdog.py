@@ -1,7 +1,5 @@
 """Show the other processes that this one is alive, and notice when one of them is not."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import socket

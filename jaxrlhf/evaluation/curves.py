@@ -1,7 +1,5 @@
 """Gold and proxy against the distance from π_SFT (Gao et al. 2023): the peak of gold, and how far the proxy has run away from it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Numbers that tell whether a reward model can still be trusted."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The page of a filter report: Markdown and a figure, from the dict that `filter_report` makes and nothing else."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from jaxrlhf.evaluation.plotting import BLUE, VERMILION, style, svg_of

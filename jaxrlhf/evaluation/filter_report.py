@@ -8,8 +8,6 @@ else came along: how many prompts are left, whether longer or shorter text was p
 random draw of the same size would look like.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import unicodedata

@@ -1,7 +1,5 @@
 """What all figures share: colours for the colour-blind, a style, and SVG that is the same for the same data."""
 
-from __future__ import annotations
-
 import io
 from contextlib import AbstractContextManager
 from typing import Any

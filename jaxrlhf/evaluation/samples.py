@@ -1,7 +1,5 @@
 """samples.parquet: what a policy wrote for the evaluation prompts, and how it was scored."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ A log ratio of sequences is a sum over tokens, so weights spread with length: lo
 found, and a fit that looks healthy on the whole may rest on the short responses alone. Hence everything by length too.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Win rates of two lists of scores for the same prompts."""
 
-from __future__ import annotations
-
 import math
 import zlib
 from typing import NamedTuple

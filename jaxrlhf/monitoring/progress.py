@@ -1,7 +1,5 @@
 """Show the progress of a command that is not a run."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 `embed_texts` computes; `jaxrlhf.offline.vectors.embed_cached` computes what is not on disk yet.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

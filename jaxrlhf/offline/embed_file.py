@@ -1,7 +1,5 @@
 """The vectors of a file of pairs or responses."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

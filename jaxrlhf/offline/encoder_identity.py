@@ -1,7 +1,5 @@
 """Which encoder is meant, by the bytes of its files: what a vector depends on besides its text."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """Sentence encoders in memory: sentence-transformers, or our own Flax encoder, which needs no torch and runs on a mesh."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple

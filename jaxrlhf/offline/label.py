@@ -1,7 +1,5 @@
 """Preference pairs that π_SFT wrote and gold judged, as the OCRM paper makes them."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Sequence log-probs of stored responses under a model: computed once, kept on disk by pair id."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache

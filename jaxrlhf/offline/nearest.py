@@ -9,8 +9,6 @@ may change with the shape of a block on a device. Block and mesh therefore move 
 blocks of one shape not at all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any

@@ -9,8 +9,6 @@ paper's public code calls `both`, `half-half`, `rejected` and `chosen` Type 1 to
 the similarities and the ids: the order of the rows changes nothing.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any

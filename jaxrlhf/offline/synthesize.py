@@ -8,8 +8,6 @@ Lang, Huang, Li (2024), Fine-Tuning Language Models with Reward Learning on Poli
 Farquhar (2023), Semantic Uncertainty, algorithm 1. Arrays: P prompts, n responses to each, [P, n] row by row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple

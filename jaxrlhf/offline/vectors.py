@@ -13,8 +13,6 @@ the batch a text is computed in nor its mates depend on when the run was stopped
 with them the last bits of a vector.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The arms of a report: runs that differ in nothing but their seeds, each with its diagnostics, and one row of figures an arm."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

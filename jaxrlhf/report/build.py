@@ -3,8 +3,6 @@
 folder/report.html   folder/summary.md   folder/figures/*.svg, *.png
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from pathlib import Path

@@ -8,8 +8,6 @@ with P all parameters of the model, tokens real ones (prompt and response, no pa
 do to the reward model: deciding (refit), weighing, choosing or making pairs (update), fitting (reward).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import struct

@@ -1,7 +1,5 @@
 """What a run's folder says of its reward models and policies: curves, reliability, drift, KL budget, training, lineage."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Means to draw a report's figures: colours for the colour-blind, lines and marks for grey paper, and SVG that can stand in a page."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Which figures a report has, and in which order."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from jaxrlhf.report.arms import Arm

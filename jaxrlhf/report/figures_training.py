@@ -1,7 +1,5 @@
 """Figures of training: KL, weights, the filter, costs and curves."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 Every text that comes from data or configs is escaped; the samples stand in the page as JSON and are shown as text by its script.
 """
 
-from __future__ import annotations
-
 import json
 from base64 import b64encode
 from collections.abc import Iterable, Sequence

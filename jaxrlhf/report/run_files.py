@@ -1,7 +1,5 @@
 """The files of a run folder, read as what they should be: what is not is left out and said in `missing`. Content never raises."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 A folder may be a run, a run of several arms, or a sweep; a run may be unfinished, and its files are read as they are at the moment.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The samples a page lets its reader browse: rows of plain JSON from the evaluations' samples.parquet."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

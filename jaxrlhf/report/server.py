@@ -1,7 +1,5 @@
 """A page that is kept fresh, served on this machine alone."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

@@ -1,7 +1,5 @@
 """Scores and KL → advantages: the one thing in which a rollout of PPO and one of RLOO differ."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 

@@ -1,7 +1,5 @@
 """Sampling with a KV cache: one jitted program, one uniform a row and token, early exit when every row has ended."""
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
 from typing import Any

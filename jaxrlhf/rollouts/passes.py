@@ -1,7 +1,5 @@
 """Rows a few at a time inside one program: what a pass needs beside its parameters then grows with the part, not with the batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Sampled text → `Rollout`: the forward passes of all models, then scores, KL and what a credit rule makes of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple

@@ -1,7 +1,5 @@
 """Text from a policy folder: for `jaxrlhf generate` and for comparisons."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator

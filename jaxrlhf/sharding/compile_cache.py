@@ -1,7 +1,5 @@
 """Switch on JAX's persistent compilation cache, unless the user has configured it."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

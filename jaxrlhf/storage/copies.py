@@ -1,7 +1,5 @@
 """Download files and folders from URLs into folders of this machine, and upload folders so that they appear whole."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -5,8 +5,6 @@ are downloaded to a folder of this machine, results are built in such a folder a
 finished last. A `file://` URL is a path of this machine.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

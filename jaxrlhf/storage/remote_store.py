@@ -1,7 +1,5 @@
 """The store of finished stages at a URL, and the store that a config asks for."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -8,8 +8,6 @@ A stage is taken from this machine, else downloaded, else built and uploaded. Ob
 stage at once, and the upload of the last one stays; the contents are equal.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

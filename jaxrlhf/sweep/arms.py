@@ -1,7 +1,5 @@
 """What the arms of a sweep are, in the words and numbers of its table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

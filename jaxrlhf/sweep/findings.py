@@ -1,7 +1,5 @@
 """What the figures of a sweep say."""
 
-from __future__ import annotations
-
 from jaxrlhf.pipeline.table import proxy_alone_rose
 from jaxrlhf.sweep.statistics import Sweep, chance_beyond, format_estimate
 

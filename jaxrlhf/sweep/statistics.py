@@ -1,7 +1,5 @@
 """The runs of a sweep and their statistics: means over seeds, standard errors, differences seed by seed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

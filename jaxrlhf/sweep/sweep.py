@@ -1,7 +1,5 @@
 """Every arm of a recipe at every seed, one after the other, and one table of them all."""
 
-from __future__ import annotations
-
 import json
 import time
 import traceback

@@ -1,7 +1,5 @@
 """The table of a sweep, one row an arm: on the screen, as a page for people, as JSON for machines."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
