@@ -1,7 +1,11 @@
-"""Files that readers see whole or not at all, and digests of files."""
+"""Files that readers see whole or not at all, locks, and digests of files."""
 
+import errno
+import fcntl
 import hashlib
+import logging
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -9,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -53,6 +59,37 @@ def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
     """Write lines, each with its end, as they come."""
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(lines)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Have a file, or the names in a folder, on the disk: they outlive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some filesystems cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, work: str) -> Iterator[None]:
+    """Lock `path` for this process while it does `work`; wait for another that does. The lock ends with the process, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            _log.warning("%s by another process (%s); waiting for it.", work, file.read().strip() or "unknown")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            _log.warning("%s has no file locks (%s); do not start the same work twice at once.", path.parent, error.strerror)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
 
 
 def digests(files: list[Path]) -> list[bytes]:

@@ -13,14 +13,11 @@ the batch a text is computed in nor its mates depend on when the run was stopped
 with them the last bits of a vector.
 """
 
-import fcntl
 import hashlib
 import json
-import logging
 import os
-import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf import distributed
+from jaxrlhf.files import locked, sync
 from jaxrlhf.offline.encoder_identity import Backend, EncoderIdentity, encoder_identity
 from jaxrlhf.offline.encoders import check_texts, open_encoder
 from jaxrlhf.storage.remote import is_url
@@ -36,8 +34,6 @@ from jaxrlhf.types import Progress
 
 FORMAT = 1
 INDEX = "index.json"
-
-_log = logging.getLogger(__name__)
 
 
 class VectorError(ValueError):
@@ -112,7 +108,7 @@ def embed_cached(
     store, leads, embedded = _Store(Path(folder) / identity.key, identity), distributed.is_leader(), 0
     texts_in_order = sorted(dict(zip(keys, texts, strict=True)).items(), key=_order)
     if not distributed.agree(leads and store.read().keys() >= set(keys), "vectors: all there"):
-        with _lock(store.folder) if leads else nullcontext():
+        with locked(store.folder / ".lock", f"{store.folder} is being written") if leads else nullcontext():
             index = store.index() if leads else {}
             known = store.read(index) if leads else {}  # the process we waited for may have computed some
             unknown = [n for n, (key, _) in enumerate(texts_in_order) if key not in known]
@@ -224,34 +220,10 @@ def _write_array(path: Path, array: np.ndarray) -> None:
 
 
 def _write(path: Path, fill: Callable[[Any], Any]) -> None:
-    """The file is whole and on the disk before it has its name."""
+    """The file is whole and on the disk before it has its name. What a kill leaves has one name, and the next run writes over it."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
         fill(file)
-        file.flush()
-        os.fsync(file.fileno())
+    sync(partial)
     os.replace(partial, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; it is let go when the process ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            _log.warning("%s is being written by another process (%s); waiting for it.", folder, file.read().strip() or "unknown")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            _log.warning("%s has no file locks (%s); do not embed into the same folder twice at once.", folder, error.strerror)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
-        yield
+    sync(path.parent)

@@ -1,20 +1,18 @@
 """The store of finished stages: find, build, lock and link them by their hash."""
 
 import errno
-import fcntl
 import json
 import logging
 import os
-import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jaxrlhf import distributed
+from jaxrlhf.files import locked, sync
 from jaxrlhf.monitoring.recompiles import count_compilations
 from jaxrlhf.storage.record import RECORD, hash_of, read_record, record_of
 from jaxrlhf.storage.stage import Done, Stage, StageError
@@ -99,8 +97,7 @@ class Store:
         if found:
             return found
         hash = stage.hash
-        (self.root / ".locks").mkdir(parents=True, exist_ok=True)
-        with _lock(self.root / ".locks" / hash, stage.name):
+        with locked(self.root / ".locks" / hash, f"stage {stage.name} is being built"):
             found = self.find(stage)  # the process we waited for may have finished it
             if found:
                 return found
@@ -169,20 +166,9 @@ def _finish(partial: Path, final: Path, record: dict[str, Any]) -> None:
     for folder, _, files in os.walk(partial):
         for path in [*(os.path.join(folder, name) for name in files), folder]:
             if not os.path.islink(path):
-                _sync(path)
+                sync(path)
     os.replace(partial, final)
-    _sync(final.parent)
-
-
-def _sync(path: str | Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some filesystems cannot sync folders
-            raise
-    finally:
-        os.close(descriptor)
+    sync(final.parent)
 
 
 def _resume_hint(stage: Stage, partial: Path, error: BaseException) -> str:
@@ -190,24 +176,6 @@ def _resume_hint(stage: Stage, partial: Path, error: BaseException) -> str:
     stopped = isinstance(error, KeyboardInterrupt | SystemExit)
     first = "the disk is full: free some space, then run" if full else "run" if stopped else "fix the cause, then run"
     return f"stage {stage.name} is not finished; its work so far is in {partial}: {first} the same command again to continue it."
-
-
-@contextmanager
-def _lock(path: Path, name: str) -> Iterator[None]:
-    """Lock `path` for this process; the lock ends with the process, however it ends."""
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            _log.warning("stage %s is being built by another process (%s); waiting for it.", name, file.read().strip() or "unknown")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            _log.warning("%s has no file locks (%s); do not build the same stage twice at once.", path.parent, error.strerror)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
-        yield
 
 
 def _remove(path: Path) -> None:
