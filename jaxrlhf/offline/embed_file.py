@@ -6,9 +6,7 @@ from typing import Any
 
 from jaxrlhf.data.pairs import Demonstration, Pair, read_demonstrations, read_pairs
 from jaxrlhf.models.hub import tokenizer_named
-from jaxrlhf.offline.encoder_identity import Backend
 from jaxrlhf.offline.vectors import embed_cached
-from jaxrlhf.types import Progress
 
 PAIR_FIELDS = ("prompt", "chosen", "rejected")
 RESPONSE_FIELDS = ("prompt", "response")
@@ -19,24 +17,16 @@ def embed_file(
     *,
     output: str | Path,
     fields: Sequence[str] = ("chosen", "rejected"),
-    encoder: str | None = None,
-    backend: Backend | None = None,
-    pooling: str | None = None,
-    max_length: int | None = None,
-    dtype: str = "float32",
-    batch_size: int = 64,
-    shard_rows: int = 2048,
-    mesh: Any = None,
     tokenizer: str | None = None,
     split: str = "train",
     limit: int | None = None,
-    progress: Progress | None = None,
+    **embedding: Any,
 ) -> dict[str, Any]:
     """Embed the texts of some fields of every row into `output`, which keeps what it has: a second call embeds nothing.
 
     source: files, folders or hub ids of preference pairs; with `fields` ("response",) anything that has a prompt and a response, such as
-    what `jaxrlhf generate` writes. `tokenizer` renders conversations. The others are those of `embed_cached`. Rows that cannot be used are
-    named on standard error.
+    what `jaxrlhf generate` writes. `tokenizer` renders conversations. `embedding`: keywords of `embed_cached`. Rows that cannot be used
+    are named on standard error.
 
     Returns {"folder", "backend", "encoder" (its key), "rows", "texts" (distinct), "embedded" (now), "dimension"}.
     """
@@ -50,19 +40,7 @@ def embed_file(
     rows, report = read_demonstrations(source, **options) if known is RESPONSE_FIELDS else read_pairs(source, **options)
     report.say()
     texts = [getattr(row, name) for row in rows for name in fields]
-    found = embed_cached(
-        texts,
-        folder=output,
-        encoder=encoder,
-        backend=backend,
-        pooling=pooling,
-        max_length=max_length,
-        dtype=dtype,
-        batch_size=batch_size,
-        mesh=mesh,
-        shard_rows=shard_rows,
-        progress=progress,
-    )
+    found = embed_cached(texts, folder=output, **embedding)
     return {
         "folder": str(found.folder),
         "backend": found.identity.backend,

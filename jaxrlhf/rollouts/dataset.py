@@ -60,23 +60,8 @@ def sample_dataset(
         progress(0, total)
     for number, batch in enumerate(evaluation_batches(prompts, batch_size), start=1):
         batch = sharding.place_batch(batch, mesh)
-        completion = generate(
-            model,
-            params,
-            batch.prompt_BL,
-            batch.prompt_mask_BL,
-            key,
-            max_new_tokens=sampling.max_new_tokens,
-            eos_ids=sampling.eos_ids,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            index_B=batch.index_B,
-            vocab_size=sampling.vocab_size,
-            pad_id=sampling.pad_id,
-            check_padding=False,
-            mesh=mesh,
-        )
+        rows = batch.prompt_BL, batch.prompt_mask_BL
+        completion = generate(model, params, *rows, key, index_B=batch.index_B, check_padding=False, mesh=mesh, **vars(sampling))
         host = sharding.gather(completion)
         parts.append((host.tokens_BT, host.mask_BT))
         if progress:
