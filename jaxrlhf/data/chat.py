@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from jaxrlhf.data.read_report import DataError
+
+if TYPE_CHECKING:  # importing transformers takes seconds, and a plan needs none of it
+    from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, Any]]
 # Arguments of apply_chat_template that are no variables of a template: a row may not set them.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxrlhf.data.chat import chat_end_id, special_strings
 from jaxrlhf.data.read_report import DataError
+
+if TYPE_CHECKING:  # importing transformers takes seconds, and a plan needs none of it
+    from transformers import PreTrainedTokenizerBase
 
 Specials = Literal["text", "parse"]
 Ids = list[int]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from jaxrlhf.data.read_report import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PAD, EOS, BOS = "<|pad|>", "<|endoftext|>", "<|startoftext|>"
 
@@ -20,6 +21,10 @@ def train_tokenizer(
     `bos` puts a BOS in front of every text. Small corpora run out of pairs and give fewer ids: `len(tokenizer)` is the number to build a
     model for. Raises DataError if `vocab_size` has no room for the bytes.
     """
+    # Importing transformers takes seconds: who makes no tokenizer does without.
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
     specials = [PAD, EOS, *([BOS] if bos else [])]
     if vocab_size < 256 + len(specials):
         raise DataError(

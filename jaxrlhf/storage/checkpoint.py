@@ -10,24 +10,32 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from jaxrlhf import distributed
 from jaxrlhf.monitoring.recompiles import ignore_compilations
 from jaxrlhf.storage import copies, remote
 from jaxrlhf.types import Params, TrainState
 
-_args: Any = ocp.args
 _FILES = "files.json"  # put after all other files of a checkpoint, at a URL
 
-# Orbax logs a failed background write some ten times with its traceback; it is raised here once, as a CheckpointError.
-logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
+
+@cache
+def _orbax() -> Any:
+    """The library that writes checkpoints. Importing it takes a second: who has no checkpoints does without.
+
+    It logs a failed background write some ten times with its traceback; that is raised here once, as a CheckpointError.
+    """
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
+    return ocp
 
 
 class CheckpointError(RuntimeError):
@@ -66,6 +74,7 @@ class Checkpoints:
             elif self._url is not None:
                 self._fetch(self._url)
             self.folder.mkdir(parents=True, exist_ok=True)
+            ocp = _orbax()
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
             handlers: Any = {name: ocp.StandardCheckpointHandler() for name in ("params", "opt_state", "state")}
             handlers["meta"] = ocp.JsonCheckpointHandler()
@@ -83,12 +92,13 @@ class Checkpoints:
             return
         items = _items(state)
         self._check_room(items)
-        saves = {name: _args.StandardSave(_flat(tree)) for name, tree in items.items() if jax.tree.leaves(tree)}
+        args = _orbax().args
+        saves = {name: args.StandardSave(_flat(tree)) for name, tree in items.items() if jax.tree.leaves(tree)}
         with (
             ignore_compilations(),
             _clear_errors(self.folder, "write"),
         ):  # several processes cut what all of them hold, and each writes a part
-            self._manager.save(step, args=_args.Composite(meta=_args.JsonSave(meta or {}), **saves), force=True)
+            self._manager.save(step, args=args.Composite(meta=args.JsonSave(meta or {}), **saves), force=True)
         if self._url is not None and not self._direct:
             self.wait()
             with _clear_errors(self._url, "put"):
@@ -180,8 +190,9 @@ class Checkpoints:
             described = dict(self._manager.item_metadata(step).items())
             for name in wanted:
                 _compare(self.folder / str(step) / name, flat[name], _stored(described.get(name)))
-            reads = {name: _args.StandardRestore({k: _struct(v) for k, v in flat[name].items()}) for name in wanted}
-            got = self._manager.restore(step, args=_args.Composite(meta=_args.JsonRestore(), **reads))
+            args = _orbax().args
+            reads = {name: args.StandardRestore({k: _struct(v) for k, v in flat[name].items()}) for name in wanted}
+            got = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore(), **reads))
         return {name: _unflat(tree, got[name] if name in wanted else {}) for name, tree in templates.items()}, got["meta"]
 
 
