@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-import tyro
 import yaml
 
 from jaxrlhf.config import Config
@@ -27,6 +26,8 @@ def config_of(command: str, path: str, overrides: list[str]) -> Config:
 
 
 def _overridden(config: Config, overrides: list[str], prog: str) -> Config:
+    import tyro  # a third of a second, which a recipe without overrides does without
+
     # `row` has no keys of its own: what it holds is checked with the method it changes.
     row, rest, words = dict(config.row), [], iter(overrides)
     for word in words:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ class PlannedModels:
         return replace(self, **{name: shallow(getattr(self, name), layers) for name in ("base", "reward", "gold")})
 
 
-def shallow(decoder: DecoderConfig | None, layers: int) -> DecoderConfig | None:
+def shallow(decoder: Any, layers: int) -> Any:
+    """The decoder (or None) with at most so many layers."""
     if decoder is None or decoder.num_layers <= layers:
         return decoder
     return replace(decoder, num_layers=layers, sliding_layers=tuple(n for n in decoder.sliding_layers if n < layers))
@@ -138,9 +140,28 @@ def gold_model(config: Config, gold: DecoderConfig, mesh: Any) -> Model:
     return build_model(gold, head="scalar", dtype=config.gold.dtype, **how)
 
 
-def shapes_of(model: Model) -> Params:
-    """The shapes of a model's parameters."""
-    return jax.eval_shape(model.init, KEY)
+def shapes_of(decoder: DecoderConfig, head: str) -> Params:
+    """The shapes of a model's parameters: one layer is traced, for all are alike."""
+    return deepened(jax.eval_shape(build_model(shallow(decoder, 1), head=head).init, KEY), decoder.num_layers)
 
 
+def one_layer(tree: Any) -> Any:
+    """A tree of parameters, or one that has such trees in it, without the layers after the first."""
+    return _layers(tree, lambda part: {name: leaf for name, leaf in part.items() if not name.startswith(LAYER) or name == FIRST})
+
+
+def deepened(tree: Any, layers: int) -> Any:
+    """The inverse of `one_layer`."""
+    return _layers(tree, lambda part: part | {f"{LAYER}{number}": part[FIRST] for number in range(layers)})
+
+
+def _layers(tree: Any, change: Callable[[Params], Params]) -> Any:
+    def holds(node: Any) -> bool:
+        return isinstance(node, dict) and FIRST in node
+
+    return jax.tree.map(lambda node: change(node) if holds(node) else node, tree, is_leaf=holds)
+
+
+LAYER = "layers_"
+FIRST = f"{LAYER}0"
 KEY = jax.eval_shape(lambda: jax.random.key(0))
