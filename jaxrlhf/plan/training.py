@@ -114,7 +114,7 @@ def rollout_phases(planner: Planner, round: Round, moved: bool, times: int, suff
 
 
 def score_reads(planner: Planner, critic: bool, members: int, moved: bool) -> Iterator[Read]:
-    """What `rollouts.score` reads, a few rows at a time: the policy (unless log-probs are the sampler's), reference, π_SFT, critic, reward."""
+    """What `rollouts.score` reads, a few rows at a time: reference, π_SFT, critic, reward; the policy unless the sampler told its own."""
     section, (L, _, T) = planner.config.ppo, planner.lengths
     rows = min(section.forward_batch_size or section.batch_size, section.batch_size)
     times = section.batch_size // rows

@@ -123,19 +123,37 @@ def training(reads: Sequence[Read], gradients: float, tensor: int = 1) -> float:
     """The peak of a step: at a head, where everything waits for the backward pass; at the last layer of a read or the one before it; or at
     the first, where almost all gradients are there. Two models in one loss wait for each other. Microbatches add their gradients to a
     sum that is there throughout."""
-    waiting, steady, moments, ends = 0.0, 0.0, [], []
+    total = sum(again(read, sizes(read, tensor)) for read in reads)
+    accumulates = any(read.times > read.updates for read in reads)
+    waiting, steady, moments, ends = 0.0, gradients if accumulates else 0.0, [], []
     for read in reads:
         size, last, layers = sizes(read, tensor), sizes(read, tensor, last=True), read.model.num_layers
         one, of_last = kept(read, size), kept(read, last)
-        waiting += one * (layers - 1) + of_last
-        waiting += size.kernels * (layers if read.remat == "none" and read.dtype == "bfloat16" else 1)
-        steady += size.hidden + size.table * (1 + (read.head == "lm")) + (size.mask if read.remat != "none" else 0.0)
+        whole = backward(read, size) + total - again(read, size)
+        waiting += one * (layers - 1) + of_last + copies(read, size)
+        steady += size.hidden + size.table * ((not accumulates) + (read.head == "lm")) + (size.mask if read.remat != "none" else 0.0)
         moments += [head(read, last), backward(read, last) - of_last]
         if layers > 1:
-            moments.append(backward(read, size) - of_last - one)
-            ends.append(backward(read, size) + max(gradients - size.table - size.kernels, 0.0))
-    accumulated = gradients if any(read.times > read.updates for read in reads) else 0.0
-    return steady + max(waiting + max(moments), *ends) + accumulated
+            moments.append(whole - of_last - one)
+            ends.append(whole + (0.0 if accumulates else max(gradients - size.table - size.kernels, 0.0)))
+    return steady + max(waiting + max(moments), *ends)
+
+
+def again(read: Read, size: Sizes) -> float:
+    """What is there of a layer of one model while the other's gradient is computed: scores that were computed again. A layer whose parts
+    are parallel takes its MLP first."""
+    return 2 * size.scores if read.remat == "full" and not read.model.parallel_residual else 0.0
+
+
+def copies(read: Read, size: Sizes) -> float:
+    """Kernels in another precision or layout: of one layer; in bfloat16 of all that wait for the backward pass; and of all, in both, where
+    they are made once for many microbatches."""
+    layers = read.model.num_layers
+    if read.dtype != "bfloat16":
+        return size.kernels
+    if read.times > read.updates:
+        return 2 * layers * size.kernels
+    return size.kernels * (layers if read.remat == "none" else 1)
 
 
 def forward(read: Read, tensor: int = 1) -> float:
