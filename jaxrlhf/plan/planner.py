@@ -34,6 +34,7 @@ class Read:
     learns: bool = False
     adapters: int = 0  # their rank, where they alone learn
     updates: int = 1  # optimizer steps of a call
+    clips: bool = False  # the norm of all gradients
     decoded: int = 0  # tokens a row gets one by one afterwards, from the cache of the pass
     dtype: str = "float32"
     remat: str = "none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from jaxrlhf.algorithms.policy_updates import POLICY_UPDATES
 from jaxrlhf.algorithms.ppo import as_compiled, passes_of
@@ -30,9 +31,8 @@ def sft_phase(planner: Planner) -> Phase:
     held = {"policy": state.params, "optimizer": state.opt_state}
     knobs = ("sft.gradient_accumulation_steps", "sft.batch_size", "model.remat", "mesh.fsdp")
     tokens = section.batch_size * (L + T)
-    width, parts = L + T - 1, section.gradient_accumulation_steps  # the last token predicts nothing
-    outputs = width if section.loss_on == "all" else T
-    reads = (planner.read("lm", section.batch_size // parts, width, outputs, times=parts, learns=True),)
+    width = L + T - 1  # the last token predicts nothing
+    reads = (of_step(planner, section, "lm", section.batch_size, width, width if section.loss_on == "all" else T),)
     arguments = (state, batch)
     return Phase("SFT", "step", step, arguments, held, batch, steps, tokens, planner.layers, knobs, learned=state.params, reads=reads)
 
@@ -50,8 +50,8 @@ def reward_phases(planner: Planner, fits: int) -> Iterator[Phase]:
     calls = None if steps is None else steps * fits * members
     knobs = ("reward.gradient_accumulation_steps", "reward.batch_size", "model.remat", "mesh.fsdp")
     tokens = 2 * section.batch_size * (L + planner.pairs_width())
-    width, parts = planner.pairs_width(), section.gradient_accumulation_steps
-    reads = (planner.read("scalar", 2 * section.batch_size // parts, L + width, width, times=parts, learns=True),)
+    width = planner.pairs_width()
+    reads = (of_step(planner, section, "scalar", 2 * section.batch_size, L + width, width),)
     arguments = (state, batch)
     yield Phase("reward", "step", step, arguments, held, batch, calls, tokens, planner.layers, knobs, learned=state.params, reads=reads)
     calls = planner.counts.passes(planner.counts.reference_rows, section.eval_batch_size, 1)
@@ -127,13 +127,19 @@ def score_reads(planner: Planner, critic: bool, members: int, moved: bool) -> It
 
 
 def update_reads(planner: Planner, critic: bool) -> Iterator[Read]:
-    """What an update reads of every microbatch of every minibatch of every epoch."""
+    """What an update reads of every minibatch of every epoch."""
     section, (L, _, T) = planner.config.ppo, planner.lengths
-    updates, parts = section.num_ppo_epochs * section.num_mini_batches, section.gradient_accumulation_steps
-    rows, how = section.batch_size // (section.num_mini_batches * parts), {"times": updates * parts, "updates": updates, "learns": True}
-    yield planner.read("lm", rows, L + T - 1, T, adapters=planner.config.lora.r, **how)
+    rows, updates = section.batch_size // section.num_mini_batches, section.num_ppo_epochs * section.num_mini_batches
+    yield of_step(planner, section, "lm", rows, L + T - 1, T, updates, adapters=planner.config.lora.r)
     if critic:
-        yield planner.read("scalar", rows, L + T, T + 1, **how)
+        yield of_step(planner, section, "scalar", rows, L + T, T + 1, updates)
+
+
+def of_step(planner: Planner, section: Any, head: str, rows: int, width: int, outputs: int, updates: int = 1, *, adapters: int = 0) -> Read:
+    """What optimizer steps on `rows` rows each read of every microbatch."""
+    parts = section.gradient_accumulation_steps
+    how = {"learns": True, "clips": section.max_grad_norm is not None, "adapters": adapters}
+    return planner.read(head, rows // parts, width, outputs, times=updates * parts, updates=updates, **how)
 
 
 def preference_phases(planner: Planner, round: Round, moved: bool, times: int, suffix: str) -> Iterator[Phase]:
@@ -154,7 +160,6 @@ def preference_phases(planner: Planner, round: Round, moved: bool, times: int, s
     arguments = (state, batch, *(() if frozen is None else (frozen,)))
     knobs = ("dpo.gradient_accumulation_steps", "dpo.batch_size", "model.remat", "lora.r", "mesh.fsdp")
     calls, tokens = None if steps is None else steps * times, 2 * section.batch_size * (L + width)
-    parts, adapted = section.gradient_accumulation_steps, planner.config.lora.r
-    reads = (planner.read("lm", 2 * section.batch_size // parts, L + width - 1, width, times=parts, learns=True, adapters=adapted),)
+    reads = (of_step(planner, section, "lm", 2 * section.batch_size, L + width - 1, width, adapters=planner.config.lora.r),)
     step_of = Phase("policy", f"step{suffix}", step, arguments, held, batch, calls, tokens, planner.layers, knobs, learned=state.params)
     yield replace(step_of, reads=reads)

@@ -114,35 +114,38 @@ def backward(read: Read, size: Sizes) -> float:
     the gradient of the MLP's inner array (of a gated one, of both sides too, in two layouts) or those of the scores, whichever is more; the
     gradient of its result, in two layouts, in place of that result."""
     whole, gated = layer(read, size), read.model.gated_mlp
-    mlp = whole + (1 + 3 * gated * size.low(read)) * size.inner - (2 * size.scores if read.remat == "dots" else 0)
+    mlp = (
+        whole + (1 + 3 * gated * size.low(read)) * size.inner - (2 * size.scores if read.remat == "dots" and read.dtype == "float32" else 0)
+    )
     attention = whole - inner(read, size) + 2 * size.scores
     return max(mlp, attention) + size.out
 
 
 def training(reads: Sequence[Read], gradients: float, tensor: int = 1) -> float:
-    """The peak of a step: at a head, where everything waits for the backward pass; at the last layer of a read or the one before it; or at
-    the first, where almost all gradients are there. Two models in one loss wait for each other. Microbatches add their gradients to a
-    sum that is there throughout."""
-    total = sum(again(read, sizes(read, tensor)) for read in reads)
-    accumulates = any(read.times > read.updates for read in reads)
+    """The peak of a step: at a head, where everything waits for the backward pass; at the last layer of a read or the one before it. Two
+    models in one loss wait for each other. A gradient goes into the optimizer as soon as it is there; but where their norm is clipped all
+    wait for it, and each is scaled; and microbatches add theirs to a sum that is there throughout."""
+    accumulates, clips = any(read.times > read.updates for read in reads), any(read.clips for read in reads)
+    scores = sum(again(read, sizes(read, tensor)) for read in reads)
     waiting, steady, moments, ends = 0.0, gradients if accumulates else 0.0, [], []
     for read in reads:
         size, last, layers = sizes(read, tensor), sizes(read, tensor, last=True), read.model.num_layers
         one, of_last = kept(read, size), kept(read, last)
-        whole = backward(read, size) + total - again(read, size)
+        whole = backward(read, size) + scores - again(read, size)
         waiting += one * (layers - 1) + of_last + copies(read, size)
         steady += size.hidden + size.table * ((not accumulates) + (read.head == "lm")) + (size.mask if read.remat != "none" else 0.0)
         moments += [head(read, last), backward(read, last) - of_last]
         if layers > 1:
             moments.append(whole - of_last - one)
-            ends.append(whole + (0.0 if accumulates else max(gradients - size.table - size.kernels, 0.0)))
-    return steady + max(waiting + max(moments), *ends)
+        if clips and not accumulates:
+            ends.append(whole + max(gradients - size.table - size.kernels, 0.0))
+    return max(steady + max([waiting + max(moments), *ends]), 2 * gradients * clips)
 
 
 def again(read: Read, size: Sizes) -> float:
     """What is there of a layer of one model while the other's gradient is computed: scores that were computed again. A layer whose parts
     are parallel takes its MLP first."""
-    return 2 * size.scores if read.remat == "full" and not read.model.parallel_residual else 0.0
+    return 3 * size.scores if read.remat == "full" and not read.model.parallel_residual else 0.0
 
 
 def copies(read: Read, size: Sizes) -> float:
