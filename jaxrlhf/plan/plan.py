@@ -81,14 +81,14 @@ def plan(
     phases = phases_of(planner)
 
     formulas = [counted(one, mesh) for one in phases]
-    found = [planned(one, formula, mesh) for one, formula in zip(phases, formulas, strict=True)]
+    programs, beside = formulas, [None] * len(phases)
     if compiles:
 
         def shallow(layers: int) -> list[Phase]:
             return phases_of(dataclasses.replace(planner, subjects=subjects.at_depth(layers)))
 
-        programs = compile_all(phases, shallow, mesh, {} if known is None else known, exact=exact, report=report)
-        found = [planned(*one, mesh, formula) for *one, formula in zip(phases, programs, formulas, strict=True)]
+        programs, beside = compile_all(phases, shallow, mesh, {} if known is None else known, exact=exact, report=report), formulas
+    found = [planned(one, program, mesh, formula) for one, program, formula in zip(phases, programs, beside, strict=True)]
     every = jax.devices() if devices is None else devices
     models = {}
     for one in phases:

@@ -37,8 +37,9 @@ def counted(phase: Phase, mesh: Any) -> Program:
 
 
 def temporaries(phase: Phase, reads: Sequence[Read], mesh: Any) -> float:
-    """Bytes at the peak of the phase, beside arguments and results, if it read `reads`: its own, or with other settings."""
+    """Bytes at the peak of the phase, beside arguments and results, if it read `reads`: its own, or with other settings. Passes without
+    gradients that do not need each other are taken to run side by side."""
     tensor = sharding.axis_sizes(mesh)["tensor"]
     if phase.learned is None:
-        return max((forward(one, tensor) for one in reads), default=0.0)
+        return sum(forward(one, tensor) for one in reads)
     return training(reads, bytes_on_device(phase.learned, mesh), tensor)
