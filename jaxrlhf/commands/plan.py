@@ -9,10 +9,9 @@ import jax
 
 from jaxrlhf.commands.recipe_arguments import config_of
 from jaxrlhf.commands.usage import EPILOG
-from jaxrlhf.plan.compile import Program
 from jaxrlhf.plan.devices import Device, device_named, device_of_kind, own_device
 from jaxrlhf.plan.plan import plan
-from jaxrlhf.plan.planner import Phase
+from jaxrlhf.plan.planner import Phase, Program
 from jaxrlhf.plan.table import as_json, check_figure, draw, show
 from jaxrlhf.recipe import arms, to_yaml
 
@@ -20,8 +19,8 @@ from jaxrlhf.recipe import arms, to_yaml
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `jaxrlhf plan`, without the keys of the config."""
     parser.description = (
-        "What every phase of a run needs: memory by part, matrix products, memory traffic, communication between devices, time. The "
-        "steps are compiled and not run; no data and no weights are read. Predictions, not measurements."
+        "What every phase of a run needs: memory by part, products of matrices, traffic, exchanges between devices, time. It is counted "
+        "from shapes in seconds; nothing is compiled or run, no data and no weights are read. Predictions, not measurements."
     )
     parser.epilog = f"{EPILOG}."
     parser.add_argument("--devices", type=int, help="plan for this many devices, simulated on the CPU; default: those of this machine")
@@ -31,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="its memory's bandwidth")
     parser.add_argument("--rows", type=int, help="rows of data.train, for the number of steps; the data is not read")
     parser.add_argument("--valid_rows", type=int, help="rows held out, for the evaluations")
+    parser.add_argument("--compile", action="store_true", help="compile every step too, and take the compiler's figures: minutes")
     parser.add_argument(
-        "--exact", action="store_true", help="compile the training steps of deep models whole; default: 2 and 4 layers, extrapolated"
+        "--exact", action="store_true", help="with --compile: training steps of deep models whole; default: 2 and 4 layers, extrapolated"
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
     parser.add_argument("--figure", metavar="FILE", help="draw the memory of each phase by part (png, svg, pdf)")
@@ -54,6 +54,8 @@ def start_devices(count: int | None) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Plan every arm of the recipe, print the plans, and write the files that were asked for."""
+    if options.exact and not options.compile:
+        raise ValueError("--exact says how --compile compiles, and nothing is compiled without it; give both, or neither.")
     start_devices(options.devices)
     config = config_of(options.command, options.recipe, options.overrides)
     devices = devices_of(options)
@@ -68,7 +70,8 @@ def main(options: argparse.Namespace) -> int:
     print(to_yaml(config))
     for name, one in arms(config).items():
         print(f"planning {name}: {len(jax.devices())} × {jax.devices()[0].device_kind}", file=sys.stderr)
-        plans[name] = plan(one, rows=options.rows, valid_rows=options.valid_rows, exact=options.exact, known=known, report=progress)
+        counts = {"rows": options.rows, "valid_rows": options.valid_rows}
+        plans[name] = plan(one, **counts, compiles=options.compile, exact=options.exact, known=known, report=progress)
         show(plans[name], name, devices)
     if options.json:
         Path(options.json).write_text(json.dumps({name: as_json(one, devices) for name, one in plans.items()}, indent=1) + "\n")

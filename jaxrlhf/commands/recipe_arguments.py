@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterator
 
-import tyro
 import yaml
 
 from jaxrlhf.config import Config
@@ -25,6 +24,8 @@ def config_of(command: str, path: str, overrides: list[str]) -> Config:
 
 
 def _overridden(config: Config, overrides: list[str], prog: str) -> Config:
+    import tyro  # a third of a second, which a recipe without overrides does without
+
     # `row` is a dict, which tyro cannot parse by key; its columns are checked with the method.
     row, rest, words = dict(config.row), [], iter(overrides)
     for word in words:

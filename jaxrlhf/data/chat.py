@@ -1,10 +1,13 @@
 """Conversations into text through a tokenizer's own chat template, with the checks that keep user text from acting as control tokens."""
 
-from typing import Any
+from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from jaxrlhf.data.read_report import DataError
+
+if TYPE_CHECKING:  # importing transformers takes seconds, and a plan needs none of it
+    from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, Any]]
 # Arguments of apply_chat_template that are no variables of a template: a row may not set them.

@@ -1,14 +1,17 @@
 """Texts → ids: BOS, EOS, and special tokens that are spelled in text. Only `tokens.py` calls it."""
 
+from __future__ import annotations
+
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from jaxrlhf.data.chat import chat_end_id, special_strings
 from jaxrlhf.data.read_report import DataError
+
+if TYPE_CHECKING:  # importing transformers takes seconds, and a plan needs none of it
+    from transformers import PreTrainedTokenizerBase
 
 Ids = list[int]
 

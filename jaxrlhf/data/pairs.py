@@ -12,19 +12,22 @@ A row that cannot be used is dropped and named in the report (`on_bad_row="drop"
 row always raises.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from jaxrlhf.data.read_report import DataError, ReadReport
 from jaxrlhf.data.schemas import BadRow, Reading, demonstration_fields, pair_fields, prompt_fields
 from jaxrlhf.data.sources import Fault, Source, iter_rows
 from jaxrlhf.files import write_lines
+
+if TYPE_CHECKING:  # importing transformers takes seconds, and a plan needs none of it
+    from transformers import PreTrainedTokenizerBase
 
 OnBadRow = Literal["drop", "error"]
 

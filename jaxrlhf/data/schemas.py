@@ -1,12 +1,12 @@
 """One raw row → the fields of a pair, a demonstration or a prompt, or `BadRow` with the reason. No file, no id, no loop in here."""
 
+from __future__ import annotations
+
 import os
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from jaxrlhf.data.chat import (
     RENDER_ARGUMENTS,
@@ -19,6 +19,9 @@ from jaxrlhf.data.chat import (
     special_strings,
 )
 from jaxrlhf.data.read_report import DataError
+
+if TYPE_CHECKING:  # importing transformers takes seconds, and a plan needs none of it
+    from transformers import PreTrainedTokenizerBase
 
 ASSISTANT = "\n\nAssistant:"
 _RESPONSES = ("completion", "response")

@@ -1,11 +1,14 @@
 """A byte-level BPE learned on a run's own text: no download, any text round-trips (bytes and emoji included)."""
 
-from collections.abc import Iterable
+from __future__ import annotations
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from jaxrlhf.data.read_report import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PAD, EOS, BOS = "<|pad|>", "<|endoftext|>", "<|startoftext|>"
 
@@ -16,6 +19,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, bos: bool = False)
     `bos` puts a BOS in front of every text. Small corpora run out of pairs and give fewer ids: `len(tokenizer)` is the number to build a
     model for. Raises DataError if `vocab_size` has no room for the bytes.
     """
+    # Importing transformers takes seconds: who makes no tokenizer does without.
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
     specials = [PAD, EOS, *([BOS] if bos else [])]
     if vocab_size < 256 + len(specials):
         raise DataError(

@@ -11,21 +11,25 @@ alone (`batches.trim` cuts padding). Masks are made from lengths and carried, so
   are control tokens, and their responses end in the chat template's end token.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from jaxrlhf.data.chat import eos_ids_of
 from jaxrlhf.data.encode import Encoder, Ids
 from jaxrlhf.data.pairs import Demonstration, Pair, Prompt
 from jaxrlhf.data.read_report import DataError, ReadReport
 from jaxrlhf.types import PairBatch, PromptBatch, TextBatch
+
+if TYPE_CHECKING:  # importing transformers takes seconds, and a plan needs none of it
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,18 @@ the SFT policy teach "longer is better"; a policy that follows this walks over t
 `ToyTask.overlong_penalty` is the knob: 0 and length never betrays gold; larger and a stale reward model costs more.
 """
 
+from __future__ import annotations
+
 import zlib
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from jaxrlhf.config import ToyTask
 from jaxrlhf.data.pairs import Demonstration, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # One token a word. Plural subjects and adverbs of place and time make every fact an English sentence without articles.
 WORDS: dict[str, tuple[str, ...]] = {
@@ -131,6 +134,9 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
 
     `<unk>` is an ordinary word, not a special one: skip_special_tokens keeps it, so a policy that says it is seen, and punished, by gold.
     """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast  # seconds: who makes no tokenizer does without
+
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(

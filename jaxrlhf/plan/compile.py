@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import jax
@@ -12,33 +12,13 @@ import jax
 from jaxrlhf import sharding
 from jaxrlhf.plan import hlo
 from jaxrlhf.plan.hlo.text import read
-from jaxrlhf.plan.planner import Phase
+from jaxrlhf.plan.planner import Phase, Program
 
 DEPTHS = (2, 4)  # layers that are compiled where a deeper model is extrapolated
 DEEP = 8  # beyond so many layers
 # On CPUs only the plan of buffers is of interest, and that is made before LLVM: its optimisations are left out. The barriers that
 # model.remat sets stay, as with the compilers of accelerators: without them a CPU's merges what is computed again with what it repeats.
 ON_CPU: dict[str, str | bool | int | float] = {"xla_backend_optimization_level": 0, "xla_disable_hlo_passes": "cse_barrier_expander"}
-
-
-@dataclass(frozen=True)
-class Program:
-    """One compiled program on one device: bytes, FLOPs and seconds of compilation.
-
-    `temp` is what the compiler's own plan of buffers needs beside arguments and results; `fresh` is results that take no argument's memory.
-    `flops` are of products of matrices, `traffic` what operations read and write, `sent` what the device sends others; loops count as
-    often as they run.
-    """
-
-    arguments: float
-    fresh: float
-    temp: float
-    code: float
-    flops: float
-    traffic: float
-    sent: float
-    seconds: float
-    layers: tuple[int, ...] = ()  # at which depths it was compiled, where that was not the model's own
 
 
 def compiled(phase: Phase, mesh: Any) -> Program:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxrlhf import sharding
 from jaxrlhf.config import Config
-from jaxrlhf.plan.compile import Program
 from jaxrlhf.plan.devices import Device
-from jaxrlhf.plan.planner import Phase
+from jaxrlhf.plan.formulas import temporaries
+from jaxrlhf.plan.planner import Phase, Program
 from jaxrlhf.plan.shapes import bytes_of_rows, bytes_on_device
 
 # Assumptions of every prediction, printed with it.
@@ -23,11 +23,15 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Planned:
-    """One phase on one device: `parts` are bytes by name, `activations` those of the temporaries that shrink with fewer rows at once."""
+    """One phase on one device: `parts` are bytes by name, `activations` those of the temporaries that shrink with fewer rows at once.
+
+    `program` is what the formulas say, or a compiler where one was asked; `counted` then what the formulas say.
+    """
 
     phase: Phase
     program: Program
     parts: dict[str, float]
+    counted: Program | None = None
 
     @property
     def total(self) -> float:
@@ -43,13 +47,13 @@ class Planned:
         }
 
 
-def planned(phase: Phase, program: Program, mesh: Any) -> Planned:
+def planned(phase: Phase, program: Program, mesh: Any, counted: Program | None = None) -> Planned:
     """The phase's memory by part: trees that are held, rows, results, gradients and other temporaries."""
     parts: dict[str, float] = {name: bytes_on_device(tree, mesh) for name, tree in phase.held.items()}
     gradients = 0.0 if phase.learned is None else min(bytes_on_device(phase.learned, mesh), program.temp)
     parts |= {"batch": bytes_of_rows(phase.rows, mesh) + program.fresh}
     parts |= {"gradients": gradients} if gradients else {}
-    return Planned(phase, program, parts | {"activations": program.temp - gradients, "code": program.code})
+    return Planned(phase, program, parts | {"activations": program.temp - gradients, "code": program.code}, counted)
 
 
 def room(device: Device) -> float:
@@ -66,7 +70,7 @@ class Advice:
 
 
 def advice(one: Planned, device: Device, config: Config, mesh: Any) -> list[Advice]:
-    """What helps a phase that does not fit, the largest saving first. Estimates from the size of the parts, not compiled."""
+    """What helps a phase that does not fit, the largest saving first. Estimates from formulas and the size of the parts, not compiled."""
     return sorted(_advice(one, room(device), config, mesh), key=lambda a: -a.saves)
 
 
@@ -75,11 +79,10 @@ def _advice(one: Planned, limit: float, config: Config, mesh: Any) -> Iterator[A
         if knob.endswith(("gradient_accumulation_steps", "batch_size")):
             yield from _smaller(one, limit, knob, config, mesh)
         elif knob == "model.remat" and config.model.remat == "none":
-            kept = _layer_inputs(one, config, mesh) + one.parts["activations"] / one.phase.layers
-            if one.parts["activations"] > kept:
-                yield Advice(
-                    "model.remat full", one.parts["activations"] - kept, f"keeps the layers' inputs and one layer, {gib(kept)} GiB"
-                )
+            again = [replace(read, remat="full") for read in one.phase.reads]
+            share = temporaries(one.phase, again, mesh) / temporaries(one.phase, one.phase.reads, mesh)
+            if share < 1:
+                yield Advice("model.remat full", one.program.temp * (1 - share), "keeps the layers' inputs and one layer")
         elif knob == "mesh.fsdp":
             yield from _cut(one, config, mesh)
         elif knob == "lora.r" and not config.lora.r:
@@ -117,29 +120,6 @@ def _smaller(one: Planned, limit: float, knob: str, config: Config, mesh: Any) -
     factor = most if factor is None else min(factor, most)
     if factor > 1:
         yield Advice(f"{knob} {now // factor}", shrinks * (1 - 1 / factor), f"now {value or f'all {batch}'}: fewer rows at once")
-
-
-def _layer_inputs(one: Planned, config: Config, mesh: Any) -> float:
-    """Bytes of the hidden states between layers, for the rows that are computed at once on one device."""
-    width = _width(one.phase.held)
-    item = 2 if config.model.dtype == "bfloat16" else 4
-    section = {"SFT": config.sft, "reward": config.reward}.get(one.phase.stage, config.ppo)
-    if one.phase.name.startswith("step") and one.phase.stage == "policy":
-        section = config.dpo
-    positions = sum(leaf.size for leaf in _token_leaves(one.phase.rows)) / sharding.data_shards(mesh)
-    models = 2 if "critic" in one.phase.held else 1
-    return models * one.phase.layers * positions * width * item / section.gradient_accumulation_steps
-
-
-def _token_leaves(rows: Any) -> list[Any]:
-    import jax
-
-    return [leaf for leaf in jax.tree.leaves(rows) if leaf.ndim == 2 and leaf.dtype == "int32"]
-
-
-def _width(held: dict[str, Any]) -> int:
-    params = next(tree for name, tree in held.items() if name in ("policy", "reward"))
-    return params["backbone"]["final_norm"]["scale"].shape[0]
 
 
 def _cut(one: Planned, config: Config, mesh: Any) -> Iterator[Advice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ class PlannedModels:
         return replace(self, **{name: shallow(getattr(self, name), layers) for name in ("base", "reward", "gold")})
 
 
-def shallow(decoder: DecoderConfig | None, layers: int) -> DecoderConfig | None:
+def shallow(decoder: Any, layers: int) -> Any:
+    """The decoder (or None) with at most so many layers."""
     if decoder is None or decoder.num_layers <= layers:
         return decoder
     return replace(decoder, num_layers=layers, sliding_layers=tuple(n for n in decoder.sliding_layers if n < layers))
@@ -100,6 +102,10 @@ def _at_hand(source: str) -> Path | None:
         return folder
     if source.count("/") > 1 or source.startswith((".", "~", "/")):
         return None
+    from huggingface_hub import constants
+
+    if not (Path(constants.HF_HUB_CACHE) / f"models--{source.replace('/', '--')}").is_dir():
+        return None  # before the import of what looks closer, which takes a third of a second
     from huggingface_hub import try_to_load_from_cache
 
     found = [try_to_load_from_cache(source, file) for file in ("config.json", "tokenizer.json")]
@@ -138,9 +144,35 @@ def gold_model(config: Config, gold: DecoderConfig, mesh: Any) -> Model:
     return build_model(gold, head="scalar", dtype=config.gold.dtype, **how)
 
 
-def shapes_of(model: Model) -> Params:
-    """The shapes of a model's parameters."""
-    return jax.eval_shape(model.init, KEY)
+def shapes_of(decoder: DecoderConfig, head: str) -> Params:
+    """The shapes of a model's parameters: one layer is traced, for all are alike."""
+    return deepened(jax.eval_shape(build_model(shallow(decoder, 1), head=head).init, KEY), decoder.num_layers)
 
 
+def one_layer(tree: Any) -> Any:
+    """A tree of parameters, or one that has such trees in it, without the layers after the first."""
+    return _layers(tree, lambda part: {name: leaf for name, leaf in part.items() if not name.startswith(LAYER) or name == FIRST})
+
+
+def deepened(tree: Any, layers: int) -> Any:
+    """The inverse of `one_layer`."""
+    return _layers(tree, lambda part: part | {f"{LAYER}{number}": part[FIRST] for number in range(layers)})
+
+
+def depth(tree: Any) -> int:
+    """How many layers the decoders of a tree have; 1 where it has none."""
+    parts = [part for part in jax.tree.leaves(tree, is_leaf=_has_layers) if _has_layers(part)]
+    return max((sum(name.startswith(LAYER) for name in part) for part in parts), default=1)
+
+
+def _layers(tree: Any, change: Callable[[Params], Params]) -> Any:
+    return jax.tree.map(lambda node: change(node) if _has_layers(node) else node, tree, is_leaf=_has_layers)
+
+
+def _has_layers(node: Any) -> bool:
+    return isinstance(node, dict) and FIRST in node
+
+
+LAYER = "layers_"
+FIRST = f"{LAYER}0"
 KEY = jax.eval_shape(lambda: jax.random.key(0))

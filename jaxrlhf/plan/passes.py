@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
 
 from jaxrlhf import sharding
-from jaxrlhf.models.encoder import build_bert
+from jaxrlhf.models.encoder import BertConfig, build_bert
+from jaxrlhf.models.transformer import DecoderConfig
 from jaxrlhf.offline.logprobs import logp_pass
 from jaxrlhf.pipeline.inputs import gold_limits
 from jaxrlhf.plan.models import KEY, gold_model
 from jaxrlhf.plan.planner import Phase, Planner
-from jaxrlhf.plan.shapes import NUMBER, bools, ints, texts
+from jaxrlhf.plan.shapes import NUMBER, bools, floats, ints, texts
 from jaxrlhf.rollouts.generate import sampler
 from jaxrlhf.scorers.reward_model import score_pass
 from jaxrlhf.types import Params
@@ -26,10 +28,11 @@ def scoring_phase(
     L, rows = planner.lengths[0], sharding.rows_at_once(batch_size, batch_size, planner.mesh)
     batch = texts(rows, L, width)
     sides = (batch.prompt_BL, batch.prompt_mask_BL, batch.response_BT, batch.response_mask_BT)
-    function = score_pass(planner.models[1], planner.mesh)
+    function, reads = score_pass(planner.models[1], planner.mesh), (planner.read("scalar", rows, L + width, width),)
     return Phase(
-        stage, name, function, (params, sides, NUMBER), held, sides, calls, rows * (L + width), planner.layers, (knob, "mesh.fsdp")
-    )
+        stage, name, function, (params, sides, NUMBER), held, sides, calls, rows * (L + width), planner.layers, (knob, "mesh.fsdp"),
+        reads=reads, results=floats(rows),
+    )  # fmt: skip
 
 
 def sampling_phases(
@@ -75,7 +78,11 @@ def sample_phase(
     batch = (ints(rows, L), bools(rows, L), ints(rows))
     arguments = (held["policy"], batch, KEY, NUMBER)
     # The first token comes from the prompt's own pass.
-    return Phase(stage, name, function, arguments, held, batch, calls, rows * T, planner.layers, knobs, loop=max(T - 1, 1))
+    return Phase(
+        stage, name, function, arguments, held, batch, calls, rows * T, planner.layers, knobs, loop=max(T - 1, 1),
+        reads=(planner.read("lm", rows // passes, L, 1, times=passes, decoded=T),),
+        results=(ints(rows, T), bools(rows, T), floats(rows, T)),
+    )  # fmt: skip
 
 
 def gold_phases(planner: Planner, stage: str, held: dict[str, Any], prompts: int | None, *, samples: int = 2) -> Iterator[Phase]:
@@ -89,10 +96,11 @@ def gold_phases(planner: Planner, stage: str, held: dict[str, Any], prompts: int
     sides = (batch.prompt_BL, batch.prompt_mask_BL, batch.response_BT, batch.response_mask_BT)
     model = gold_model(planner.config, gold, planner.mesh)
     held = held | planner.gold_held
+    read = replace(planner.read("scalar", rows, L + T, T), model=gold, dtype=section.dtype)
     calls = planner.counts.passes(prompts, rows, samples)
     yield Phase(
         stage, "gold scores", score_pass(model, planner.mesh), (held["gold"], sides, NUMBER), held, sides, calls, rows * (L + T),
-        gold.num_layers, ("gold.batch_size", "mesh.fsdp"),
+        gold.num_layers, ("gold.batch_size", "mesh.fsdp"), reads=(read,), results=floats(rows),
     )  # fmt: skip
 
 
@@ -110,8 +118,11 @@ def logprobs_phase(
     L, rows = planner.lengths[0], sharding.rows_at_once(batch_size, batch_size, planner.mesh)
     batch = texts(rows, L, width)
     function = logp_pass(planner.models[0], temperature, planner.mesh)
-    knobs = (knob, "mesh.fsdp")
-    return Phase(stage, name, function, (held["policy"], batch), held, batch, calls, rows * (L + width), planner.layers, knobs)
+    knobs, reads = (knob, "mesh.fsdp"), (planner.read("lm", rows, L + width - 1, width),)
+    return Phase(
+        stage, name, function, (held["policy"], batch), held, batch, calls, rows * (L + width), planner.layers, knobs,
+        reads=reads, results=floats(rows),
+    )  # fmt: skip
 
 
 def encoder_phase(planner: Planner, held: dict[str, Any], updates: int) -> Phase:
@@ -124,4 +135,15 @@ def encoder_phase(planner: Planner, held: dict[str, Any], updates: int) -> Phase
     calls = planner.counts.passes(planner.counts.pairs, rows, 2 + updates)
     held = held | {"encoder": params}
     function = sharding.rows(lambda p, b: bert.encode(p, *b), planner.mesh)
-    return Phase("update", "sentence vectors", function, (params, batch), held, batch, calls, rows * width, 0, ("encoder.batch_size",))
+    reads = (replace(planner.read("none", rows, width, width), model=as_decoder(encoder), dtype="float32"),)
+    return Phase(
+        "update", "sentence vectors", function, (params, batch), held, batch, calls, rows * width, 0, ("encoder.batch_size",),
+        reads=reads, results=floats(rows, encoder.hidden_size),
+    )  # fmt: skip
+
+
+def as_decoder(encoder: BertConfig) -> DecoderConfig:
+    """A decoder of the same sizes: what its layers compute is what the formulas count."""
+    e, head_dim = encoder, encoder.hidden_size // encoder.num_heads
+    sizes = (e.vocab_size, e.hidden_size, e.num_layers, e.num_heads, e.num_heads, head_dim, e.intermediate_size, e.max_positions)
+    return DecoderConfig("gpt2", *sizes, positions="learned")

@@ -13,25 +13,27 @@ from jaxrlhf import sharding
 from jaxrlhf.algorithms.rounds import SECTIONS_READ
 from jaxrlhf.config import Config
 from jaxrlhf.pipeline.checks import check_shards
-from jaxrlhf.plan.compile import Program, compile_all
+from jaxrlhf.plan.compile import compile_all
 from jaxrlhf.plan.counts import Counts, counts_of
 from jaxrlhf.plan.devices import Device
+from jaxrlhf.plan.formulas import counted
 from jaxrlhf.plan.memory import Planned, planned
 from jaxrlhf.plan.models import planned_models
 from jaxrlhf.plan.phases import phases_of
-from jaxrlhf.plan.planner import Phase, Planner
+from jaxrlhf.plan.planner import Phase, Planner, Program
 from jaxrlhf.plan.shapes import bytes_on_device
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A config's phases with their figures, on one of `devices` equal devices. `compiler`: the platform that programs were compiled for."""
+    """A config's phases with their figures, on one of `devices` equal devices. `compiler`: the platform that programs were compiled for;
+    None: nothing was compiled, and the figures are the formulas'."""
 
     config: Config
     counts: Counts
     mesh: Any
     devices: int
-    compiler: str
+    compiler: str | None
     models: dict[str, tuple[int, int]]  # name → (parameters, bytes on one device)
     phases: list[Planned]
     notes: list[str]
@@ -56,12 +58,13 @@ def plan(
     *,
     rows: int | None = None,
     valid_rows: int | None = None,
+    compiles: bool = False,
     exact: bool = False,
     devices: Sequence[Any] | None = None,
     known: dict[Any, Program] | None = None,
     report: Callable[[Phase, Program], Any] = lambda phase, program: None,
 ) -> Plan:
-    """Compile every program of a run for `devices` (default: those of this process) and read what it needs.
+    """Count what every program of a run needs on `devices` (default: those of this process), and compile them where `compiles` says so.
 
     `rows` and `valid_rows` are those of data.train and of what is held out, where the config does not say. Training steps of more than
     8 layers are compiled with 2 and 4 and extrapolated, unless `exact`. `known` keeps programs for other configs on the same devices.
@@ -77,21 +80,24 @@ def plan(
     planner = Planner(config, subjects, counts, mesh)
     phases = phases_of(planner)
 
-    def shallow(layers: int) -> list[Phase]:
-        return phases_of(dataclasses.replace(planner, subjects=subjects.at_depth(layers)))
+    formulas = [counted(one, mesh) for one in phases]
+    programs, beside = formulas, [None] * len(phases)
+    if compiles:
 
-    programs = compile_all(phases, shallow, mesh, {} if known is None else known, exact=exact, report=report)
+        def shallow(layers: int) -> list[Phase]:
+            return phases_of(dataclasses.replace(planner, subjects=subjects.at_depth(layers)))
+
+        programs, beside = compile_all(phases, shallow, mesh, {} if known is None else known, exact=exact, report=report), formulas
+    found = [planned(one, program, mesh, formula) for one, program, formula in zip(phases, programs, beside, strict=True)]
     every = jax.devices() if devices is None else devices
     models = {}
     for one in phases:
         for name, tree in one.held.items():
-            if name != "optimizer":
-                models.setdefault(name, (sum(leaf.size for leaf in jax.tree.leaves(tree)), bytes_on_device(tree, mesh)))
-    return Plan(
-        config, counts, mesh, len(every), every[0].platform, models,
-        [planned(one, program, mesh) for one, program in zip(phases, programs, strict=True)],
-        [*notes_of(config, updates, every[0].platform), *([subjects.encoder_note] if subjects.encoder_note else [])],
-    )  # fmt: skip
+            if name != "optimizer" and name not in models:
+                models[name] = (sum(leaf.size for leaf in jax.tree.leaves(tree)), bytes_on_device(tree, mesh))
+    compiler = every[0].platform if compiles else None
+    notes = [*notes_of(config, updates, compiler), *([subjects.encoder_note] if subjects.encoder_note else [])]
+    return Plan(config, counts, mesh, len(every), compiler, models, found, notes)
 
 
 def _axes(config: Config) -> tuple[int, int, int]:
@@ -105,12 +111,17 @@ def check_batches(config: Config, counts: Counts, mesh: Any) -> None:
     check_shards(config, sorted(used), sharding.data_shards(mesh))
 
 
-def notes_of(config: Config, updates: set[str], platform: str) -> list[str]:
+def notes_of(config: Config, updates: set[str], compiler: str | None) -> list[str]:
     """What the figures do not hold."""
     notes = []
-    if platform == "cpu" and "bfloat16" in (config.model.dtype, config.gold.dtype):
+    if compiler is None:
+        notes.append(
+            "counted by formula, nothing was compiled: activations are those that XLA keeps when it compiles for CPUs, and accelerators "
+            "fuse more and keep fewer. --compile adds what a compiler says."
+        )
+    if compiler == "cpu" and "bfloat16" in (config.model.dtype, config.gold.dtype):
         notes.append("compiled for CPUs, which compute bfloat16 in float32: activations and GB moved are larger here than elsewhere.")
-    if platform == "cpu" and config.model.remat != "none":
+    if compiler == "cpu" and config.model.remat != "none":
         notes.append(f"model.remat {config.model.remat} is planned as accelerators compile it; a run on this CPU saves nothing by it.")
     own = [name for name in updates if ":" in name]
     if own:

@@ -6,6 +6,7 @@ They come from the same trainers and passes that the stages use (`run/models.py`
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -13,9 +14,58 @@ import jax
 from jaxrlhf import sharding
 from jaxrlhf.config import Config
 from jaxrlhf.models.lora import adapters
+from jaxrlhf.models.transformer import DecoderConfig
 from jaxrlhf.plan.counts import Counts
-from jaxrlhf.plan.models import KEY, PlannedModels, gold_model, models_of, shapes_of
-from jaxrlhf.types import Params
+from jaxrlhf.plan.models import KEY, PlannedModels, deepened, models_of, one_layer, shapes_of
+from jaxrlhf.steps.state import init_state
+from jaxrlhf.types import Params, TrainState
+
+
+@dataclass(frozen=True)
+class Read:
+    """Rows that pass through a decoder, forward and, where it learns, backward: what the formulas count. Sizes are of one device."""
+
+    model: DecoderConfig
+    head: str  # "lm", "scalar" or "none"
+    rows: int  # at once
+    width: int  # positions that are computed
+    outputs: int  # positions whose result is read: the last layer computes no others
+    times: int = 1  # so many in a call, one after the other
+    learns: bool = False
+    adapters: int = 0  # their rank, where they alone learn
+    updates: int = 1  # optimizer steps of a call
+    clips: bool = False  # the norm of all gradients
+    decoded: int = 0  # tokens a row gets one by one afterwards, from the cache of the pass
+    dtype: str = "float32"
+    remat: str = "none"
+    chunk: int | None = None  # positions whose logits are held at a time, where the config says
+
+    @property
+    def cache(self) -> int:
+        """Bytes of keys and values of one pass, with room for what is decoded."""
+        c = self.model
+        slots = self.width + self.decoded if self.decoded else 0
+        return 2 * c.num_layers * self.rows * c.num_kv_heads * c.head_dim * slots * (2 if self.dtype == "bfloat16" else 4)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What one program needs on one device, by formula or as a compiler says: bytes, FLOPs and seconds of compilation.
+
+    `temp` is what there is beside arguments and results at its peak; `fresh` is results that take no argument's memory.
+    `flops` are of products of matrices, `traffic` what operations read and write, `sent` what the device sends others; loops count as
+    often as they run.
+    """
+
+    arguments: float
+    fresh: float
+    temp: float
+    code: float
+    flops: float
+    traffic: float
+    sent: float
+    seconds: float = 0.0
+    layers: tuple[int, ...] = ()  # at which depths it was compiled, where that was not the model's own
 
 
 @dataclass(frozen=True)
@@ -39,6 +89,8 @@ class Phase:
     knobs: tuple[str, ...]
     loop: int = 1
     learned: Any = None  # the tree that has gradients, in a training step
+    reads: tuple[Read, ...] = ()  # what it computes, for the formulas
+    results: Any = ()  # rows that it returns
 
     @property
     def title(self) -> str:
@@ -58,28 +110,40 @@ class Planner:
     def models(self):
         return models_of(self.config, self.subjects, self.mesh)
 
-    @property
+    @cached_property
     def policy(self) -> Params:
-        return shapes_of(self.models[0])
+        return shapes_of(self.subjects.base, "lm")
 
-    @property
+    @cached_property
     def scalar(self) -> Params:
-        return shapes_of(self.models[1])
+        return shapes_of(self.subjects.reward, "scalar")
 
+    @cached_property
     def split_params(self) -> tuple[Params, Params | None]:
         """(what learns of the policy, what is frozen): its adapters and its base, or all of it and None."""
         lora = self.config.lora
         if not lora.r:
             return self.policy, None
         how = {"r": lora.r, "alpha": lora.alpha, "targets": lora.target_modules}
-        return jax.eval_shape(lambda params, key: adapters(params, key, **how), self.policy, KEY)
+        split = jax.eval_shape(lambda params, key: adapters(params, key, **how), one_layer(self.policy), KEY)
+        return deepened(split, self.layers)
 
-    @property
+    def state(self, params: Params, optimizer: Any, controller: dict[str, Any] | None = None) -> TrainState:
+        """The shapes of a training state; the optimizer is traced for one layer."""
+        shapes = jax.eval_shape(lambda p, c: init_state(p, optimizer, c), one_layer(params), controller)
+        return deepened(shapes, self.layers)
+
+    @cached_property
     def gold_held(self) -> dict[str, Any]:
         """The gold model, which stays in memory for as long as a stage has texts for it."""
-        if self.subjects.gold is None:
-            return {}
-        return {"gold": shapes_of(gold_model(self.config, self.subjects.gold, self.mesh))}
+        return {} if self.subjects.gold is None else {"gold": shapes_of(self.subjects.gold, "scalar")}
+
+    def read(self, head: str, rows: int, width: int, outputs: int, **more: Any) -> Read:
+        """A pass of the policy's decoder, or the scalar model's, over `rows` of all devices at once."""
+        model = self.config.model
+        decoder = self.subjects.base if head == "lm" else self.subjects.reward
+        how = {"dtype": model.dtype, "remat": model.remat, "chunk": model.logits_chunk} | more
+        return Read(decoder, head, -(-rows // sharding.data_shards(self.mesh)), width, outputs, **how)
 
     @property
     def lengths(self) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf import sharding
+from jaxrlhf.plan.models import FIRST, depth, one_layer
 from jaxrlhf.types import PairBatch, TextBatch
 
 NUMBER = jax.ShapeDtypeStruct((), jnp.float32)
@@ -16,9 +17,11 @@ BIAS = jax.ShapeDtypeStruct((), jnp.float32, weak_type=True)  # a number of Pyth
 
 
 def bytes_on_device(tree: Any, mesh: Any) -> int:
-    """What one device holds of a tree of shapes that lives where the sharding table says."""
-    leaves = jax.tree.leaves(sharding.template(tree, mesh))
-    return sum(_size(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in leaves)
+    """What one device holds of a tree of shapes that lives where the sharding table says. Layers are alike: the first is measured."""
+    leaves = jax.tree_util.tree_leaves_with_path(sharding.template(one_layer(tree), mesh))
+    layers = depth(tree)
+    sizes = ((path, _size(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)) for path, leaf in leaves)
+    return sum(size * (layers if any(getattr(part, "key", "") == FIRST for part in path) else 1) for path, size in sizes)
 
 
 def bytes_of_rows(tree: Any, mesh: Any) -> int:

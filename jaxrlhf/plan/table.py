@@ -18,7 +18,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6
 
 def show(plan: Plan, name: str, devices: Sequence[Device]) -> None:
     """Print the plan, with what each of `devices` makes of it."""
-    print(f"{name} on {plan.devices} device{'s' * (plan.devices > 1)} ({plan.compiler} compiler); sizes are of one device")
+    by = "counted by formula, not compiled" if plan.compiler is None else f"compiled for {plan.compiler}"
+    print(f"{name} on {plan.devices} device{'s' * (plan.devices > 1)}, {by}; sizes are of one device")
     print("\nmodel                parameters    GiB")
     for model, (parameters, size) in plan.models.items():
         print(f"{model:16} {parameters:14,} {gib(size):>6}")
@@ -26,6 +27,9 @@ def show(plan: Plan, name: str, devices: Sequence[Device]) -> None:
     _memory(plan)
     print()
     _work(plan)
+    if plan.compiler is not None:
+        print()
+        _beside(plan)
     for note in plan.notes:
         print(f"note: {note}")
     if not devices:
@@ -53,11 +57,19 @@ def _at(one: Planned) -> str:
 
 
 def _work(plan: Plan) -> None:
-    print(f"{'a call, on one device':38} {'calls':>8} {'TFLOP':>9} {'GB moved':>9} {'GB sent':>8} {'compiled in s':>14}")
+    print(f"{'a call, on one device':38} {'calls':>8} {'TFLOP':>9} {'GB moved':>9} {'GB sent':>8}")
     for one in plan.phases:
         p, calls = one.program, "?" if one.phase.calls is None else f"{one.phase.calls:,}"
-        figures = f"{p.flops / 1e12:9.4g} {p.traffic / 1e9:9.4g} {p.sent / 1e9:8.3g} {p.seconds:14.1f}"
-        print(f"{one.phase.title:38} {calls:>8} {figures}")
+        print(f"{one.phase.title:38} {calls:>8} {p.flops / 1e12:9.4g} {p.traffic / 1e9:9.4g} {p.sent / 1e9:8.3g}")
+
+
+def _beside(plan: Plan) -> None:
+    """The formulas' figures over the compiler's."""
+    print(f"{'formula / compiler':38} {'temporaries':>11} {'TFLOP':>9} {'GB moved':>9} {'GB sent':>8} {'compiled in s':>14}")
+    for one in plan.phases:
+        pairs = [(getattr(one.counted, name), getattr(one.program, name)) for name in ("temp", "flops", "traffic", "sent")]
+        temp, flops, traffic, sent = (f"{formula / said:.2f}" if said else "-" for formula, said in pairs)
+        print(f"{one.phase.title:38} {temp:>11} {flops:>9} {traffic:>9} {sent:>8} {one.program.seconds:14.1f}")
 
 
 def _verdict(plan: Plan, device: Device) -> None:
@@ -79,8 +91,9 @@ def _verdict(plan: Plan, device: Device) -> None:
         print(f"fits: the largest phase needs {gib(max(one.total for one in plan.phases))} of {gib(room(device))} GiB.")
     for one in tight:
         needs = f"{one.phase.title} needs {gib(one.total)} GiB, {gib(one.total - room(device))} more than {gib(room(device))}"
-        at_most = plan.compiler == "cpu" and plan.config.model.dtype == "bfloat16" and one.total - one.parts["activations"] < room(device)
-        print(f"MAY NOT FIT: {needs}, at most: a CPU's activations are those of float32." if at_most else f"DOES NOT FIT: {needs}.")
+        larger = plan.compiler is None or (plan.compiler == "cpu" and plan.config.model.dtype == "bfloat16")
+        at_most = larger and one.total - one.parts["activations"] < room(device)
+        print(f"MAY NOT FIT: {needs}, at most: those are a CPU's activations." if at_most else f"DOES NOT FIT: {needs}.")
         for tip in advice(one, device, plan.config, plan.mesh):
             print(f"  {tip.setting}: saves about {gib(tip.saves)} GiB ({tip.why})")
     seconds, unknown = plan.run_seconds(device)
@@ -103,6 +116,7 @@ def as_json(plan: Plan, devices: Sequence[Device]) -> dict[str, Any]:
     whole["phases"] = [
         {"stage": one.phase.stage, "phase": one.phase.name, "calls": one.phase.calls, "tokens": one.phase.tokens, "bytes": one.total}
         | {"parts": one.parts, "program": vars(one.program) | {"layers": list(one.program.layers)}}
+        | ({} if one.counted is None else {"formula": vars(one.counted) | {"layers": []}})
         for one in plan.phases
     ]
     return whole | {"on": [_on(plan, device) for device in devices]}

@@ -10,6 +10,7 @@ from jaxrlhf.sharding.mesh import (
     BATCH_AXES,
     Devices,
     Replicas,
+    axis_sizes,
     check_batch_size,
     data_shards,
     make_mesh,
@@ -20,7 +21,8 @@ from jaxrlhf.sharding.placement import build, gather, init_on_mesh, place, place
 from jaxrlhf.sharding.rules import RULES, path_of, shardings, template
 
 __all__ = [
-    "AXES", "BATCH_AXES", "RULES", "Compiled", "Devices", "Replicas", "build", "check_batch_size", "check_offload", "constrain_rows",
-    "data_shards", "gather", "init_on_mesh", "make_mesh", "mesh_of", "offload", "path_of", "place", "place_batch", "replicate",
-    "row_constraints", "rows", "rows_and_metrics", "rows_at_once", "shardings", "step", "template", "to_device", "uncommitted",
+    "AXES", "BATCH_AXES", "RULES", "Compiled", "Devices", "Replicas", "axis_sizes", "build", "check_batch_size", "check_offload",
+    "constrain_rows", "data_shards", "gather", "init_on_mesh", "make_mesh", "mesh_of", "offload", "path_of", "place", "place_batch",
+    "replicate", "row_constraints", "rows", "rows_and_metrics", "rows_at_once", "shardings", "step", "template", "to_device",
+    "uncommitted",
 ]  # fmt: skip

@@ -100,6 +100,12 @@ def data_shards(mesh: Devices) -> int:
     return 1 if grid is None else math.prod(grid.shape[name] for name in BATCH_AXES)
 
 
+def axis_sizes(mesh: Devices) -> dict[str, int]:
+    """How many devices each axis has."""
+    grid = raw_mesh(mesh)
+    return {name: 1 if grid is None else grid.shape[name] for name in AXES}
+
+
 @functools.cache
 def warn_once(message: str) -> None:
     _log.warning(message)

@@ -1,5 +1,6 @@
 """The sharding table, from a parameter's path to mesh axes, and the shardings and templates of whole trees by it."""
 
+import functools
 import re
 from typing import Any
 
@@ -35,8 +36,13 @@ def path_of(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+@functools.lru_cache(maxsize=4096)  # a parameter, its moments and its copies in other trees
+def _sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where one leaf lives: the axes of the first rule that fits, less those that do not divide."""
+    return NamedSharding(mesh, _spec(path, shape, mesh))
+
+
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The axes of one leaf: the first rule that matches, without the axes that do not divide."""
     spec = next((axes for pattern, axes in RULES if re.search(pattern, path)), None)
     if spec is None or len(spec) > len(shape):
         if len(shape) > 1 and mesh.size > mesh.shape["data"]:
@@ -62,7 +68,7 @@ def shardings(tree: Any, mesh: Mesh | Replicas) -> Any:
     if isinstance(mesh, Replicas):
         line = Mesh(mesh.mesh.devices.ravel(), ("data",), axis_types=(AxisType.Auto,))
         return jax.tree.map(lambda leaf: NamedSharding(line, WHOLE), tree)
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, _spec(path_of(path), np.shape(leaf), mesh)), tree)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _sharding(path_of(path), np.shape(leaf), mesh), tree)
 
 
 def struct(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:

@@ -10,13 +10,13 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from jaxrlhf import distributed
 from jaxrlhf.monitoring.recompiles import ignore_compilations
@@ -24,11 +24,19 @@ from jaxrlhf.sharding import path_of
 from jaxrlhf.storage import copies, remote
 from jaxrlhf.types import TrainState
 
-_args: Any = ocp.args
 _FILES = "files.json"  # at a URL: uploaded after all other files of a checkpoint
 
-# Orbax logs a failed background write about ten times, with tracebacks; it is raised here once, as a CheckpointError.
-logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
+
+@cache
+def _orbax() -> Any:
+    """The library that writes checkpoints. Importing it takes a second, which a program without checkpoints saves.
+
+    Orbax logs a failed background write about ten times, with tracebacks; it is raised here once, as a CheckpointError.
+    """
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
+    return ocp
 
 
 class CheckpointError(RuntimeError):
@@ -67,6 +75,7 @@ class Checkpoints:
             elif self._url is not None:
                 self._fetch(self._url)
             self.folder.mkdir(parents=True, exist_ok=True)
+            ocp = _orbax()
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
             handlers: Any = {name: ocp.StandardCheckpointHandler() for name in ("params", "opt_state", "state")}
             handlers["meta"] = ocp.JsonCheckpointHandler()
@@ -84,9 +93,10 @@ class Checkpoints:
             return
         items = _items(state)
         self._check_room(items)
-        saves = {name: _args.StandardSave(_flat(tree)) for name, tree in items.items() if jax.tree.leaves(tree)}
+        args = _orbax().args
+        saves = {name: args.StandardSave(_flat(tree)) for name, tree in items.items() if jax.tree.leaves(tree)}
         with ignore_compilations(), _clear_errors(self.folder, "write"):  # orbax slices what several processes hold, and that compiles
-            self._manager.save(step, args=_args.Composite(meta=_args.JsonSave(meta or {}), **saves), force=True)
+            self._manager.save(step, args=args.Composite(meta=args.JsonSave(meta or {}), **saves), force=True)
         if self._url is not None and not self._direct:
             self.wait()
             with _clear_errors(self._url, "put"):
@@ -109,8 +119,9 @@ class Checkpoints:
             for name, table in flat.items():
                 if table:
                     _compare(folder / name, table, _stored(described.get(name)))
-            reads = {name: _args.StandardRestore({k: _struct(v) for k, v in table.items()}) for name, table in flat.items() if table}
-            got = self._manager.restore(step, args=_args.Composite(meta=_args.JsonRestore(), **reads))
+            args = _orbax().args
+            reads = {name: args.StandardRestore({k: _struct(v) for k, v in table.items()}) for name, table in flat.items() if table}
+            got = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore(), **reads))
         back = {name: _unflat(tree, got[name] if flat[name] else {}) for name, tree in items.items()}
         return TrainState(back["state"]["step"], back["params"], back["opt_state"], back["state"]["controller"]), got["meta"]
 

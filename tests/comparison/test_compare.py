@@ -374,11 +374,11 @@ def test_names_and_settings(tmp_path):
     template = tmp_path / "t.txt"
     template.write_text("{first} {second} {prompt}")
     options = parser.parse_args(["a", "--judge", "m", "--judge_template", str(template), "--judge_timeout", "3", "--judge_asks", "2"])
-    assert command.judge_of(options) == Judge("m", template="{first} {second} {prompt}", timeout=3.0, asks=2)
-    assert command.judge_of(parser.parse_args(["a"])) is None
+    assert evaluate_command.judge_of(options) == Judge("m", template="{first} {second} {prompt}", timeout=3.0, asks=2)
+    assert evaluate_command.judge_of(parser.parse_args(["a"])) is None
     for wrong, says in (("{", "not JSON"), ("[1]", "must be a JSON object")):
         with pytest.raises(ValueError, match=says):
-            command.judge_of(parser.parse_args(["a", "--judge", "m", "--judge_request", wrong]))
+            evaluate_command.judge_of(parser.parse_args(["a", "--judge", "m", "--judge_request", wrong]))
     with pytest.raises(ValueError, match="both sides are x; name two different ones"):
         evaluate("x", "x", output=tmp_path, gold="toy")
     rows, _ = read_stored(Path(lines(tmp_path / "s.jsonl", [{"prompt": "a", "completion": "", "templated": True, "id": 4}])))

@@ -16,17 +16,19 @@ from jaxrlhf.commands import plan as command
 from jaxrlhf.models.hub import initialise
 from jaxrlhf.models.hub.published import KNOWN, known_shape
 from jaxrlhf.models.model import build_model
+from jaxrlhf.models.transformer import DecoderConfig
 from jaxrlhf.monitoring.recompiles import count_compilations
 from jaxrlhf.pipeline.run import run
 from jaxrlhf.plan import compile, memory, plan
-from jaxrlhf.plan.compile import Program, compiled, extrapolated
+from jaxrlhf.plan.compile import compiled, extrapolated
 from jaxrlhf.plan.counts import counts_of
 from jaxrlhf.plan.devices import DEVICES, device_of_kind, own_device
+from jaxrlhf.plan.formulas import temporaries
 from jaxrlhf.plan.memory import GIB, Planned, advice, room
 from jaxrlhf.plan.models import gold_model, models_of, planned_models
 from jaxrlhf.plan.phases import phases_of, policy_phases
 from jaxrlhf.plan.plan import Plan
-from jaxrlhf.plan.planner import Phase, Planner
+from jaxrlhf.plan.planner import Phase, Planner, Program, Read
 from jaxrlhf.plan.shapes import bytes_on_device
 from jaxrlhf.plan.training import sft_phase
 from jaxrlhf.recipe import load_config
@@ -143,9 +145,9 @@ def test_what_is_held_beside_a_program(tmp_path, tiny_config):
     assert size["policy"] == size["reference"] and size["critic"] == size["reward"]
     assert 0 < size["optimizer"] - 2 * (size["policy"] + size["critic"]) <= 16  # counters
     rloo = planner_of(tiny_config(tmp_path, method="rloo"))
-    assert {frozenset(one.held) for one in rloo.policies()} == {frozenset(trained - {"critic"})}
+    assert {frozenset(one.held) for one in policy_phases(rloo)} == {frozenset(trained - {"critic"})}
     ensemble = planner_of(tiny_config(tmp_path, method="ppo-ensemble", reward__ensemble_size=3, rounds=1))
-    score = next(one for one in ensemble.policies() if one.name == "score")
+    score = next(one for one in policy_phases(ensemble) if one.name == "score")
     assert bytes_on_device(score.held["reward"], None) == 3 * bytes_on_device(score.held["critic"], None)
     names = [one.title for one in phases_of(planner_of(tiny_config(tmp_path, method="dpo")))]
     assert "policy: step" in names and "policy: log-probs of pairs" in names and "reward: step" not in names
@@ -155,7 +157,7 @@ def test_lora_learns_less_and_shares_its_base(tmp_path, tiny_config):
     planner = planner_of(tiny_config(tmp_path, method="ppo", rounds=1, lora__r=2))
     update = next(one for one in policy_phases(planner) if one.name == "update")
     assert "reference" not in update.held
-    whole = next(one for one in planner_of(tiny_config(tmp_path, method="ppo", rounds=1)).policies() if one.name == "update")
+    whole = next(one for one in policy_phases(planner_of(tiny_config(tmp_path, method="ppo", rounds=1))) if one.name == "update")
     assert bytes_on_device(update.learned["policy"], None) < bytes_on_device(whole.learned["policy"], None) / 2
     assert bytes_on_device(update.held["policy"], None) > bytes_on_device(whole.held["policy"], None)
 
@@ -182,7 +184,7 @@ def test_devices_cut_parameters_and_rows(tmp_path, tiny_config, sft):
 def test_deep_models_follow_from_shallow_ones(tmp_path, tiny_config):
     config = tiny_config(tmp_path, model__shape__num_layers=10)
     planner = planner_of(config)
-    shallow = [replace(planner, subjects=planner.subjects.at_depth(n)).sft() for n in (2, 4)]
+    shallow = [sft_phase(replace(planner, subjects=planner.subjects.at_depth(n))) for n in (2, 4)]
     told = extrapolated(10, (2, 4), [compiled(one, None) for one in shallow])
     exact = compiled(sft_phase(planner), None)
     assert told.layers == (2, 4) and exact.layers == ()
@@ -208,15 +210,17 @@ def phase_of(**changes):
     config = {"stage": "SFT", "name": "step", "knobs": ("sft.gradient_accumulation_steps", "model.remat", "mesh.fsdp")}
     held = {"policy": {"backbone": {"final_norm": {"scale": jax.ShapeDtypeStruct((64,), jnp.float32)}}}}
     rest = {"function": None, "arguments": (), "held": held, "rows": (), "calls": 10, "tokens": 1000, "layers": 4, "learned": held}
+    rest |= {"reads": (Read(SHAPE, "scalar", rows=8, width=64, outputs=64, learns=True),)}
     return Phase(**(config | rest | changes))
 
 
+SHAPE = DecoderConfig("gpt2", 100, 64, 4, 4, 4, 16, 256, 64, positions="learned")
 PROGRAM = Program(arguments=0, fresh=0, temp=0, code=0, flops=4e14, traffic=2.4e12, sent=0, seconds=1.0)
 
 
 def test_advice_is_the_least_that_fits(tmp_path, tiny_config):
     """80 GiB, of which 73.6 are usable: 40 of parameters and 120 of activations want microbatches of a quarter."""
-    one = Planned(phase_of(), PROGRAM, {"policy": 40.0 * GIB, "activations": 120.0 * GIB, "batch": 0.0})
+    one = Planned(phase_of(), replace(PROGRAM, temp=120.0 * GIB), {"policy": 40.0 * GIB, "activations": 120.0 * GIB, "batch": 0.0})
     config = tiny_config(tmp_path, sft__batch_size=32)
     tips = advice(one, DEVICES["h100"], config, None)
     by_name = {tip.setting.rsplit(" ", 1)[0]: tip for tip in tips}
@@ -224,7 +228,10 @@ def test_advice_is_the_least_that_fits(tmp_path, tiny_config):
     found = by_name["sft.gradient_accumulation_steps"]
     assert found.setting == "sft.gradient_accumulation_steps 4" and found.saves == 90.0 * GIB
     assert one.total - found.saves <= room(DEVICES["h100"]) < one.total - 60.0 * GIB
-    assert by_name["model.remat"].saves == 90.0 * GIB  # one of four layers is there while it is computed again
+    full = replace(one.phase.reads[0], remat="full")
+    share = temporaries(one.phase, [full], None) / temporaries(one.phase, one.phase.reads, None)
+    assert 0.2 < share < 0.5  # one of four layers is there while it is computed again, with the gradients of its arrays
+    assert by_name["model.remat"].saves == pytest.approx((1 - share) * 120.0 * GIB)
     few = tiny_config(tmp_path, sft__batch_size=2)
     assert "sft.gradient_accumulation_steps 2" in {tip.setting for tip in advice(one, DEVICES["h100"], few, None)}
     whole = sharding.make_mesh(4, 1, 1)
@@ -260,6 +267,7 @@ def test_devices_by_name_by_kind_and_of_your_own():
         ({}, ["--memory", "40"], "needs all of --memory GIB, --peak TFLOPS and --bandwidth GB/S"),
         ({}, ["--device", "h100", "--peak", "-1"], "--peak -1.0 must be a number above 0"),
         ({}, ["--rows", "0"], "--rows 0 must be at least 1"),
+        ({}, ["--exact"], "--exact says how --compile compiles, and nothing is compiled without it"),
         ({}, ["--figure", "plan.txt"], "--figure plan.txt: no picture of that kind can be written"),
         ({"sft": {"batch_size": 6}}, [], "sft.batch_size 6 does not divide over 4 data shards; try 4."),
     ],
@@ -271,7 +279,7 @@ def test_what_cannot_work_is_said_before_anything_compiles(changes, words, messa
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw))
     monkeypatch.setattr(command, "start_devices", lambda count: None)
     monkeypatch.setattr(plan, "compile_all", lambda *a, **k: pytest.fail("compiled"))
-    assert main(["plan", str(tmp_path / "c.yaml"), *words]) == 1
+    assert main(["plan", str(tmp_path / "c.yaml"), *([] if "--exact" in words else ["--compile"]), *words]) == 1
     assert message in capsys.readouterr().err
 
 
@@ -285,10 +293,12 @@ def test_the_command_tells_all(tmp_path, tiny_mapping, monkeypatch, capsys):
         return [replace(PROGRAM, temp=90 * GIB if one.title == "SFT: step" else GIB) for one in phases]
 
     monkeypatch.setattr(plan, "compile_all", programs)
-    words = ["--devices", "4", "--device", "h100, v5p", "--json", str(tmp_path / "p.json"), "--figure", str(tmp_path / "p.png")]
+    words = ["--compile", "--devices", "4", "--device", "h100, v5p"]
+    words += ["--json", str(tmp_path / "p.json"), "--figure", str(tmp_path / "p.png")]
     assert main(["plan", str(tmp_path / "c.yaml"), *words, "--sft.max_steps", "2"]) == 0
     out = capsys.readouterr().out
     assert asked == [4] and "max_steps: 2" in out and "Predicted, not measured" in out
+    assert "compiled for cpu" in out and "formula / compiler" in out
     assert out.count("DOES NOT FIT: SFT: step") == 2 and "sft.gradient_accumulation_steps" in out and "Google TPU v5p" in out
     told = json.loads((tmp_path / "p.json").read_text())["tiny"]
     assert told["phases"][0]["calls"] == 2 and told["phases"][0]["parts"]["activations"] > 89 * GIB

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxrlhf.plan.compile import Program, compiled
+from jaxrlhf.plan.compile import compiled
 from jaxrlhf.plan.counts import counts_of
 from jaxrlhf.plan.devices import DEVICES, device_of_kind
 from jaxrlhf.plan.memory import GIB, Planned, advice
 from jaxrlhf.plan.models import planned_models
 from jaxrlhf.plan.phases import phases_of
-from jaxrlhf.plan.planner import Phase, Planner
+from jaxrlhf.plan.planner import Phase, Planner, Program
 from jaxrlhf.plan.training import sft_phase
 
 PROGRAM = Program(arguments=0, fresh=0, temp=0, code=0, flops=0, traffic=0, sent=0, seconds=0)
