@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.models.transformer import DecoderConfig
@@ -21,17 +21,9 @@ ACTIVATION_NAMES = {
 }
 
 
-class Rotary(NamedTuple):
-    """Rotary settings as one config spells them."""
-
-    theta: float
-    fraction: float  # of the head that is rotated
-    scaling: RopeScaling | None
-
-
-def read_rotary(hf: Hf, *, fraction: float = 1.0) -> Rotary:
-    """Rotary settings from `rope_parameters` (transformers 5), or `rope_theta`/`rotary_emb_base`, `rotary_pct`/`partial_rotary_factor`
-    and `rope_scaling` (before). `fraction` is the family's default."""
+def _rotary(hf: Hf, head_dim: int, *, fraction: float = 1.0) -> dict[str, Any]:
+    """`rotary_dim`, `rope_theta` and `rope_scaling` from `rope_parameters` (transformers 5), or `rope_theta`/`rotary_emb_base`,
+    `rotary_pct`/`partial_rotary_factor` and `rope_scaling` (before). `fraction` of a head is rotated where nothing is stated."""
     stated: Hf = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if any(isinstance(value, Mapping) for value in stated.values()):
         raise ValueError(f"rope_parameters {dict(stated)} differ from layer to layer, which no supported family does.")
@@ -40,18 +32,19 @@ def read_rotary(hf: Hf, *, fraction: float = 1.0) -> Rotary:
         found = [source[name] for source in (stated, hf) for name in names if source.get(name) is not None]
         return float(found[0]) if found else default
 
-    theta = first("rope_theta", "rotary_emb_base", default=10_000.0)
     rotated = first("partial_rotary_factor", "rotary_pct", default=fraction)
+    rotary = {"rope_theta": first("rope_theta", "rotary_emb_base", default=10_000.0), "rotary_dim": int(head_dim * rotated)}
     kind = stated.get("rope_type") or stated.get("type") or "default"
     if kind == "default":
-        return Rotary(theta, rotated, None)
+        return rotary
     if kind not in ("linear", "llama3"):
         raise ValueError(f"rope type {kind!r} is not supported; supported are default, linear and llama3.")
-    if kind == "linear":
-        return Rotary(theta, rotated, RopeScaling("linear", float(stated["factor"])))
-    original = stated.get("original_max_position_embeddings") or hf["max_position_embeddings"]
-    bands = float(stated["low_freq_factor"]), float(stated["high_freq_factor"])
-    return Rotary(theta, rotated, RopeScaling("llama3", float(stated["factor"]), *bands, int(original)))
+    scaling = RopeScaling(kind, float(stated["factor"]))
+    if kind == "llama3":
+        original = stated.get("original_max_position_embeddings") or hf["max_position_embeddings"]
+        bands = float(stated["low_freq_factor"]), float(stated["high_freq_factor"])
+        scaling = RopeScaling("llama3", float(stated["factor"]), *bands, int(original))
+    return rotary | {"rope_scaling": scaling}
 
 
 def read_activation(name: str) -> str:
@@ -86,7 +79,6 @@ def _gpt2(hf: Hf) -> dict[str, Any]:
 
 def _gpt_neox(hf: Hf) -> dict[str, Any]:
     width, heads = hf.get("hidden_size", 6144), hf.get("num_attention_heads", 64)
-    rotary = read_rotary(hf, fraction=0.25)
     bias = hf.get("attention_bias", True)
     return {
         "vocab_size": hf.get("vocab_size", 50432),
@@ -98,9 +90,7 @@ def _gpt_neox(hf: Hf) -> dict[str, Any]:
         "intermediate_size": hf.get("intermediate_size", 24576),
         "max_positions": hf.get("max_position_embeddings", 2048),
         "norm_eps": hf.get("layer_norm_eps", 1e-5),
-        "rotary_dim": int(width // heads * rotary.fraction),
-        "rope_theta": rotary.theta,
-        "rope_scaling": rotary.scaling,
+        **_rotary(hf, width // heads, fraction=0.25),
         "parallel_residual": hf.get("use_parallel_residual", True),
         "activation": read_activation(hf.get("hidden_act", "gelu")),
         "qkv_bias": bias,
@@ -114,7 +104,6 @@ def _llama_like(hf: Hf, *, usual_head_dim: int | None = None, **wiring: Any) -> 
     """What Llama, Mistral and Qwen have in common; sizes are required, defaults would be another model's."""
     heads = hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or usual_head_dim or hf["hidden_size"] // heads
-    rotary = read_rotary(hf)
     return {
         "vocab_size": hf["vocab_size"],
         "hidden_size": hf["hidden_size"],
@@ -126,9 +115,7 @@ def _llama_like(hf: Hf, *, usual_head_dim: int | None = None, **wiring: Any) -> 
         "max_positions": hf["max_position_embeddings"],
         "norm": "rmsnorm",
         "norm_eps": hf.get("rms_norm_eps", 1e-6),
-        "rotary_dim": int(head_dim * rotary.fraction),
-        "rope_theta": rotary.theta,
-        "rope_scaling": rotary.scaling,
+        **_rotary(hf, head_dim),
         "activation": read_activation(hf.get("hidden_act", "silu")),
         "gated_mlp": True,
         "tied_head": hf.get("tie_word_embeddings", False),

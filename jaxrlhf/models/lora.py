@@ -10,11 +10,12 @@ over the frozen rest.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from jaxrlhf import rng
@@ -32,17 +33,18 @@ def adapters(params: Params, key: Array, *, r: int, alpha: float, targets: Colle
     """
     if r < 1:
         raise ValueError(f"the rank r of an adapter is {r}; it must be at least 1.")
-    learned: Params = {}
-    scales: Params = {}
-    for path, kernel in _kernels(params["backbone"], ("backbone",)):
-        if path[-1] in targets:
+    learned: dict[Any, Array] = {}
+    frozen: Any = flatten_dict(params)
+    for path, kernel in list(frozen.items()):
+        *at, leaf = path
+        if at[0] == "backbone" and leaf == "kernel" and kernel.ndim == 2 and at[-1] in targets:
             rows, columns = kernel.shape
-            a = jax.random.normal(rng.stream(key, "/".join(path)), (rows, r), jnp.float32) * rows**-0.5
-            _put(learned, path, {"lora_a": a, "lora_b": jnp.zeros((r, columns), jnp.float32)})
-            _put(scales, path, {"lora_scale": jnp.float32(alpha / r)})
+            learned[*at, "lora_a"] = jax.random.normal(rng.stream(key, "/".join(at)), (rows, r), jnp.float32) * rows**-0.5
+            learned[*at, "lora_b"] = jnp.zeros((r, columns), jnp.float32)
+            frozen[*at, "lora_scale"] = jnp.float32(alpha / r)
     if not learned:
         raise ValueError(f"none of the targets {', '.join(targets)} is a kernel of this model; its layers have {', '.join(TARGETS)}.")
-    return learned, _beside(params, scales)
+    return unflatten_dict(learned), unflatten_dict(frozen)
 
 
 def merged(params: Params) -> Params:
@@ -52,26 +54,3 @@ def merged(params: Params) -> Params:
         rest = {name: leaf for name, leaf in params.items() if name not in LEAVES}
         return rest | {"kernel": params["kernel"] + update * params["lora_scale"]}
     return {name: merged(part) if isinstance(part, dict) else part for name, part in params.items()}
-
-
-def _kernels(tree: Params, at: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path of the dict that holds it, kernel) of every matrix, in the order of the tree."""
-    for name, part in tree.items():
-        if isinstance(part, dict):
-            yield from _kernels(part, (*at, name))
-        elif name == "kernel" and part.ndim == 2:
-            yield at, part
-
-
-def _put(tree: Params, path: tuple[str, ...], value: Params) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value
-
-
-def _beside(params: Params, more: Params) -> Params:
-    """New dicts around the arrays of both trees, which have no leaf in common."""
-    made = dict(params)
-    for name, part in more.items():
-        made[name] = _beside(params[name], part) if name in params else part
-    return made

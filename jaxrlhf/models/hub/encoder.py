@@ -12,7 +12,7 @@ import jax
 
 from jaxrlhf.models.encoder import Bert, BertConfig, bert_config_from_hf, build_bert
 from jaxrlhf.models.hub.load import resolve
-from jaxrlhf.models.hub.read_params import read_params
+from jaxrlhf.models.hub.read_params import check_names, read_params
 from jaxrlhf.models.hub.safetensors import TensorReader, read_json
 from jaxrlhf.models.hub.tensor_names import Entry, plain, transposed
 from jaxrlhf.models.hub.tokenizer import check_vocabulary, read_tokenizer
@@ -129,7 +129,10 @@ def read_sentence_folder(folder: Path) -> SentenceFolder:
     """What modules.json and its companions say; a folder without it is a plain transformers model. ValueError for other modules."""
     if not (folder / MODULES).is_file():
         return SentenceFolder(folder)
-    modules = [(str(m["type"]).rsplit(".", 1)[-1], folder / m.get("path", "")) for m in _read_list(folder / MODULES)]
+    listed: Any = read_json(folder / MODULES)
+    if not isinstance(listed, list):
+        raise ValueError(f"{folder / MODULES} is no list of modules.")
+    modules = [(str(m["type"]).rsplit(".", 1)[-1], folder / m.get("path", "")) for m in listed]
     kinds = [kind for kind, _ in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
         raise ValueError(
@@ -142,13 +145,6 @@ def read_sentence_folder(folder: Path) -> SentenceFolder:
     return SentenceFolder(
         transformer, _read_pooling(pooler), settings.get("max_seq_length"), bool(settings.get("do_lower_case")), _read_prompt(folder)
     )
-
-
-def _read_list(path: Path) -> list[dict[str, Any]]:
-    modules: Any = read_json(path)
-    if not isinstance(modules, list):
-        raise ValueError(f"{path} is no list of modules.")
-    return modules
 
 
 def _read_pooling(folder: Path) -> str:
@@ -280,12 +276,9 @@ def _read(folder: Path, config: BertConfig, mesh: Any) -> Params:
     stored = {_modern(name.removeprefix(prefix)): name for name in read.files}
     entries = list(_layout(config))
     wanted = {entry.name for entry in entries}
-    unknown = sorted(name for name in stored.keys() - wanted if not (_UNUSED.match(name) or _HEADS.match(name)))
-    missing = sorted(wanted - stored.keys())
-    if missing or unknown:
-        parts = [f"{label} {', '.join(names[:8])}" for label, names in (("missing:", missing), ("unknown:", unknown)) if names]
-        what = f"{config.family} classifier" if config.labels else f"{config.family} encoder"
-        raise ValueError(f"the tensors in {folder} are not those of the {what} its config.json describes; {'; '.join(parts)}.")
+    unknown = {name for name in stored.keys() - wanted if not (_UNUSED.match(name) or _HEADS.match(name))}
+    model = f"{config.family} {'classifier' if config.labels else 'encoder'}"
+    check_names(folder, model, missing=wanted - stored.keys(), unknown=unknown)
     shapes = jax.eval_shape(build_bert(config).init, jax.random.key(0))
     return read_params(read, entries, stored, shapes, mesh)
 

@@ -13,7 +13,7 @@ from jaxrlhf import sharding
 from jaxrlhf.models.families import config_from_hf
 from jaxrlhf.models.heads import check_head, with_head
 from jaxrlhf.models.hub.loaded import Loaded
-from jaxrlhf.models.hub.read_params import read_params
+from jaxrlhf.models.hub.read_params import check_names, read_params
 from jaxrlhf.models.hub.safetensors import TensorReader, read_json
 from jaxrlhf.models.hub.tensor_names import SCORE, is_ignored, layout, lm_head_names, prefix_of
 from jaxrlhf.models.hub.tokenizer import read_tokenizer
@@ -131,7 +131,9 @@ def _read_params(folder: Path, config: DecoderConfig, head: str, key: Array | No
         entries = entries[:-1]
         if key is None:
             raise ValueError(f"{folder} has no {head!r} head; a new one is random, pass key= to load it with one.")
-    _check_names(folder, {entry.name for entry in entries}, stored, config, head)
+    names = {entry.name for entry in entries}
+    unknown = {name for name in stored.keys() - names if not is_ignored(name, config, head)}
+    check_names(folder, f"{config.family} model", missing=names - stored.keys(), unknown=unknown)
     # Shapes of the model that the config describes, without computing anything.
     wanted = jax.eval_shape(build_model(config, head=head).init, jax.random.key(0))
     params = read_params(read, entries, stored, wanted, mesh)
@@ -139,13 +141,3 @@ def _read_params(folder: Path, config: DecoderConfig, head: str, key: Array | No
         return params
     made = with_head(params, key, config, head)["head"]
     return {**params, **sharding.place({"head": jax.device_get(made)}, mesh)}
-
-
-def _check_names(folder: Path, wanted: set[str], stored: dict[str, str], config: DecoderConfig, head: str) -> None:
-    missing = sorted(wanted - stored.keys())
-    unknown = sorted(name for name in stored.keys() - wanted if not is_ignored(name, config, head))
-    if missing or unknown:
-        parts = [f"{label} {', '.join(names)}" for label, names in (("missing:", missing), ("unknown:", unknown)) if names]
-        raise ValueError(
-            f"the tensors in {folder} are not those of the {config.family} model its config.json describes; {'; '.join(parts)}."
-        )

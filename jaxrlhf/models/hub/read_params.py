@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from jaxrlhf import sharding
 from jaxrlhf.models.hub.safetensors import TensorReader
-from jaxrlhf.models.hub.tensor_names import Entry, Index, leaf, put
+from jaxrlhf.models.hub.tensor_names import Entry, Index, leaf
 from jaxrlhf.types import Params
 
 
@@ -21,7 +23,7 @@ def read_params(reader: TensorReader, entries: Sequence[Entry], stored: dict[str
 
     ValueError, before anything is read, for a tensor of another shape, or one that holds no floats.
     """
-    shapes: dict[str, Any] = {}
+    shapes: dict[Any, Any] = {}
     holders: dict[str, tuple[Entry, int]] = {}
     for entry in entries:
         name = stored[entry.name]
@@ -32,7 +34,7 @@ def read_params(reader: TensorReader, entries: Sequence[Entry], stored: dict[str
                 f"which does not fit the shape that config.json gives, {list(fits)}."
             )
         for part, path in enumerate(entry.paths):
-            put(shapes, path, leaf(wanted, path))
+            shapes[path] = leaf(wanted, path)
             holders["/".join(path)] = entry, part
 
     def read(path: str, index: Index) -> np.ndarray:
@@ -40,6 +42,14 @@ def read_params(reader: TensorReader, entries: Sequence[Entry], stored: dict[str
         return entry.read(lambda piece: reader.read(stored[entry.name], piece), part, index)
 
     try:
-        return sharding.build(shapes, mesh, read)
+        return sharding.build(unflatten_dict(shapes), mesh, read)
     finally:
         reader.close()
+
+
+def check_names(folder: Path, model: str, *, missing: Collection[str], unknown: Collection[str]) -> None:
+    """ValueError where the files lack tensors of the `model` or hold others; at most eight of each are named."""
+    found = (("missing:", sorted(missing)), ("unknown:", sorted(unknown)))
+    parts = [f"{label} {', '.join(names[:8])}" for label, names in found if names]
+    if parts:
+        raise ValueError(f"the tensors in {folder} are not those of the {model} its config.json describes; {'; '.join(parts)}.")

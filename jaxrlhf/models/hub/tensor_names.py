@@ -26,8 +26,6 @@ SCORE = "score.weight"
 
 # Buffers that old files carry: causal masks and rotary frequencies, which follow from the config.
 _BUFFERS = re.compile(r"(attention|attn)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
-
-
 _BLOCK = 64
 
 
@@ -80,16 +78,17 @@ def _layer_path(n: int, *path: str) -> Path:
     return ("backbone", f"layers_{n}", *path)
 
 
-def _norms(n: int, ours: str, theirs: str, *, bias: bool) -> Iterator[Entry]:
-    yield plain(f"{theirs}.weight", *_layer_path(n, *ours.split("/"), "scale"))
+def _module(
+    n: int, ours: str, theirs: str, *, bias: bool, leaf: str = "kernel", weight: Callable[..., Entry] = transposed
+) -> Iterator[Entry]:
+    """Weight and bias of one linear map of layer n."""
+    yield weight(f"{theirs}.weight", *_layer_path(n, *ours.split("/"), leaf))
     if bias:
         yield plain(f"{theirs}.bias", *_layer_path(n, *ours.split("/"), "bias"))
 
 
-def _linear(n: int, ours: str, theirs: str, *, bias: bool, weight: Callable[..., Entry] = transposed) -> Iterator[Entry]:
-    yield weight(f"{theirs}.weight", *_layer_path(n, *ours.split("/"), "kernel"))
-    if bias:
-        yield plain(f"{theirs}.bias", *_layer_path(n, *ours.split("/"), "bias"))
+def _norm(n: int, ours: str, theirs: str, *, bias: bool) -> Iterator[Entry]:
+    return _module(n, ours, theirs, bias=bias, leaf="scale", weight=plain)
 
 
 def _qkv(n: int, leaf: str) -> tuple[Path, ...]:
@@ -143,39 +142,39 @@ def _by_head(name: str, paths: tuple[Path, ...], size: int) -> Entry:
 
 def _gpt2_layer(config: DecoderConfig, n: int) -> Iterator[Entry]:
     at = f"h.{n}"
-    yield from _norms(n, "attention_norm", f"{at}.ln_1", bias=True)
-    yield from _norms(n, "mlp_norm", f"{at}.ln_2", bias=True)
+    yield from _norm(n, "attention_norm", f"{at}.ln_1", bias=True)
+    yield from _norm(n, "mlp_norm", f"{at}.ln_2", bias=True)
     for ours, theirs in (("kernel", "weight"), ("bias", "bias")):
         yield _side_by_side(f"{at}.attn.c_attn.{theirs}", _qkv(n, ours), config.num_heads * config.head_dim)
-    yield from _linear(n, "attention/out", f"{at}.attn.c_proj", bias=True, weight=plain)
-    yield from _linear(n, "mlp/up", f"{at}.mlp.c_fc", bias=True, weight=plain)
-    yield from _linear(n, "mlp/down", f"{at}.mlp.c_proj", bias=True, weight=plain)
+    yield from _module(n, "attention/out", f"{at}.attn.c_proj", bias=True, weight=plain)
+    yield from _module(n, "mlp/up", f"{at}.mlp.c_fc", bias=True, weight=plain)
+    yield from _module(n, "mlp/down", f"{at}.mlp.c_proj", bias=True, weight=plain)
 
 
 def _gpt_neox_layer(config: DecoderConfig, n: int) -> Iterator[Entry]:
     at = f"layers.{n}"
-    yield from _norms(n, "attention_norm", f"{at}.input_layernorm", bias=True)
-    yield from _norms(n, "mlp_norm", f"{at}.post_attention_layernorm", bias=True)
+    yield from _norm(n, "attention_norm", f"{at}.input_layernorm", bias=True)
+    yield from _norm(n, "mlp_norm", f"{at}.post_attention_layernorm", bias=True)
     yield _by_head(f"{at}.attention.query_key_value.weight", _qkv(n, "kernel"), config.head_dim)
     if config.qkv_bias:
         yield _by_head(f"{at}.attention.query_key_value.bias", _qkv(n, "bias"), config.head_dim)
-    yield from _linear(n, "attention/out", f"{at}.attention.dense", bias=config.out_bias)
-    yield from _linear(n, "mlp/up", f"{at}.mlp.dense_h_to_4h", bias=True)
-    yield from _linear(n, "mlp/down", f"{at}.mlp.dense_4h_to_h", bias=True)
+    yield from _module(n, "attention/out", f"{at}.attention.dense", bias=config.out_bias)
+    yield from _module(n, "mlp/up", f"{at}.mlp.dense_h_to_4h", bias=True)
+    yield from _module(n, "mlp/down", f"{at}.mlp.dense_4h_to_h", bias=True)
 
 
 def _llama_layer(config: DecoderConfig, n: int) -> Iterator[Entry]:
     at = f"layers.{n}"
-    yield from _norms(n, "attention_norm", f"{at}.input_layernorm", bias=False)
-    yield from _norms(n, "mlp_norm", f"{at}.post_attention_layernorm", bias=False)
+    yield from _norm(n, "attention_norm", f"{at}.input_layernorm", bias=False)
+    yield from _norm(n, "mlp_norm", f"{at}.post_attention_layernorm", bias=False)
     for part in "qkv":
-        yield from _linear(n, f"attention/{part}", f"{at}.self_attn.{part}_proj", bias=config.qkv_bias)
-    yield from _linear(n, "attention/out", f"{at}.self_attn.o_proj", bias=config.out_bias)
+        yield from _module(n, f"attention/{part}", f"{at}.self_attn.{part}_proj", bias=config.qkv_bias)
+    yield from _module(n, "attention/out", f"{at}.self_attn.o_proj", bias=config.out_bias)
     if config.qk_norm:
-        yield from _norms(n, "attention/q_norm", f"{at}.self_attn.q_norm", bias=False)
-        yield from _norms(n, "attention/k_norm", f"{at}.self_attn.k_norm", bias=False)
+        yield from _norm(n, "attention/q_norm", f"{at}.self_attn.q_norm", bias=False)
+        yield from _norm(n, "attention/k_norm", f"{at}.self_attn.k_norm", bias=False)
     for part in ("gate", "up", "down"):
-        yield from _linear(n, f"mlp/{part}", f"{at}.mlp.{part}_proj", bias=config.mlp_bias)
+        yield from _module(n, f"mlp/{part}", f"{at}.mlp.{part}_proj", bias=config.mlp_bias)
 
 
 def _backbone(config: DecoderConfig) -> Iterator[Entry]:
@@ -208,9 +207,3 @@ def leaf(tree: Any, path: Path) -> Any:
     for part in path:
         tree = tree[part]
     return tree
-
-
-def put(tree: dict[str, Any], path: Path, value: Any) -> None:
-    for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-    tree[path[-1]] = value
