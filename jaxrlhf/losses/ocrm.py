@@ -63,7 +63,7 @@ def importance_weights(
     """
     if normalize not in ("none", "mean"):
         raise ValueError(f'normalize {normalize!r} is not one of "none", "mean".')
-    log_weights = _scaled(_pair_log_ratio(log_ratio_chosen, log_ratio_rejected), eta)
+    log_weights = _scaled(as_float(log_ratio_chosen) + as_float(log_ratio_rejected), eta)
     if normalize == "none":
         return jax.lax.stop_gradient(jnp.exp(log_weights))
     unscaled = jnp.exp(log_weights - _finite_max(log_weights))
@@ -93,7 +93,7 @@ def eta_for_ess(log_ratio_chosen: Float[AnyArray, " N"], log_ratio_rejected: Flo
     """
     if isinstance(target, (int, float)) and not 0 < target <= 1:
         raise ValueError(f"target {target} must lie in (0, 1]: it is the effective sample size as a fraction of N.")
-    scores = _pair_log_ratio(log_ratio_chosen, log_ratio_rejected)
+    scores = as_float(log_ratio_chosen) + as_float(log_ratio_rejected)
     scores = scores - _finite_max(scores)  # ESS does not see the shift, float32 does
 
     def enough(eta: Array) -> Array:
@@ -129,10 +129,6 @@ def weight_summary(weights: Float[AnyArray, " N"]) -> dict[str, Float[Array, ""]
     }
     values = jnp.quantile(weights, jnp.asarray(QUANTILES, weights.dtype))
     return summary | {f"q{round(100 * q):02d}": values[i] for i, q in enumerate(QUANTILES)}
-
-
-def _pair_log_ratio(chosen: Float[AnyArray, " B"], rejected: Float[AnyArray, " B"]) -> Float[Array, " B"]:
-    return as_float(chosen) + as_float(rejected)
 
 
 def _scaled(scores: Float[Array, " B"], eta: Scalar) -> Float[Array, " B"]:

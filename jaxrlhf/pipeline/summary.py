@@ -16,7 +16,7 @@ class Summary:
     """summary.json, rewritten after every round so that a stopped run has one too."""
 
     def __init__(self, run: RunContext, pairs: Done):
-        self._setting, self._pairs = run, pairs
+        self._run, self._pairs = run, pairs
         self.notes: list[str] = []
         self._rounds: list[dict[str, Any]] = []
         self._counted = 0  # stages whose seconds stand in a round already
@@ -25,35 +25,34 @@ class Summary:
         """Something the reader of the figures has to know; said once."""
         if text not in self.notes:
             self.notes.append(text)
-            self._setting.log.note(f"note: {text}")
+            self._run.log.note(f"note: {text}")
 
     def add(
         self, number: int, evaluation: Done, *, rewards: tuple[Done, ...] = (), update: Done | None = None, decision: Done | None = None
     ) -> None:
-        figures = evaluation.record["result"]
-        names = ("gold", "proxy_start", "proxy", "kl_sft")
-        row: dict[str, Any] = {"round": number, **{name: figures.get(name) for name in names}}
-        report = update_report(update)
-        row |= {"ess": report.get("ess"), "ess_fraction": report.get("ess_fraction"), "eta": report.get("eta")}
-        row |= {"reward_accuracy": figures.get("reward_accuracy")}
+        figures, report = evaluation.record["result"], update_report(update)
         valid = [done.record["result"]["accuracy_valid"] for done in rewards]  # of an ensemble's members one by one
-        row |= {"reward_accuracy_valid": sum(valid) / len(valid) if valid and None not in valid else None}
+        row: dict[str, Any] = {"round": number}
+        row |= {name: figures.get(name) for name in ("gold", "proxy_start", "proxy", "kl_sft")}
+        row |= {name: report.get(name) for name in ("ess", "ess_fraction", "eta")}
         row |= {
+            "reward_accuracy": figures.get("reward_accuracy"),
+            "reward_accuracy_valid": sum(valid) / len(valid) if valid and None not in valid else None,
             "pairs": rewards[0].record["result"]["pairs"] if rewards else None,
             "refit": update is not None,
             "update": update.record["result"]["update"] if update else None,
             "refit_value": decision.record["result"]["value"] if decision else None,
         }
         row |= {name: figures.get(name) for name in ("win_rate", "win_rate_low", "win_rate_high", "tie_rate", "length", "eos_rate")}
-        done = self._setting.stages[self._counted :]  # a reward model that is kept was paid for before
-        self._counted = len(self._setting.stages)
+        done = self._run.stages[self._counted :]  # a reward model that is kept was paid for before
+        self._counted = len(self._run.stages)
         row["seconds"] = round(sum(stage.record["seconds"] for stage in done), 3)
         self._rounds.append(row)
-        config = self._setting.config
+        config = self._run.config
         body = {"method": config.method, "row": config.row, "seed": config.seed, "name": config.name}
         body |= {"rounds": self._rounds, "notes": self.notes}
         if distributed.is_leader():
-            write_whole(self._setting.folder / "summary.json", json.dumps(body, indent=1) + "\n")
+            write_whole(self._run.folder / "summary.json", json.dumps(body, indent=1) + "\n")
 
 
 def update_report(update: Done | None) -> dict[str, Any]:

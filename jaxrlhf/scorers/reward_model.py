@@ -12,7 +12,7 @@ from jaxrlhf import sharding
 from jaxrlhf.data.batches import evaluation_batches
 from jaxrlhf.data.chat import render_prompt, render_response, special_strings
 from jaxrlhf.data.tokens import Limits, eos_ids_of, retokenize_responses
-from jaxrlhf.models.hub import Loaded, load
+from jaxrlhf.models.hub import load, reward_bias
 from jaxrlhf.scorers import Scorer
 from jaxrlhf.steps.pair import response_scores
 from jaxrlhf.types import Array, Model, Params, TextBatch
@@ -53,14 +53,9 @@ def reward_model_scorer(source: str, *, batch_size: int, limits: Limits, dtype: 
     Prompts and responses over `limits` are cut (prompts on the left), because a scorer must answer for every row.
     """
     loaded = load(source, head="scalar", dtype=dtype, mesh=mesh)
-    return loaded_scorer(loaded, batch_size=batch_size, limits=limits, mesh=mesh)
-
-
-def loaded_scorer(loaded: Loaded, *, batch_size: int, limits: Limits, mesh: Any = None) -> Scorer:
-    tokenizer = loaded.tokenizer
+    tokenizer, bias = loaded.tokenizer, reward_bias(loaded)
     chat = bool(getattr(tokenizer, "chat_template", None))
     frame = frame_of(tokenizer) if chat else None
-    bias = float(loaded.config.hf.get("reward_bias", 0.0))
 
     def score(prompts: Sequence[str], responses: Sequence[str], /) -> np.ndarray:
         heads, bodies = list(prompts), list(responses)

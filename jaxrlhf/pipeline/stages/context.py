@@ -21,7 +21,7 @@ from jaxrlhf.storage.checkpoint import Checkpoints
 from jaxrlhf.storage.run_folder import publish
 from jaxrlhf.storage.stage import Done, Stage
 from jaxrlhf.storage.store import Store
-from jaxrlhf.types import Metrics, Progress, TextBatch, TrainState
+from jaxrlhf.types import Metrics, Progress, TrainState
 
 Loop = Callable[[TrainState, int], Iterator[tuple[TrainState, Metrics]]]
 
@@ -133,10 +133,14 @@ class RunContext:
             if link.is_symlink() and link.name not in current:
                 link.unlink()
 
-    def load(self, done: Done, *, head: str, key: jax.Array | None = None) -> Loaded:
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """How every model of the run computes and where it lies, as `hub.load` and `hub.initialise` take it."""
         model = self.config.model
-        how = {"dtype": model.dtype, "remat": model.remat, "logits_chunk": model.logits_chunk}
-        return load(done.folder, head=head, key=key, mesh=self.mesh, **how)
+        return {"dtype": model.dtype, "remat": model.remat, "logits_chunk": model.logits_chunk, "mesh": self.mesh}
+
+    def load(self, done: Done, *, head: str, key: jax.Array | None = None) -> Loaded:
+        return load(done.folder, head=head, key=key, **self.model_options)
 
     def train(
         self,
@@ -191,7 +195,3 @@ def add_model(loaded: Loaded, folder: Path) -> None:
 
 def placed(run: RunContext, stream: Iterator) -> Iterator:
     return (sharding.place_batch(batch, run.mesh) for batch in stream)
-
-
-def width(table: TextBatch) -> int:
-    return table.prompt_BL.shape[1] + table.response_BT.shape[1]

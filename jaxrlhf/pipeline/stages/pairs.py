@@ -61,7 +61,7 @@ def sampled_pairs(run: RunContext, folder: Path, sft: Loaded) -> dict[str, Any]:
     """Two responses of π_SFT to each prompt, labelled by gold; held-out pairs from other prompts, labelled without noise."""
     config, tokenizer = run.config, sft.tokenizer
     prompts, read = inputs.prompts_of(config, tokenizer)
-    rows = _cycled(prompts, config.pairs.num_pairs)
+    rows = [prompts[i % len(prompts)] for i in range(config.pairs.num_pairs)]  # every turn is another sampling epoch
     noisy = {"rule": config.pairs.label, "label_flip": config.pairs.label_flip}
     result = labelled(run, folder, TRAIN, sft, rows, read, **noisy)
     held_out = inputs.valid_prompts_of(config, tokenizer)
@@ -104,11 +104,6 @@ def labelled(
         if number:
             run.log.note(f"{what} pairs: {number} of {len(rows)} prompts {fault}; they say nothing and are left out")
     return {"kept": len(kept), "identical": identical, "gold_mean": float(np.mean(np.concatenate(scores)))}
-
-
-def _cycled(rows: list[Prompt], n: int) -> list[Prompt]:
-    """The first n prompts, from the start again where there are fewer (every turn is another sampling epoch)."""
-    return [rows[i % len(rows)] for i in range(n)]
 
 
 def pair_batch(first: TextBatch, second: TextBatch, first_is_chosen: np.ndarray, kept: np.ndarray) -> PairBatch:

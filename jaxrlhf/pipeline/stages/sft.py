@@ -20,7 +20,7 @@ from jaxrlhf.data.tokens import eos_ids_of, tokenize_demonstrations
 from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.hub import Loaded, initialise, load, read_tokenizer, tokenizer_named, with_tokenizer
 from jaxrlhf.pipeline import inputs
-from jaxrlhf.pipeline.stages.context import RunContext, add_model, placed, width
+from jaxrlhf.pipeline.stages.context import RunContext, add_model, placed
 from jaxrlhf.steps.state import init_state
 from jaxrlhf.storage.stage import Done, Stage
 from jaxrlhf.types import TrainState
@@ -64,10 +64,8 @@ def given_tokenizer(config: Config) -> Any:
 def base_model(run: RunContext, tokenizer: Any) -> Loaded:
     """The model SFT starts from: read, or made from `model.shape` for this tokenizer."""
     config = run.config
-    how = {"dtype": config.model.dtype, "remat": config.model.remat, "logits_chunk": config.model.logits_chunk, "mesh": run.mesh}
     if config.model.source is not None:
-        base = load(config.model.source, head="lm", **how)
-        return with_tokenizer(base, tokenizer)
+        return with_tokenizer(load(config.model.source, head="lm", **run.model_options), tokenizer)
     longest = config.data.limits.max_prompt_length + max(config.data.limits.max_response_length, config.ppo.response_length)
     shape = {name: value for name, value in asdict(config.model.shape).items() if value is not None}
     decoder, _ = config_from_shape(
@@ -79,7 +77,7 @@ def base_model(run: RunContext, tokenizer: Any) -> Loaded:
         eos_id=tokenizer.eos_token_id,
     )
     key = rng.stream(rng.root_key(config.text_seed), "model/init")
-    return initialise(decoder, key=key, tokenizer=tokenizer, **how)
+    return initialise(decoder, key=key, tokenizer=tokenizer, **run.model_options)
 
 
 def sft_stage(run: RunContext, tokenizer_done: Done) -> Done:
@@ -106,7 +104,8 @@ def sft_stage(run: RunContext, tokenizer_done: Done) -> Done:
             stream = batches(table, config.sft.batch_size, seed=config.text_seed, name="sft", bucket=config.data.bucket, start=start)
             return train(step, state, placed(run, islice(stream, steps - start)))
 
-        state = run.train(folder, "sft", state, loop, steps=steps, tokens=config.sft.batch_size * width(table))
+        tokens = config.sft.batch_size * (table.prompt_BL.shape[1] + table.response_BT.shape[1])
+        state = run.train(folder, "sft", state, loop, steps=steps, tokens=tokens)
         add_model(base._replace(params=state.params), folder)
         tokens = int(np.asarray(table.prompt_mask_BL).sum() + np.asarray(table.response_mask_BT).sum())
         return {"steps": steps, "rows": len(table.index_B), "tokens": tokens}
