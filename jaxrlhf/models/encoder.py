@@ -4,8 +4,6 @@ Arrays: B rows, T tokens (padded on the right), H heads, D head size, d width, C
 products with separate query, key and value projections. Devlin et al. (2019); Liu et al. (2019).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache

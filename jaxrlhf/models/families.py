@@ -1,7 +1,5 @@
 """config.json of each family ↔ `DecoderConfig`, in the old spelling and the new."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 A parameter tree is {"backbone": …, "head": {"kernel": …}}; a tied lm head has no "head" of its own.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax import Array

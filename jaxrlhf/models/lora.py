@@ -8,8 +8,6 @@ a tree of its own that holds `lora_a` and `lora_b` alone: gradients, moments and
 over the frozen rest.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A decoder as the pure functions of `types.Model`."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

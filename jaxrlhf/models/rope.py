@@ -3,8 +3,6 @@
 Su et al. (2021), eq. 34, in the half-split layout of GPT-NeoX and Llama: dimension i is paired with i + rotary_dim/2.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

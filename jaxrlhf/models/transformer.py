@@ -4,8 +4,6 @@ Arrays: B rows, T queries, S keys, H heads, K key-value heads, D head size, d wi
 products and layers are unrolled: both were measured against the alternatives.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple

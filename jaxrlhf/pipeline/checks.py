@@ -1,7 +1,5 @@
 """What is refused before anything is built."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from jaxrlhf import distributed, sharding

@@ -1,7 +1,5 @@
 """What a run reads: its rows, the gold reward, their identity by content, and checks of all that before anything is built."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict

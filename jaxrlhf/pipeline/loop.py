@@ -1,7 +1,5 @@
 """The rounds of one method: which stage follows which."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """All stages of a run, in order, into a run folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from jaxrlhf import distributed, sharding

@@ -1,7 +1,5 @@
 """summary.json: a row a round."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

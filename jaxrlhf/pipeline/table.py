@@ -1,7 +1,5 @@
 """The table at the end of a run, and words that follow its numbers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Compiled programs and what they need, read from the compiler: memory, products of matrices, traffic, exchanges between devices."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace

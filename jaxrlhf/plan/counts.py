@@ -1,7 +1,5 @@
 """How often a run does what: its rounds, and rows where config or user say how many there are."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from jaxrlhf.algorithms.ppo import num_updates

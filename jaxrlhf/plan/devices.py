@@ -1,7 +1,5 @@
 """What vendors publish of their devices, for predictions: peak, memory, bandwidths. Nothing here was measured."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """What each phase of a plan holds in memory by part, how long it takes on a device, what does not fit and what would help."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

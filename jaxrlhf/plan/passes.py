@@ -1,7 +1,5 @@
 """The programs that learn nothing: sampling, scores, log-probs, sentence vectors."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

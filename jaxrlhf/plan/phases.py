@@ -1,7 +1,5 @@
 """Which programs a run has, in their order."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """What a run would need, without running it and without its weights: what `jaxrlhf plan` does."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 They come from the same trainers and passes that the stages use (`run/models.py`, `run/data.py`, `run/preference.py`, `run/evaluate.py`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any

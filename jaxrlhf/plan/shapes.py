@@ -1,7 +1,5 @@
 """Shapes of batches, and how many bytes a tree of shapes takes on one device."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

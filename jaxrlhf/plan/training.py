@@ -1,7 +1,5 @@
 """The programs of training: SFT, reward models, PPO and RLOO, DPO and WPO."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """A scorer of the user's own: `module:attribute`, a function f(prompts, responses) -> one number a response."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """A reward-model folder as a scorer: ours, or any sequence-classification model whose architecture we load."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple

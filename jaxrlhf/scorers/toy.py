@@ -6,8 +6,6 @@
 Weights and what each counts: `jaxrlhf.data.toy.ToyTask`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """Exact gradient accumulation: gradients are added, never averaged, over microbatches and over devices."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One optimizer step on preference pairs: Bradley–Terry, importance-weighted, DPO and whatever a user plugs in."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

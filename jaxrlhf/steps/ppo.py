@@ -1,7 +1,5 @@
 """One update of PPO or RLOO: K epochs of minibatches over a rollout, in one scan."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce

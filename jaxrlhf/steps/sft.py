@@ -1,7 +1,5 @@
 """One optimizer step of supervised fine-tuning."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

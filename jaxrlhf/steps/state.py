@@ -1,7 +1,5 @@
 """Training state and the optimizers that move it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 

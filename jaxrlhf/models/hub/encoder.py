@@ -1,7 +1,5 @@
 """Encoder folder → parameters, tokenizer and settings: folders of transformers and of sentence-transformers, safetensors only."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A model folder by the bytes of its files."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

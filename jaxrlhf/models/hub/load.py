@@ -1,7 +1,5 @@
 """Read a model from a Hugging Face folder or hub id, or make one from scratch. Safetensors only."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from pathlib import Path
 from typing import Any

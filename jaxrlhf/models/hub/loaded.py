@@ -1,7 +1,5 @@
 """A model in use, and what its config says of it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ Each entry has the published sizes and wiring, from which memory and work follow
 ones. What neither depends on (rope scaling, the longest context) is left out or taken from the family.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from jaxrlhf.models.families import config_from_hf

@@ -1,7 +1,5 @@
 """Tensors of a folder → the parameter tree, each device's part read from the files straight to where it belongs."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any

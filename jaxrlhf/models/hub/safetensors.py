@@ -1,7 +1,5 @@
 """Safetensors files, whole or sharded: read slice by slice, written tensor by tensor, and never seen half finished."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """Write a folder that `transformers` and `load` open: safetensors, config, tokenizer."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

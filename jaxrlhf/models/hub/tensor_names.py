@@ -4,8 +4,6 @@ Kernels here are [in, out]; torch's Linear stores [out, in], GPT-2's Conv1D [in,
 Any slice of a leaf is read by the slices of the file's tensor that it consists of, so that a device reads its own part and nothing else.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """The tokenizer of a folder, and what a model takes over from another one."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What every stage of a run is given, and the driver that logs and checkpoints a training loop."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The reward models of a round as one scorer, and as inputs of a stage: one model, or the members of an ensemble."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

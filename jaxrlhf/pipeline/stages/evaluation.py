@@ -1,7 +1,5 @@
 """The stage at the end of every round: what the policy writes, what gold and the reward model say of it, how far it has moved."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal

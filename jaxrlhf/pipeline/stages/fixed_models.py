@@ -1,7 +1,5 @@
 """What does not learn in a round: the base under a policy's adapters, and the reference, reward and SFT models."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

@@ -3,8 +3,6 @@
 What is written is stage names and hashes and facts about the data, never a path: the file says the same wherever its folder is copied to.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

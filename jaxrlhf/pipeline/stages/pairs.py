@@ -1,7 +1,5 @@
 """The preference pairs of a run: read, or sampled from π_SFT and labelled by gold."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The policy of a round: PPO or RLOO against the round's reward model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import islice

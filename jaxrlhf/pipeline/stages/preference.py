@@ -1,7 +1,5 @@
 """The stage of the policies that learn from pairs directly: DPO, IPO, WPO."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice

@@ -3,8 +3,6 @@
 Three measures of how far the reward model in use is from what it was fitted for; each has its threshold in the config's `refit`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """The reward model of a round."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice

@@ -1,7 +1,5 @@
 """A reward update as a stage: which pairs the next reward model is fitted on, and with which weights."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import asdict

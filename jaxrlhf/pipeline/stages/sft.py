@@ -1,7 +1,5 @@
 """The tokenizer and π_SFT."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice

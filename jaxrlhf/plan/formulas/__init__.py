@@ -1,7 +1,5 @@
 """What a program needs, counted from shapes: no compiler is asked."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ What is counted is what XLA's compiler for CPUs keeps: every array of a layer th
 held. Compilers of accelerators fuse more and keep less, so that this is an upper bound there.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """FLOPs of products of matrices by formula: two for every multiplication and addition, as the compiled program has them."""
 
-from __future__ import annotations
-
 from jaxrlhf.plan.formulas.activations import logits_at_once
 from jaxrlhf.plan.planner import Read
 

@@ -1,7 +1,5 @@
 """Bytes that a program moves in a device's memory and sends to other devices, by formula: orders of magnitude, for what bounds what."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from jaxrlhf.plan.formulas.activations import Sizes, layer
