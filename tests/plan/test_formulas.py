@@ -57,6 +57,7 @@ def agrees(phase: Any) -> None:
     formula, program = counted(phase, None), compiled(phase, None)
     assert LEAST <= formula.temp / program.temp <= MOST, f"{formula.temp:,.0f} counted, {program.temp:,.0f} compiled"
     assert formula.flops == pytest.approx(program.flops, rel=0.01)
+    assert 0.4 < formula.traffic / program.traffic < 1.5  # an order of magnitude
 
 
 @pytest.mark.parametrize(("name", "remat", "dtype"), GRID)
@@ -117,6 +118,15 @@ def policy_optimizer(planner: Planner) -> Any:
     from jaxrlhf.algorithms.training import optimizer_of
 
     return optimizer_of(planner.config.sft, steps=2)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_clipped_gradients_wait_for_their_norm(parts, monkeypatch):
+    """A model that is large beside its two short rows: its gradients, and these scaled."""
+    monkeypatch.setitem(SHAPES, "gpt2", ({"hidden_size": 256, "num_heads": 4}, 8, 9, 2, 512))
+    phase = sft_phase(planner_for("gpt2", sft={"max_grad_norm": 1.0, "gradient_accumulation_steps": parts}))
+    assert counted(phase, None).temp == 2 * bytes_on_device(phase.learned, None)
+    assert counted(phase, None).temp == pytest.approx(compiled(phase, None).temp, rel=0.01)
 
 
 def test_devices_that_hold_everything_exchange_gradients_once(tmp_path, tiny_config):
