@@ -12,13 +12,14 @@ import pytest
 
 from jaxrlhf import sharding
 from jaxrlhf.models.model import build_model
+from jaxrlhf.models.transformer import DecoderConfig
 from jaxrlhf.plan.compile import compiled
 from jaxrlhf.plan.counts import counts_of
-from jaxrlhf.plan.formulas import counted
+from jaxrlhf.plan.formulas import activations, counted
 from jaxrlhf.plan.models import deepened, one_layer, planned_models, shapes_of
 from jaxrlhf.plan.passes import sampling_phases
 from jaxrlhf.plan.phases import phases_of, policy_phases
-from jaxrlhf.plan.planner import Planner
+from jaxrlhf.plan.planner import Planner, Read
 from jaxrlhf.plan.shapes import bytes_on_device
 from jaxrlhf.plan.training import reward_phases, sft_phase
 from jaxrlhf.recipe import from_mapping, load_config
@@ -63,6 +64,21 @@ def agrees(phase: Any) -> None:
 @pytest.mark.parametrize(("name", "remat", "dtype"), GRID)
 def test_a_step_of_sft(name, remat, dtype):
     agrees(sft_phase(planner_for(name, remat, dtype)))
+
+
+@pytest.mark.parametrize(
+    ("remat", "dtype", "arrays", "kernels"),
+    [("none", "float32", 13 + 3 * 4 + 3 * 2, 1), ("none", "bfloat16", 13 + 3 * 4 + 3 * 2, 2), ("dots", "float32", 5 + 4, 1),
+     ("dots", "bfloat16", (5 + 4) / 2, 1), ("full", "float32", 1, 1), ("full", "bfloat16", 0.5, 1)],
+)  # fmt: skip
+def test_what_waits_of_a_layer(remat, dtype, arrays, kernels):
+    """Counted by hand in arrays of the hidden width, for GPT-2: the MLP's are 4 of them, the scores of as many heads and keys 2. These are
+    terms that the tolerance above would hide."""
+    decoder = DecoderConfig("gpt2", 100, 64, 2, 8, 8, 8, 256, 16, positions="learned", activation="gelu_tanh")
+    read = Read(decoder, "lm", rows=2, width=16, outputs=16, learns=True, dtype=dtype, remat=remat)
+    size = activations.sizes(read)
+    assert activations.kept(read, size) == arrays * 4 * 2 * 16 * 64
+    assert activations.copies(read, size) == kernels * 4 * (4 * 64 * 64 + 2 * 64 * 256)
 
 
 def test_a_step_of_a_reward_model():
