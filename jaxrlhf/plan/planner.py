@@ -33,6 +33,7 @@ class Read:
     adapters: int = 0  # their rank, where they alone learn
     updates: int = 1  # optimizer steps of a call
     clips: bool = False  # the norm of all gradients
+    gathered: bool = False  # parameters are cut over devices, and made whole for a pass
     decoded: int = 0  # tokens a row gets one by one afterwards, from the cache of the pass
     dtype: str = "float32"
     remat: str = "none"
@@ -141,6 +142,7 @@ class Planner:
         model = self.config.model
         decoder = self.subjects.base if head == "lm" else self.subjects.reward
         how = {"dtype": model.dtype, "remat": model.remat, "chunk": model.logits_chunk} | more
+        how["gathered"] = sharding.axis_sizes(self.mesh)["fsdp"] > 1
         return Read(decoder, head, -(-rows // sharding.data_shards(self.mesh)), width, outputs, **how)
 
     @property

@@ -147,11 +147,11 @@ def again(read: Read, size: Sizes) -> float:
 
 
 def copies(read: Read, size: Sizes) -> float:
-    """Kernels in another precision or layout: of one layer; in bfloat16 of all that wait for the backward pass; and of all, in both, where
-    they are made once for many microbatches."""
+    """Kernels in another precision or layout: of one layer; in bfloat16 of all that wait for the backward pass, and of all, in both, where
+    they are made once for many microbatches. Gathered ones wait for the backward pass."""
     layers = read.model.num_layers
     if read.dtype != "bfloat16":
-        return size.kernels
+        return size.kernels * (layers if read.gathered else 1)
     if read.times > read.updates:
         return 2 * layers * size.kernels
     return size.kernels * (layers if read.remat == "none" else 1)
