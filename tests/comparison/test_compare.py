@@ -203,7 +203,7 @@ def test_a_judge_beside_gold_and_again_without_a_question(run, tmp_path, monkeyp
         assert asked == 12 and server.bodies[0]["seed"] == 7
         assert figures["judge"]["usage"]["cost"] == pytest.approx(12 * (100 * 1 + 3 * 2) / 1e6)
         # once more, the weights gone: all is there already
-        monkeypatch.setattr("jaxrlhf.comparison.responses.load", lambda *a, **k: pytest.fail("generated again"))
+        monkeypatch.setattr("jaxrlhf.rollouts.texts.load", lambda *a, **k: pytest.fail("generated again"))
         assert evaluate_command.main(parser.parse_args(list(map(str, given)))) == 0
         assert len(server.bodies) == asked
         again = json.loads((tmp_path / "out" / "comparison.json").read_text())
@@ -241,7 +241,7 @@ def test_a_folder_of_another_comparison_is_not_replaced(run, tmp_path):
 def test_another_batch_size_writes_nothing_anew(run, tmp_path, monkeypatch):
     policy = str(run / "stages" / "04-r1-policy")
     first = evaluate(policy, output=tmp_path / "out", gold="toy", toy_prompts=4, **QUIET)
-    monkeypatch.setattr("jaxrlhf.comparison.responses.load", lambda *a, **k: pytest.fail("generated again"))
+    monkeypatch.setattr("jaxrlhf.rollouts.texts.load", lambda *a, **k: pytest.fail("generated again"))
     again = evaluate(policy, output=tmp_path / "out", gold="toy", toy_prompts=4, **QUIET | {"batch_size": 3})
     assert again.rows == first.rows
 
