@@ -1,6 +1,6 @@
 """The compiled programs of a run, in the order it runs them, each with the shapes it is called with and all that is in memory meanwhile.
 
-They come from the same trainers and passes that the stages use (`run/models.py`, `run/data.py`, `run/preference.py`, `run/evaluate.py`).
+They come from the same trainers and passes that the stages use (`pipeline/stages/`).
 """
 
 from dataclasses import dataclass

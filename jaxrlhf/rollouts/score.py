@@ -22,7 +22,7 @@ class RolloutModels(NamedTuple):
     """The models that read a rollout. Without a critic values are 0; without a reward model scores are given from outside;
     `sft` is π_SFT where the KL to it is to be measured and it is not the reference."""
 
-    policy: Model | None  # None, as the reference: not read in this pass (algorithms/in_turn.py)
+    policy: Model | None  # None, as the reference: not read in this pass (algorithms/offloaded.py)
     reference: Model | None
     critic: Model | None = None
     reward: Model | None = None
