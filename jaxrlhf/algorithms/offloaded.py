@@ -68,7 +68,7 @@ def score_offloaded(
 
     together = sharding.rows_and_metrics(make_whole, mesh)
 
-    def in_turn(params: dict, texts: tuple, controller: dict, reward_bias: Any) -> tuple[Rollout, Metrics]:
+    def score(params: dict, texts: tuple, controller: dict, reward_bias: Any) -> tuple[Rollout, Metrics]:
         def turn(passed: sharding.Compiled, name: str, given: Any, bias: Any = 0.0) -> Readings:
             # Waiting here is what lets go of the model: what is brought over next finds its place.
             read = jax.block_until_ready(passed({name: sharding.to_device(given)}, texts, np.float32(bias))[0])
@@ -84,4 +84,4 @@ def score_offloaded(
         members = tuple(turn(scores, "reward", one, bias).scores_B for one, bias in zip(*ensemble, strict=True))
         return together(controller, (texts, readings._replace(scores_B=members[0]), members))
 
-    return in_turn
+    return score

@@ -141,7 +141,7 @@ class StageMissing(LookupError):
 
 
 class ReadOnlyStore(Store):
-    """A store in which nothing is built: what is not there raises Unfinished."""
+    """A store in which nothing is built: what is not there raises StageMissing."""
 
     def build(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None]) -> Done:
         del fn
