@@ -1,5 +1,6 @@
 """Adapters: nothing at zero, a thin update when merged, and alone in gradients, moments and donated memory, on every kind of mesh."""
 
+import importlib
 import weakref
 from functools import cache
 from types import SimpleNamespace
@@ -15,11 +16,12 @@ import tiny_models
 from jaxrlhf import sharding
 from jaxrlhf.losses import PAIR_LOSSES, bind
 from jaxrlhf.models import build_model, config_from_hf, hub
-from jaxrlhf.models.hub import save as saving
 from jaxrlhf.models.lora import TARGETS, adapters, merged
 from jaxrlhf.steps.pair import make_pair_step
 from jaxrlhf.steps.state import init_state, joined
 from jaxrlhf.types import PairBatch
+
+saving = importlib.import_module("jaxrlhf.models.hub.save")  # the package has a function of that name
 
 R, ALPHA, START = 2, 6.0, 3
 FAMILIES = ("gpt2", "gpt_neox-old-spelling", "llama")
