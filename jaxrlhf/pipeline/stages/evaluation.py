@@ -17,7 +17,7 @@ from jaxrlhf.offline.logprobs import response_logps
 from jaxrlhf.pipeline import inputs
 from jaxrlhf.pipeline.stages.context import RunContext
 from jaxrlhf.pipeline.stages.ensemble import reward_inputs, reward_scores, spread_of
-from jaxrlhf.rollouts.dataset import Sampling, renumbered, sample_texts
+from jaxrlhf.pipeline.stages.pairs import two_responses
 from jaxrlhf.scorers import Scorer
 from jaxrlhf.storage.stage import Done, Stage
 from jaxrlhf.types import TextBatch
@@ -77,22 +77,9 @@ def sample_responses(run: RunContext, folder: Path, loaded: Loaded, gold: Scorer
     table, cut = tokenize_prompts(rows, loaded.tokenizer, inputs.limits_of(config))
     run.report_rows(folder, "prompts", ReadReport(kept=len(rows)), cut)
     rows = [rows[i] for i in cut.rows]
-    sampling = Sampling.of(loaded, max_new_tokens=config.ppo.response_length, temperature=config.evaluation.temperature)
     key = rng.stream(rng.root_key(config.text_seed), "evaluation")  # π_SFT is evaluated once for all seeds that share it
-    size = min(config.evaluation.batch_size, max(len(rows), 1))
-    both = [
-        sample_texts(
-            loaded,
-            renumbered(table, number),
-            key,
-            sampling,
-            batch_size=size,
-            mesh=run.mesh,
-            progress=run.progress(f"evaluation, response {number + 1} of 2", round=round, tokens=size * sampling.max_new_tokens),
-        )
-        for number in (0, 1)
-    ]
-    tables, texts = zip(*both, strict=True)
+    how = {"first": 0, "temperature": config.evaluation.temperature, "batch_size": config.evaluation.batch_size}
+    tables, texts = two_responses(run, loaded, table, [key, key], "evaluation", round=round, **how)
     prompts = [row.prompt for row in rows]
     scores = None if gold is None else tuple(gold(prompts, text) for text in texts)
     return Samples(rows, tables, texts, scores)  # type: ignore[arg-type]

@@ -1,9 +1,11 @@
 """The preference pairs of a run: read, or sampled from π_SFT and labelled by gold."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxrlhf import rng
@@ -17,7 +19,7 @@ from jaxrlhf.pipeline import inputs
 from jaxrlhf.pipeline.stages.context import RunContext
 from jaxrlhf.rollouts.dataset import Sampling, renumbered, sample_texts
 from jaxrlhf.storage.stage import Done, Stage
-from jaxrlhf.types import PairBatch, TextBatch
+from jaxrlhf.types import PairBatch, PromptBatch, TextBatch
 
 TRAIN, VALID, UPDATED, WEIGHTS, REPORT = "train.parquet", "valid.parquet", "pairs.parquet", "weights.npy", "report.json"
 
@@ -77,22 +79,9 @@ def labelled(
     table, cut = tokenize_prompts(rows, tokenizer, inputs.limits_of(config))
     run.report_rows(folder, f"{what}-prompts", read, cut)
     rows = [rows[i] for i in cut.rows]
-    sampling = Sampling.of(sft, max_new_tokens=config.ppo.response_length, temperature=config.pairs.temperature)
-    key = rng.stream(run.key, f"pairs/{what}")
-    size = min(config.pairs.batch_size, max(len(rows), 1))
-    both = [
-        sample_texts(
-            sft,
-            renumbered(table, n),
-            rng.stream(key, "side", n),
-            sampling,
-            batch_size=size,
-            mesh=run.mesh,
-            progress=run.progress(f"{what} pairs, response {n} of 2", tokens=size * sampling.max_new_tokens),
-        )
-        for n in (1, 2)
-    ]
-    sides, texts = zip(*both, strict=True)
+    keys = [rng.stream(rng.stream(run.key, f"pairs/{what}"), "side", n) for n in (1, 2)]
+    how = {"first": 1, "temperature": config.pairs.temperature, "batch_size": config.pairs.batch_size}
+    sides, texts = two_responses(run, sft, table, keys, f"{what} pairs", **how)
     asked = [row.prompt for row in rows]
     scores = [gold(asked, text) for text in texts]
     pairs, first, kept = label_pairs(rows, texts[0], texts[1], scores[0], scores[1], rule=rule, label_flip=label_flip, seed=config.seed)
@@ -102,6 +91,21 @@ def labelled(
         if number:
             run.log.note(f"{what} pairs: {number} of {len(rows)} prompts {fault}; they say nothing and are left out")
     return {"kept": len(kept), "identical": identical, "gold_mean": float(np.mean(np.concatenate(scores)))}
+
+
+def two_responses(
+    run: RunContext, loaded: Loaded, table: PromptBatch, keys: Sequence[jax.Array], what: str, *, first: int, round: int | None = None,
+    temperature: float, batch_size: int,
+) -> tuple[tuple[TextBatch, ...], tuple[list[str], ...]]:  # fmt: skip
+    """(tokens, texts) of two samples of a policy's responses, one a key, their rows renumbered from sample `first` on."""
+    sampling = Sampling.of(loaded, max_new_tokens=run.config.ppo.response_length, temperature=temperature)
+    size = min(batch_size, max(len(table.index_B), 1))
+    both = []
+    for n, key in enumerate(keys):
+        progress = run.progress(f"{what}, response {n + 1} of 2", round=round, tokens=size * sampling.max_new_tokens)
+        both.append(sample_texts(loaded, renumbered(table, first + n), key, sampling, batch_size=size, mesh=run.mesh, progress=progress))
+    tables, texts = zip(*both, strict=True)
+    return tables, texts
 
 
 def pair_batch(first: TextBatch, second: TextBatch, first_is_chosen: np.ndarray, kept: np.ndarray) -> PairBatch:
