@@ -99,6 +99,7 @@ def one_device():
     """Runs of this module see one of the four fake devices, which is what compiles fastest."""
     patch = pytest.MonkeyPatch()
     make = sharding.make_mesh
-    patch.setattr(mesh, "make_mesh", lambda *axes: make(*axes, devices=jax.devices()[:1]))
+    for module in (mesh, sharding):  # where the package looks it up, and where tests do
+        patch.setattr(module, "make_mesh", lambda *axes: make(*axes, devices=jax.devices()[:1]))
     yield
     patch.undo()

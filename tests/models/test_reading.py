@@ -170,13 +170,13 @@ jax.config.update("jax_num_cpu_devices", 2)
 port, process, source, out = sys.argv[1:]
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
 from jaxrlhf import models, sharding
-from jaxrlhf.models import files
+from jaxrlhf.models.hub.safetensors import TensorReader
 asked = []
-original = files.TensorReader.read
+original = TensorReader.read
 def read(self, name, index):
     asked.append([name, [[axis.start, axis.stop] for axis in index]])
     return original(self, name, index)
-files.TensorReader.read = read
+TensorReader.read = read
 mesh = sharding.make_mesh(1, 2, 2)
 loaded = models.load(source, head="scalar", key=jax.random.key(2), mesh=mesh)
 models.save(loaded, out + "/scalar")
