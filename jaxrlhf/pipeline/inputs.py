@@ -116,8 +116,9 @@ def limits_of(config: Config) -> Limits:
 
 def _options(config: Config, tokenizer: Any) -> dict[str, Any]:
     """How rows are read: the same for every source."""
-    read = {name: getattr(config.data, name) for name in ("on_bad_row", "prompt_format", "response_format", "rename")}
-    return {"tokenizer": tokenizer, **read}
+    data = config.data
+    read = {"on_bad_row": data.on_bad_row, "prompt_format": data.prompt_format, "response_format": data.response_format}
+    return {"tokenizer": tokenizer, "rename": data.rename, **read}
 
 
 def demonstrations_of(config: Config, tokenizer: Any = None) -> tuple[list[Demonstration], ReadReport]:

@@ -479,7 +479,7 @@ def test_a_finished_run_does_not_fail_for_its_report(run, tmp_path, capsys, monk
 
     monkeypatch.setattr("jaxrlhf.report.build.draw", broken)
     assert command.write_report(run) is None
-    assert "the report was not written (RuntimeError: no fonts); the run is whole" in capsys.readouterr().err
+    assert "the report was not written (RuntimeError: no fonts); the run is complete" in capsys.readouterr().err
     monkeypatch.setattr("jaxrlhf.report.build.draw", lambda arms: ([], []))
     assert command.write_report(run) == run / "report.html"
 
