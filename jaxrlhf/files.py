@@ -6,8 +6,8 @@ import hashlib
 import logging
 import os
 import platform
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,12 +33,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def finished_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its name at the end, replacing what was there; on an error nothing changes."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    work.chmod(0o755)
+    work = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    work.mkdir()  # and not tempfile's: its folders are for the owner alone, whatever the umask says
     try:
         yield work
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            old = folder.with_name(f".{folder.name}.old.{secrets.token_hex(4)}")
             os.replace(folder, old)
             work.rename(folder)
             shutil.rmtree(old)
@@ -48,11 +48,11 @@ def finished_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Write a file, and the folders it lies in. Text is UTF-8, and keeps lone surrogates, which a model may write."""
+def write_whole(path: str | os.PathLike[str], content: str | bytes, *, errors: str = "strict") -> None:
+    """Write a file, and the folders it lies in. Text is UTF-8; `errors` "surrogatepass" keeps lone surrogates, which a model may write."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        partial.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", errors))
 
 
 def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:

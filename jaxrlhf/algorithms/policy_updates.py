@@ -42,7 +42,7 @@ def ppo_optimizer(config: PPOConfig) -> optax.GradientTransformation:
 def ppo_trainer(policy: Model, scalar: Model, config: PPOConfig, plugin: Callable[[str], PolicyLoss], **how: Any) -> PPOTrainer:
     """The compiled parts of a round of PPO; `scalar` is the model of both critic and reward. Equal arguments share compilations.
 
-    `how`: eos_ids, pad_id, vocab_size, and where they apply mesh and the `spread_coef` of an ensemble, as `_trainer` takes them.
+    `how`: eos_ids, pad_id, vocab_size, and where they apply mesh and the `spread_coef` of an ensemble, as `make_trainer` takes them.
     """
     return _ppo_trainer(policy, scalar, config, policy_loss_of(config, plugin), **how)
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxrlhf.config import Config, EncoderConfig
+from jaxrlhf.data.columns import fingerprint
 from jaxrlhf.data.pairs import Pair, Prompt
 from jaxrlhf.models.hub import Loaded
 from jaxrlhf.types import PairBatch
@@ -63,6 +64,7 @@ class RoundContext:
     progress: Callable[[str], Callable[[int, int], None] | None] = lambda what: None
     prompts: Callable[[], list[Prompt]] = list
     kept_before: frozenset[str] | None = None
+    fingerprint = staticmethod(fingerprint)  # of a dict (JSON): a short name for a folder under `columns`
 
     def report(self, facts: Mapping[str, Any]) -> None:
         """Add `facts` (JSON) to what the update reports of itself."""
@@ -81,5 +83,5 @@ def unweighted(context: RoundContext, pairs: Pairs) -> tuple[Pairs, np.ndarray]:
 
 
 def encoder_options(config: EncoderConfig) -> dict[str, Any]:
-    """The section `encoder` as the keywords of `offline.embed`."""
+    """The section `encoder` as the keywords of `offline.encoder_identity.encoder_identity`."""
     return {"encoder": config.source, "backend": config.backend, "pooling": config.pooling, "max_length": config.max_length}

@@ -5,8 +5,6 @@ import json
 import sys
 
 from jaxrlhf.files import write_lines
-from jaxrlhf.rollouts.texts import generate_texts
-from jaxrlhf.sharding.compile_cache import cache_compilations
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Sample as the command line says; every response is printed, or written to a file that appears whole."""
+    from jaxrlhf.rollouts.texts import generate_texts  # here: --help and a wrong option need no models
+    from jaxrlhf.sharding.compile_cache import cache_compilations
+
     cache_compilations()
     settings = vars(options)
     rows = generate_texts(**{name: settings[name] for name in settings if name != "output"})

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `jaxrlhf plan`, without the keys of the config."""
     parser.description = (
         "What every phase of a run needs: memory by part, products of matrices, traffic, exchanges between devices, time. It is counted "
-        "from shapes in seconds; nothing is compiled or run, no data and no weights are read. Predictions, not measurements."
+        "from shapes in seconds, and --compile asks a compiler too; nothing is run, no data and no weights are read. Predictions."
     )
     parser.epilog = f"{EPILOG}."
     parser.add_argument("--devices", type=int, help="plan for this many devices, simulated on the CPU; default: those of this machine")

@@ -5,8 +5,6 @@ import sys
 
 from jaxrlhf.commands.recipe_arguments import config_of
 from jaxrlhf.commands.usage import EPILOG
-from jaxrlhf.sweep.sweep import failure_lines, read_sweep, seeds_of, sweep
-from jaxrlhf.sweep.table import show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Run the sweep, print its table and its failures; 1 where a run failed."""
     config = config_of(options.command, options.recipe, options.overrides)
+    from jaxrlhf.sweep.sweep import failure_lines, read_sweep, seeds_of, sweep  # here: --help and a wrong recipe need no models
+    from jaxrlhf.sweep.table import show
+
     folder = sweep(config, seeds_of(options.seeds))
     done = read_sweep(folder)
     show(done)

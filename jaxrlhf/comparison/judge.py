@@ -28,7 +28,7 @@ class Verdict(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """One verdict a pair, in the order of the pairs, and the account of what they took (see `account`)."""
+    """One verdict a pair, in the order of the pairs, and the account of what they took (see `usage_of`)."""
 
     verdicts: list[Verdict]
     usage: dict[str, Any]

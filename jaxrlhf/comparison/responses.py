@@ -91,7 +91,7 @@ def kept_responses(
             return {row["number"]: (row["response"], row["finished"]) for row in kept["responses"]}
     responses = generate_responses(side, asked, writing, show)
     rows = [{"number": i, "prompt": asked.rows[i].prompt, "response": text, "finished": ended} for i, (text, ended) in responses.items()]
-    write_whole(path, json.dumps({"written": facts, "responses": rows}, ensure_ascii=False, indent=0) + "\n")
+    write_whole(path, json.dumps({"written": facts, "responses": rows}, ensure_ascii=False, indent=0) + "\n", errors="surrogatepass")
     return responses
 
 

@@ -12,9 +12,10 @@ from jaxrlhf.formatting import markdown_table
 def write_comparison(comparison: Comparison, folder: str | Path) -> None:
     """comparison.jsonl, comparison.md and, last, comparison.json: where it is, the others are whole."""
     lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in comparison.rows)
-    write_whole(Path(folder) / ROWS, lines)
-    write_whole(Path(folder) / TABLE, as_markdown(comparison.figures))
-    write_whole(Path(folder) / FIGURES, json.dumps(comparison.figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(Path(folder) / ROWS, lines, errors="surrogatepass")
+    write_whole(Path(folder) / TABLE, as_markdown(comparison.figures), errors="surrogatepass")
+    figures = json.dumps(comparison.figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(Path(folder) / FIGURES, figures, errors="surrogatepass")
 
 
 Row = tuple[str, ...]

@@ -1,7 +1,7 @@
 """Responses that were written before: files and folders of them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +38,11 @@ def read_generations(source: Source | Sequence[Source]) -> list[StoredResponse]:
     The response is in `response`, `completion` or, as a run's evaluation stores it, `response_1`. Raises DataError for a row without texts,
     naming it, and where there is no row.
     """
-    found = []
+    return list(_rows(source))
+
+
+def _rows(source: Source | Sequence[Source]) -> Iterator[StoredResponse]:
+    row = None
     for where, row in iter_rows(source):
         if isinstance(row, Fault):
             raise DataError(f"{where}: {row.reason}. Repair the row or write the responses again.")
@@ -50,29 +54,27 @@ def read_generations(source: Source | Sequence[Source]) -> list[StoredResponse]:
             )
         if any("\ud800" <= c <= "\udfff" for c in prompt + response + str(reference)):
             raise DataError(f"{where}: a lone surrogate, which is no text. Repair the row or write the responses again.")
-        found.append(
-            StoredResponse(
-                str(name) if name not in (None, "") else text_id(prompt),
-                prompt,
-                response,
-                reference if isinstance(reference, str) else None,
-                row.get("templated") is True,
-                finished if isinstance(finished, bool) else None,
-                where,
-            )
+        yield StoredResponse(
+            str(name) if name not in (None, "") else text_id(prompt),
+            prompt,
+            response,
+            reference if isinstance(reference, str) else None,
+            row.get("templated") is True,
+            finished if isinstance(finished, bool) else None,
+            where,
         )
-    if not found:
+    if row is None:
         raise DataError(f"there is no response in {source}; write some with `jaxrlhf generate POLICY --file PROMPTS --output FILE`.")
-    return found
 
 
 def read_stored(path: Path) -> tuple[tuple[StoredResponse, ...], tuple[str, ...]]:
     """(one row a prompt, what was left out or changed), of what `read_generations` reads: the first of several to a prompt counts."""
-    found, rows = read_generations(path), {}
-    for row in found:
+    rows, count = {}, 0
+    for row in _rows(path):
         rows.setdefault(row.prompt, row)
+        count += 1
     bare = tuple(row._replace(response=TRAILING.sub("", row.response)) for row in rows.values())
-    further, stripped = len(found) - len(rows), sum(a != b for a, b in zip(bare, rows.values(), strict=True))
+    further, stripped = count - len(rows), sum(a != b for a, b in zip(bare, rows.values(), strict=True))
     notes = [f"{label(path)}: {further} further responses to the same prompts are left out (the first counts)."] if further else []
     notes += [f"{label(path)}: EOS or PAD spelled at the end of {stripped} responses was taken off."] if stripped else []
     return bare, tuple(notes)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxrlhf.formatting import format_duration
 from jaxrlhf.plan.devices import Device
 from jaxrlhf.plan.memory import GIB, OF_BANDWIDTH, OF_PEAK, USABLE, Planned, advice, gib, room
 from jaxrlhf.recipe import to_mapping
@@ -84,28 +85,28 @@ def _verdict(plan: Plan, device: Device) -> None:
         bounds = one.seconds(device, plan.dtype(one))
         slowest = max(bounds, key=lambda name: bounds[name])
         pace = one.phase.tokens / max(bounds[slowest], 1e-12)
-        fits = "" if one.total <= room(device) else "  does not fit"
-        print(f"{one.phase.title:38} {bounds[slowest]:9.3g} {slowest:>9} {pace:11,.0f} {gib(one.total):>7}{fits}")
+        verdict = {True: "", None: "  may not fit", False: "  does not fit"}[fits(plan, one, device)]
+        print(f"{one.phase.title:38} {bounds[slowest]:9.3g} {slowest:>9} {pace:11,.0f} {gib(one.total):>7}{verdict}")
     tight = [one for one in plan.phases if one.total > room(device)]
     if not tight:
         print(f"fits: the largest phase needs {gib(max(one.total for one in plan.phases))} of {gib(room(device))} GiB.")
     for one in tight:
         needs = f"{one.phase.title} needs {gib(one.total)} GiB, {gib(one.total - room(device))} more than {gib(room(device))}"
-        larger = plan.compiler is None or (plan.compiler == "cpu" and plan.config.model.dtype == "bfloat16")
-        at_most = larger and one.total - one.parts["activations"] < room(device)
+        at_most = fits(plan, one, device) is None
         print(f"MAY NOT FIT: {needs}, at most: those are a CPU's activations." if at_most else f"DOES NOT FIT: {needs}.")
         for tip in advice(one, device, plan.config, plan.mesh):
             print(f"  {tip.setting}: saves about {gib(tip.saves)} GiB ({tip.why})")
     seconds, unknown = plan.run_seconds(device)
     rest = f", without {', '.join(unknown)}: give --rows and --valid_rows" if unknown else ""
-    print(f"the whole run: {duration(seconds)} of computing{rest}; reading, writing and compiling come on top.")
+    print(f"the whole run: {format_duration(seconds)} of computing{rest}; reading, writing and compiling come on top.")
 
 
-def duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} seconds"
+def fits(plan: Plan, one: Planned, device: Device) -> bool | None:
+    """Whether a phase has room on a device; None where it is too large only by activations that are counted, or compiled, as a CPU's."""
+    if one.total <= room(device):
+        return True
+    larger = plan.compiler is None or (plan.compiler == "cpu" and plan.config.model.dtype == "bfloat16")
+    return None if larger and one.total - one.parts["activations"] < room(device) else False
 
 
 def as_json(plan: Plan, devices: Sequence[Device]) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def _on(plan: Plan, device: Device) -> dict[str, Any]:
         {
             "phase": one.phase.title,
             "seconds": one.seconds(device, plan.dtype(one)),
-            "fits": one.total <= room(device),
+            "fits": fits(plan, one, device),
             "advice": [vars(tip) for tip in advice(one, device, plan.config, plan.mesh)] if one.total > room(device) else [],
         }
         for one in plan.phases
