@@ -3,9 +3,10 @@
     OUT=FOLDER python benchmarks/accelerator.py [--budget 220] [--only update,sampler]     (`accelerator.sh` beside it does all of it)
     SMOKE=1 python benchmarks/accelerator.py --budget 600                                  tiny shapes, on any machine
 
-Every figure is one JSON line of FOLDER/accelerator.jsonl as soon as it is known, so that a run that is cut loses nothing. Stages come in the
-order of their worth, each with the seconds that it may take; one begins only where most of them are left. Programs are compiled before they
-run: one that the compiler says does not fit is reported and not started. Weights are small numbers from a hash: time does not depend on them.
+Every figure is one JSON line of FOLDER/accelerator.jsonl as soon as it is known, so that a run that is cut loses nothing. Stages come in
+the order of their worth, each with the seconds that it may take; one begins only where most of them are left. Programs are compiled before
+they run: one that the compiler says does not fit is reported and not started. Weights are small numbers from a hash: time
+does not depend on them.
 """
 
 from __future__ import annotations
