@@ -81,8 +81,14 @@ def _reply(text: str, field: str) -> str:
     return text
 
 
+def _has(row: Row, *fields: str) -> bool:
+    """Whether the row has all these fields. A null is none: a table has every column in every row."""
+    return all(row.get(field) is not None for field in fields)
+
+
 def _unknown(row: Row, expected: str) -> BadRow:
-    return BadRow(f"unknown schema: fields {', '.join(map(str, row)) or '(none)'}; expected {expected}")
+    found = [f"{name} (null)" if value is None else str(name) for name, value in row.items()]
+    return BadRow(f"unknown schema: fields {', '.join(found) or '(none)'}; expected {expected}")
 
 
 def _options(row: Row) -> dict[str, Any]:
@@ -102,7 +108,7 @@ def pair_fields(row: Row, reading: Reading) -> dict[str, Any]:
         raise _unknown(row, "{prompt, chosen, rejected} or {chosen, rejected}")
     if isinstance(row["chosen"], list):
         found = _conversational_pair(row, reading)
-    elif "prompt" in row:
+    elif _has(row, "prompt"):
         found = _explicit_pair(row, reading)
     else:
         prompt, chosen, rejected = cut_prompt(_text(row, "chosen"), _text(row, "rejected"), reading.implicit_prompt)
@@ -183,19 +189,19 @@ def demonstration_fields(row: Row, reading: Reading) -> dict[str, Any]:
     """prompt, response, templated of a row to imitate."""
     if row.get("label") is False:
         raise BadRow("labelled false: an unpaired preference that is no demonstration")
-    if "messages" in row:
+    if _has(row, "messages"):
         messages = reading.messages(row, "messages")
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise BadRow("no reply: messages must end with an assistant message after a prompt")
         return _conversational_demonstration(messages[:-1], messages[-1:], row, reading)
-    field = next((f for f in _RESPONSES if f in row), None)
-    if field is None and "chosen" in row and "rejected" in row:
+    field = next((f for f in _RESPONSES if _has(row, f)), None)
+    if field is None and _has(row, "chosen", "rejected"):
         pair = pair_fields(row, reading)
         return {"prompt": pair["prompt"], "response": pair["chosen"], "templated": pair["templated"]}
-    if field is None and "text" in row and "prompt" not in row:
+    if field is None and _has(row, "text") and not _has(row, "prompt"):
         return {"prompt": "", "response": _reply(_text(row, "text"), "text"), "templated": False}
-    field = field or ("chosen" if "chosen" in row else None)
-    if field is None or "prompt" not in row:
+    field = field or ("chosen" if _has(row, "chosen") else None)
+    if field is None or not _has(row, "prompt"):
         raise _unknown(row, "{prompt, completion}, {prompt, chosen}, {chosen, rejected}, {messages} or {text}")
     if isinstance(row["prompt"], list):
         return _conversational_demonstration(reading.messages(row, "prompt"), reading.messages(row, field), row, reading)
@@ -211,7 +217,7 @@ def _conversational_demonstration(prompt: Messages, response: Messages, row: Row
 
 def prompt_fields(row: Row, reading: Reading) -> dict[str, Any]:
     """prompt, reference, templated of a row to sample from; the reference is the row's own good response, if it has one."""
-    if "prompt" in row and not any(f in row for f in (*_RESPONSES, "chosen")):
+    if _has(row, "prompt") and not any(_has(row, f) for f in (*_RESPONSES, "chosen")):
         if isinstance(row["prompt"], list):
             text = render_prompt(reading.template, reading.messages(row, "prompt"), **_options(row))
             return {"prompt": text, "templated": True}
@@ -219,7 +225,7 @@ def prompt_fields(row: Row, reading: Reading) -> dict[str, Any]:
         if not text.strip():
             raise BadRow("empty prompt: nothing to answer")
         return {"prompt": reading.frame_prompt(text), "templated": row.get("templated") is True}
-    if "text" in row and "prompt" not in row:
+    if _has(row, "text") and not _has(row, "prompt"):
         raise _unknown(row, "a row with a prompt")
     found = demonstration_fields({k: v for k, v in row.items() if k != "label"}, reading)
     if not found["prompt"].strip():

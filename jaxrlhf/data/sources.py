@@ -2,19 +2,25 @@
 
 A row that cannot be read is yielded as a `Fault` in its place, so that the caller decides between dropping and stopping, and no row
 disappears between two others. Local paths never touch the network.
+
+A row means the same in every format. A table has one set of keys for the objects of a column, in the order of their first appearance, and
+null where a row has none; so a null inside of a column is an absent key, and keys stand in that order, in rows of JSON too.
 """
 
 import glob
 import gzip
+import hashlib
 import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxrlhf.data.read_report import DataError
+from jaxrlhf.files import digests
 from jaxrlhf.storage import copies, remote
 
 T = TypeVar("T")
@@ -32,6 +38,7 @@ class Fault:
 
 Row = dict[str, Any]
 Located = tuple[str, Row | Fault]  # ("file:line", row); lines and rows are numbered from 1
+Places = dict[tuple[str, ...], dict[str, int]]  # path of an object in a row -> its keys, numbered as they came
 
 
 def iter_rows(source: Source | Sequence[Source], *, split: str = "train", subset: str | None = None) -> Iterator[Located]:
@@ -39,13 +46,35 @@ def iter_rows(source: Source | Sequence[Source], *, split: str = "train", subset
 
     Raises FileNotFoundError for a missing file and DataError for a source that is neither a file nor looks like a hub id.
     """
+    places: Places = {}
     for one in [source] if isinstance(source, str | Path) else source:
         files = source_files(one)
-        if files is None:
-            yield from _iter_hub(str(one), split, subset)
-        else:
-            for file in files:
-                yield from _iter_file(file)
+        for found in [_iter_hub(str(one), split, subset)] if files is None else map(_iter_file, files):
+            for where, row in found:
+                try:
+                    yield where, row if isinstance(row, Fault) else {name: _in_order(value, (name,), places) for name, value in row.items()}
+                except RecursionError:
+                    yield where, Fault("nested too deeply")
+
+
+def source_identity(source: Source) -> str:
+    """What the rows of a source depend on: files by their bytes, in the order they are read; a hub id by what the hub holds now."""
+    files = source_files(source)
+    if files is None:
+        return str(hub_rows(*_hub_id(str(source), "train"), None)._fingerprint)
+    return hashlib.sha256(b"".join(digests(files))).hexdigest()[:20]
+
+
+def _in_order(value: Any, path: tuple[str, ...], places: Places) -> Any:
+    """`value` without null keys, its keys in the order in which the objects at this path had them first."""
+    if isinstance(value, list):
+        return [_in_order(one, path, places) for one in value]
+    if not isinstance(value, dict):
+        return value
+    place = places.setdefault(path, {})
+    for key in value:
+        place.setdefault(key, len(place))
+    return {key: _in_order(value[key], (*path, key), places) for key in sorted(value, key=place.__getitem__) if value[key] is not None}
 
 
 def source_files(source: Source) -> list[Path] | None:
@@ -168,24 +197,34 @@ def _iter_parquet(path: Path) -> Iterator[Located]:
 
 
 def _iter_hub(name: str, split: str, subset: str | None) -> Iterator[Located]:
+    name, split = _hub_id(name, split)
+    for number, row in enumerate(hub_rows(name, split, subset), start=1):
+        yield f"{name}[{split}]:{number}", dict(row) if isinstance(row, dict) else Fault(f"not an object: a {type(row).__name__}")
+
+
+def _hub_id(name: str, split: str) -> tuple[str, str]:
+    """(org/name, split) of a hub id; FileNotFoundError or DataError for what can be none."""
     if name.lower().endswith(SUFFIXES):
         raise FileNotFoundError(f"{name}: no such file.")
     match = _HUB_ID.fullmatch(name)
     if not match:
         raise DataError(f"{name!r} is neither an existing file or folder nor a hub id of the form org/name or org/name[split].")
+    return match[1], match[2] or split
+
+
+@cache
+def hub_rows(name: str, split: str, subset: str | None) -> Any:
+    """The text columns of a hub data set, loaded once a process: what a run reads late is what it was named by at its start."""
     import datasets
 
-    name, split = match[1], match[2] or split
     try:
         rows: Any = datasets.load_dataset(name, subset, split=split)
-        rows = rows.select_columns(_text_columns(rows.features.arrow_schema))
+        return rows.select_columns(_text_columns(rows.features.arrow_schema))
     except Exception as error:  # the library raises a dozen kinds; all of them mean that there are no rows
         raise DataError(
             f"{name!r} is no existing path, and as a hub id (subset {subset!r}, split {split!r}) it could not be loaded: "
             f"{type(error).__name__}: {error}. Check the spelling, or download it and give the file."
         ) from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{name}[{split}]:{number}", dict(row) if isinstance(row, dict) else Fault(f"not an object: a {type(row).__name__}")
 
 
 def _text_columns(schema: Any) -> list[str]:

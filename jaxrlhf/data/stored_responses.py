@@ -46,7 +46,7 @@ def _rows(source: Source | Sequence[Source]) -> Iterator[StoredResponse]:
     for where, row in iter_rows(source):
         if isinstance(row, Fault):
             raise DataError(f"{where}: {row.reason}. Repair the row or write the responses again.")
-        response = next((row[name] for name in _RESPONSES if name in row), None)
+        response = next((row[name] for name in _RESPONSES if row.get(name) is not None), None)
         name, prompt, reference, finished = (row.get(field) for field in ("id", "prompt", "reference", "finished"))
         if not isinstance(prompt, str) or not isinstance(response, str):
             raise DataError(

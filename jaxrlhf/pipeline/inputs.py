@@ -1,6 +1,5 @@
 """What a run reads: its rows, the gold reward, their identity by content, and checks of all that before anything is built."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal, TypeVar
@@ -12,9 +11,8 @@ from jaxrlhf.config import Config
 from jaxrlhf.data import toy
 from jaxrlhf.data.pairs import Demonstration, Pair, Prompt, ReadReport, read_demonstrations, read_pairs, read_prompts, split_by_prompt
 from jaxrlhf.data.read_report import DataError
-from jaxrlhf.data.sources import source_files
+from jaxrlhf.data.sources import source_identity
 from jaxrlhf.data.tokens import Limits
-from jaxrlhf.files import digests
 from jaxrlhf.models import DecoderConfig
 from jaxrlhf.models.hub import check_vocabulary, read_config, resolve
 from jaxrlhf.models.hub.identity import folder_identity
@@ -223,15 +221,9 @@ def data_identity(config: Config) -> dict[str, Any]:
         return {"toy": section["toy"], **counts, "seed": config.text_seed}
     for name in ("train", "valid", "demonstrations", "prompts"):
         sources = (section[name],) if isinstance(section[name], str) else section[name] or ()
-        section[name] = [_content(source) for source in sources]
+        section[name] = [source_identity(source) for source in sources]
     del section["toy"], section["num_demonstrations"], section["num_prompts"], section["limits"]
     return section | {"pairs": config.pairs.source, "seed": config.text_seed}
-
-
-def _content(source: str) -> str:
-    """Files by their bytes, in the order they are read; a hub id by its name."""
-    files = source_files(source)
-    return source if files is None else hashlib.sha256(b"".join(digests(files))).hexdigest()[:20]
 
 
 def model_identity(config: Config) -> dict[str, Any]:

@@ -96,7 +96,7 @@ FAULTS = {
     b'{"prompt": "p", "chosen": "c"}\n': "unknown schema",
     b'{"question": "p", "good": "c"}\n': "unknown schema",
     b"{}\n": "unknown schema",
-    b'{"prompt": null, "chosen": "c", "rejected": "r"}\n': "mistyped field",
+    b'{"prompt": null, "chosen": "c", "rejected": "r"}\n': "no prompt",  # a null column is an absent one
     b'{"prompt": "p", "chosen": 3, "rejected": "r"}\n': "mistyped field",
     b'{"prompt": ["p"], "chosen": "c", "rejected": "r"}\n': "mistyped field",
     b'{"prompt": "p", "chosen": "c", "rejected": "r", "margin": "big"}\n': "mistyped field",

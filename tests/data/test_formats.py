@@ -1,0 +1,140 @@
+"""A row means the same in JSONL, in Parquet and as `datasets` loads it, today and tomorrow, and a hub data set is its content."""
+
+import json
+import random
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jaxrlhf.data.pairs import read_demonstrations, read_pairs, read_prompts
+from jaxrlhf.data.read_report import DataError
+from jaxrlhf.data.sources import iter_rows
+from jaxrlhf.data.stored_responses import read_generations
+from jaxrlhf.data.tokenizer import train_tokenizer
+from jaxrlhf.pipeline import inputs
+from jaxrlhf.recipe import ConfigError, from_mapping, load_config, to_mapping
+
+TEMPLATE = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %}{{ call['function']['name'] }}({{ call['function']['arguments'] | tojson }}){% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LOAD = datasets.load_dataset
+DATED = "{{ strftime_now('%d %b %Y') }}\n" + TEMPLATE
+
+
+def chat(template=TEMPLATE):
+    tokenizer = train_tokenizer(["hello"], 300)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What the hub serves is what this dict holds. A name is loaded once a process: give each test its own."""
+    held = {}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, split: held[name])
+    return held
+
+
+def table(rows):
+    """All columns, null in the rows that lack one."""
+    return pa.table({name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)})
+
+
+def some(random, **values):
+    """Some of the values, in any order."""
+    return {name: values[name] for name in random.sample(list(values), random.randint(0, len(values)))}
+
+
+def conversation(random):
+    """A question, a call of a tool with whatever arguments, its answer and a reply; sometimes without all that."""
+    word = lambda: random.choice(["Oslo", "Rome", "null", "né", "{}", "None"])  # noqa: E731
+    arguments = some(
+        random, city=word(), days=random.randint(1, 9), where=some(random, lat=0.5, zone=word()), stops=[some(random, at=word(), by=word())]
+    )
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    parameters = {"type": "object", "properties": some(random, city={"type": "string"}, days=some(random, type="integer", minimum=1))}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    called = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": word()}]
+    messages = [{"role": "user", "content": word()}, *random.choice([called, []]), {"role": "assistant", "content": word()}]
+    return {"messages": messages} | random.choice([{}, {"tools": [tool]}])
+
+
+def test_a_thousand_conversations_are_the_same_in_every_format(tmp_path, hub):
+    rows = [conversation(chosen) for chosen in [random.Random(0)] for _ in range(1000)]
+    (tmp_path / "json").mkdir(), (tmp_path / "parquet").mkdir()
+    jsonl, parquet = tmp_path / "json" / "train.jsonl", tmp_path / "parquet" / "train.parquet"
+    jsonl.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    pq.write_table(table(rows), parquet)
+    for kind in ("json", "parquet"):
+        hub[f"org/thousand-{kind}"] = LOAD(str(tmp_path / kind), split="train", cache_dir=str(tmp_path / "cache"))
+    places = (jsonl, parquet, "org/thousand-json", "org/thousand-parquet")
+    said, *others = ([json.dumps({k: v for k, v in row.items() if v is not None}) for _, row in iter_rows(place)] for place in places)
+    assert len(said) == 1000
+    for other in others:
+        differ = [pair for pair in zip(said, other, strict=True) if pair[0] != pair[1]]
+        assert not differ, f"{len(differ)} of 1000 differ, first {differ[0]}"
+    tokenizer = chat()
+    (one, report), *others = (read_demonstrations(place, tokenizer=tokenizer, limit=100) for place in places)
+    assert not report.dropped and any('weather({"days": ' in row.prompt and "properties" in row.prompt for row in one)
+    for other, _ in others:
+        assert [(row.id, row.prompt, row.response) for row in one] == [(row.id, row.prompt, row.response) for row in other]
+
+
+def test_a_null_column_is_an_absent_one(tmp_path):
+    """A table has all columns in every row; a row of JSON has its own."""
+    pair, dialogue = {"prompt": "p", "chosen": "c", "rejected": "r"}, "\n\nHuman: q\n\nAssistant: "
+    kinds = {
+        read_pairs: [pair, {"chosen": dialogue + "c", "rejected": dialogue + "r"}, pair | {"margin": 1.0}],
+        read_demonstrations: [{"prompt": "p", "completion": "c"}, {"prompt": "p", "response": "d"}, {"text": "t"}, pair],
+        read_prompts: [{"prompt": "p", "completion": "c"}, {"prompt": "q"}, {"prompt": "s", "response": "r"}, pair],
+        read_generations: [{"prompt": "p", "completion": "c"}, {"prompt": "p", "response": "d", "reference": "r"}],
+    }
+    for read, rows in kinds.items():
+        jsonl, parquet = tmp_path / f"{read.__name__}.jsonl", tmp_path / f"{read.__name__}.parquet"
+        jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        pq.write_table(table(rows), parquet)
+        one, other = ([repr(row).replace(str(file), "") for row in rows_of(read, file)] for file in (jsonl, parquet))
+        assert len(one) == len(rows) and one == other, read.__name__
+
+
+def rows_of(read, file):
+    found = read(file)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def test_a_template_that_asks_for_the_date_is_given_the_one_of_the_config(tmp_path, capsys):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}) + "\n")
+    tokenizer = chat(DATED)
+    assert [row.prompt.split("\n")[0] for row in read_demonstrations(file, tokenizer=tokenizer)[0]] == ["26 Jul 2024"]  # whatever day it is
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"data: {{train: {file}, template_date: 2031-02-03}}\npairs: {{source: sample}}\ngold: {{kind: toy}}\n")
+    config = load_config(recipe)
+    assert from_mapping(to_mapping(config)) == config
+    capsys.readouterr()
+    for _ in range(2):
+        assert [row.prompt.split("\n")[0] for row in inputs.prompts_of(config, tokenizer)[0]] == ["03 Feb 2031"]
+    said = capsys.readouterr().err
+    assert said.count("2031-02-03") == 1 and "data.template_date" in said
+    assert inputs.data_identity(config)["template_date"] == "2031-02-03"
+    with pytest.raises(ConfigError, match=r"template_date 'today' is no date; give one like 2024-07-26"):
+        from_mapping({"data": {"template_date": "today"}})
+    row = json.loads(file.read_text()) | {"chat_template_kwargs": {"strftime_now": "x"}}
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="sets strftime_now, which is the reader's to set"):
+        read_demonstrations(file, tokenizer=tokenizer)
+
+
+def test_a_hub_data_set_is_its_content_and_not_its_name(hub):
+    row = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    hub |= {f"org/identity-{n}": datasets.Dataset.from_list([row | {"chosen": text}]) for n, text in enumerate("ccd")}
+    same, again, other = (inputs.data_identity(from_mapping({"data": {"train": name}}))["train"] for name in hub)
+    assert same == again != other, "the rows decide, whatever the name"
+    hub["org/identity-0"] = hub["org/identity-2"]  # published anew while a run reads it: the run goes on with what it began with
+    assert read_pairs("org/identity-0")[0][0].chosen == "c"
