@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from datetime import datetime
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict
 
 STRICT = ConfigDict(extra="forbid")  # pydantic would ignore unknown keys
 
@@ -92,9 +93,16 @@ class DataConfig:
     on_bad_row: Literal["drop", "error"] = "drop"
     prompt_format: str = "{}"  # a template for bare instructions, "\n\nHuman: {}\n\nAssistant:"
     response_format: str = "{}"  # and for their responses, " {}"
+    template_date: Annotated[str, BeforeValidator(str)] = "2024-07-26"  # today for a chat template that asks (strftime_now), ISO 8601
     bucket: int = 0  # the width of a batch is a multiple of this many tokens (few shapes, few compilations); 0: full width
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     toy: ToyTask = field(default_factory=ToyTask)
+
+    def __post_init__(self) -> None:
+        try:
+            datetime.fromisoformat(self.template_date)
+        except ValueError:
+            raise ValueError(f"template_date {self.template_date!r} is no date; give one like {DataConfig.template_date}.") from None
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import string
+import sys
+from datetime import datetime
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from jaxrlhf.config import DataConfig
 from jaxrlhf.data.read_report import DataError
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and a plan needs none of it
@@ -31,6 +37,12 @@ RENDER_ARGUMENTS = frozenset(
     ]
 )
 _PROBE = "zqprobe"
+
+# Stands in front of a template, which transformers hands plain data only.
+_AT_DATE = (
+    "{% macro strftime_now(format) %}{% set said = namespace(text=format) %}{% for each, text in WRITTEN.items() %}"
+    "{% set said.text = said.text | replace(each, text) %}{% endfor %}{{ said.text }}{% endmacro %}\n"
+)
 
 
 class BadRow(ValueError):
@@ -75,9 +87,22 @@ def require_template(tokenizer: PreTrainedTokenizerBase | None, source: str) -> 
     return tokenizer
 
 
+@cache
+def at_date(template: str, date: str) -> str:
+    """The template with a `strftime_now` that is at `date` (ISO 8601) and not today, or a row would read otherwise tomorrow."""
+    if "strftime_now" not in template:
+        return template
+    print(f"jaxrlhf: the chat template asks for the date, and is given {date} (data.template_date).", file=sys.stderr)
+    directives = [f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters if letter != "s"]  # %s is of the time zone
+    written = {each: datetime.fromisoformat(date).strftime(each) for each in directives}
+    return _AT_DATE.replace("WRITTEN", json.dumps(written)) + template
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, options: dict[str, Any], **fixed: bool) -> str:
     arguments: dict[str, Any] = options | fixed | {"tokenize": False}
     try:
+        template = tokenizer.get_chat_template(tools=options.get("tools"))
+        arguments["chat_template"] = at_date(template, arguments.pop("template_date", DataConfig.template_date))
         return str(tokenizer.apply_chat_template(messages, **arguments))
     except Exception as error:  # a template is a program: it refuses rows by raising whatever it likes
         raise BadRow(f"chat template refused the row: {error}") from error

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from jaxrlhf.config import DataConfig
 from jaxrlhf.data.read_report import DataError, ReadReport
 from jaxrlhf.data.schemas import BadRow, Reading, demonstration_fields, pair_fields, prompt_fields
 from jaxrlhf.data.sources import Fault, Source, iter_rows
@@ -107,6 +108,7 @@ def read(
     rename: Mapping[str, str] | None = None,
     prompt_format: str = "{}",
     response_format: str = "{}",
+    template_date: str = DataConfig.template_date,
     split: str = "train",
     subset: str | None = None,
     limit: int | None = None,
@@ -118,13 +120,14 @@ def read(
         prefix whatever it ends in (TRL's rule).
     rename: field names of the data → names above, {"answer": "completion"}.
     prompt_format, response_format: "\\n\\nHuman: {}\\n\\nAssistant:" frames bare instructions; for text rows with a prompt field.
+    template_date: what a chat template that asks for the date is given.
     limit: stop after so many usable rows.
     Raises DataError for a bad row under on_bad_row="error", and when no row is usable.
     """
     if on_bad_row not in ("drop", "error"):
         raise DataError(f"on_bad_row is {on_bad_row!r}; it must be 'drop' or 'error'.")
     report, rows, taken = ReadReport(), [], {}
-    reading = Reading(tokenizer, implicit_prompt, prompt_format, response_format, report.counts)
+    reading = Reading(tokenizer, implicit_prompt, prompt_format, response_format, template_date, report.counts)
     for where, raw in iter_rows(source, split=split, subset=subset):
         if limit is not None and len(rows) >= limit:
             break

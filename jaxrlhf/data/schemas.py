@@ -36,6 +36,7 @@ class Reading:
     implicit_prompt: str
     prompt_format: str
     response_format: str
+    template_date: str
     counts: Counter[str]
     source: str = ""
 
@@ -91,15 +92,15 @@ def _unknown(row: Row, expected: str) -> BadRow:
     return BadRow(f"unknown schema: fields {', '.join(found) or '(none)'}; expected {expected}")
 
 
-def _options(row: Row) -> dict[str, Any]:
-    """TRL lets a row carry `tools` and `chat_template_kwargs` for its template."""
+def _options(row: Row, reading: Reading) -> dict[str, Any]:
+    """What the template is given: TRL lets a row carry `tools` and `chat_template_kwargs`; the date is the reader's."""
     options = row.get("chat_template_kwargs") or {}
     if not isinstance(options, dict):
         raise BadRow(f"mistyped field: chat_template_kwargs must be an object, not {type(options).__name__}")
     taken = sorted(RENDER_ARGUMENTS & set(options))
     if taken:
         raise BadRow(f"mistyped field: chat_template_kwargs sets {taken[0]}, which is the reader's to set")
-    return options | ({"tools": row["tools"]} if row.get("tools") else {})
+    return options | ({"tools": row["tools"]} if row.get("tools") else {}) | {"template_date": reading.template_date}
 
 
 def pair_fields(row: Row, reading: Reading) -> dict[str, Any]:
@@ -179,7 +180,7 @@ def _conversational_pair(row: Row, reading: Reading) -> dict[str, Any]:
         prompt = reading.messages(row, "prompt")
     for side, messages in (("chosen", chosen), ("rejected", rejected)):
         _reply(messages[-1]["content"] if messages else "", side)
-    options = _options(row)
+    options = _options(row, reading)
     head, chosen_text = render_response(reading.template, prompt, chosen, **options)
     _, rejected_text = render_response(reading.template, prompt, rejected, **options)
     return {"prompt": head, "chosen": chosen_text, "rejected": rejected_text, "templated": True}
@@ -211,7 +212,7 @@ def demonstration_fields(row: Row, reading: Reading) -> dict[str, Any]:
 
 def _conversational_demonstration(prompt: Messages, response: Messages, row: Row, reading: Reading) -> dict[str, Any]:
     _reply(response[-1]["content"], "response")
-    head, text = render_response(reading.template, prompt, response, **_options(row))
+    head, text = render_response(reading.template, prompt, response, **_options(row, reading))
     return {"prompt": head, "response": text, "templated": True}
 
 
@@ -219,7 +220,7 @@ def prompt_fields(row: Row, reading: Reading) -> dict[str, Any]:
     """prompt, reference, templated of a row to sample from; the reference is the row's own good response, if it has one."""
     if _has(row, "prompt") and not any(_has(row, f) for f in (*_RESPONSES, "chosen")):
         if isinstance(row["prompt"], list):
-            text = render_prompt(reading.template, reading.messages(row, "prompt"), **_options(row))
+            text = render_prompt(reading.template, reading.messages(row, "prompt"), **_options(row, reading))
             return {"prompt": text, "templated": True}
         text = _text(row, "prompt")
         if not text.strip():

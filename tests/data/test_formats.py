@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jaxrlhf.data.chat import render_prompt
 from jaxrlhf.data.pairs import read_demonstrations, read_pairs, read_prompts
-from jaxrlhf.data.read_report import DataError
 from jaxrlhf.data.sources import iter_rows
 from jaxrlhf.data.stored_responses import read_generations
 from jaxrlhf.data.tokenizer import train_tokenizer
@@ -109,26 +109,33 @@ def rows_of(read, file):
 
 
 def test_a_template_that_asks_for_the_date_is_given_the_one_of_the_config(tmp_path, capsys):
-    file = tmp_path / "a.jsonl"
-    file.write_text(json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}) + "\n")
-    tokenizer = chat(DATED)
-    assert [row.prompt.split("\n")[0] for row in read_demonstrations(file, tokenizer=tokenizer)[0]] == ["26 Jul 2024"]  # whatever day it is
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(f"data: {{train: {file}, template_date: 2031-02-03}}\npairs: {{source: sample}}\ngold: {{kind: toy}}\n")
+    question, answer, other = ({"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
+    file, recipe, tokenizer = tmp_path / "a.jsonl", tmp_path / "r.yaml", chat(DATED)
+    rows = [{"prompt": [question] * turns, "chosen": [answer], "rejected": [other]} for turns in (1, 3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first_line = lambda rows: [row.prompt.split("\n")[0] for row in rows]  # noqa: E731
+    assert first_line(read_pairs(file, tokenizer=tokenizer)[0]) == ["26 Jul 2024"] * 2  # whatever day it is
+    recipe.write_text(f"data: {{train: {file}, template_date: 2031-02-03}}\n")
     config = load_config(recipe)
     assert from_mapping(to_mapping(config)) == config
     capsys.readouterr()
     for _ in range(2):
-        assert [row.prompt.split("\n")[0] for row in inputs.prompts_of(config, tokenizer)[0]] == ["03 Feb 2031"]
+        assert first_line(inputs.pairs_of(config, tokenizer)[0]) == ["03 Feb 2031"]  # and one held out
     said = capsys.readouterr().err
     assert said.count("2031-02-03") == 1 and "data.template_date" in said
     assert inputs.data_identity(config)["template_date"] == "2031-02-03"
     with pytest.raises(ConfigError, match=r"template_date 'today' is no date; give one like 2024-07-26"):
         from_mapping({"data": {"template_date": "today"}})
-    row = json.loads(file.read_text()) | {"chat_template_kwargs": {"strftime_now": "x"}}
-    file.write_text(json.dumps(row) + "\n")
-    with pytest.raises(DataError, match="sets strftime_now, which is the reader's to set"):
-        read_demonstrations(file, tokenizer=tokenizer)
+
+
+def test_the_date_is_written_as_any_template_asks_and_its_other_text_is_as_it_was():
+    """Conditions on `strftime_now`, several formats, white space at the start of the template, a call inside of a macro."""
+    for template, text in (
+        ("{% if strftime_now is defined %}{{ strftime_now('%Y-%m-%d %A %-d %B %H:%M') }}{% endif %}", "2024-07-26 Friday 26 July 00:00"),
+        ("\n  {{ strftime_now('%y') }}\n\n{{ '%d' }}", "\n  24\n\n%d"),
+        ("  {% macro day() %}\n{{ strftime_now('%d') }}\n{% endmacro %}\n {{ day() }}!", " 26\n!"),
+    ):
+        assert render_prompt(chat(template), [{"role": "user", "content": "q"}]) == text
 
 
 def test_a_hub_data_set_is_its_content_and_not_its_name(hub):
