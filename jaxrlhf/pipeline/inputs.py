@@ -115,8 +115,8 @@ def limits_of(config: Config) -> Limits:
 def _options(config: Config, tokenizer: Any) -> dict[str, Any]:
     """How rows are read: the same for every source."""
     data = config.data
-    same = ("rename", "on_bad_row", "prompt_format", "response_format", "template_date")
-    return {"tokenizer": tokenizer, **{name: getattr(data, name) for name in same}}
+    read = {"on_bad_row": data.on_bad_row, "prompt_format": data.prompt_format, "response_format": data.response_format}
+    return {"tokenizer": tokenizer, "rename": data.rename, "template_date": data.template_date, **read}
 
 
 def demonstrations_of(config: Config, tokenizer: Any = None) -> tuple[list[Demonstration], ReadReport]:
