@@ -28,9 +28,6 @@ class Encoder:
         self.counts: Counter[str] = Counter()
         self.bos = _leading_ids(tokenizer)
         self.special_text = re.compile("|".join(map(re.escape, special_strings(tokenizer))) or r"(?!)")
-        ends = {str(tokenizer.convert_ids_to_tokens(i)) for i in self.eos_ids} | {str(tokenizer.pad_token)}
-        ends = [s for s in special_strings(tokenizer) if s in ends]
-        self.trailing = re.compile(rf"(?:(?:{'|'.join(map(re.escape, ends))})\s*)+\Z") if ends else re.compile(r"(?!)")
 
     def _end(self, templated: bool) -> tuple[int, ...]:
         """The id that ends a response, as a tuple of one."""
@@ -72,10 +69,8 @@ class Encoder:
 
     def responses(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of responses with their EOS; nothing stands after a first EOS (inside a text there is one only in templated rows)."""
-        bare = [self.trailing.sub("", text) for text in texts]
-        self.counts["responses with EOS or PAD spelled at the end (taken off)"] += sum(a != b for a, b in zip(texts, bare, strict=True))
         ends, out = set(self.eos_ids), []
-        for ids, templated in zip(self._ids(bare), self.templated, strict=True):
+        for ids, templated in zip(self._ids(texts), self.templated, strict=True):
             stop = next((k for k, i in enumerate(ids) if i in ends), len(ids))
             out.append(ids[: stop + 1] if stop < len(ids) else [*ids, *self.end[templated]])
         return out

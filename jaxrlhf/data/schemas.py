@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from jaxrlhf.data.chat import (
     RENDER_ARGUMENTS,
     BadRow,
     Messages,
+    chat_end_id,
     check_messages,
     render_prompt,
     render_response,
@@ -26,6 +28,12 @@ if TYPE_CHECKING:  # importing transformers takes seconds, and a plan needs none
 ASSISTANT = "\n\nAssistant:"
 _RESPONSES = ("completion", "response")
 Row = dict[str, Any]
+# EOS and PAD as data sets and programs spell them: TL;DR's references end in the first.
+_ENDS = (
+    "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eot|>", "<|end|>", "<|eos|>", "<|pad|>", "<end_of_turn>", "<eos>",
+    "<pad>", "</s>", "[EOS]", "[PAD]", "<｜end▁of▁sentence｜>",
+)  # fmt: skip
+BARE = "responses with EOS or PAD spelled at the end (taken off)"
 
 
 @dataclass
@@ -50,6 +58,21 @@ class Reading:
     @cached_property
     def specials(self) -> tuple[str, ...]:
         return special_strings(self.template)
+
+    @cached_property
+    def ends(self) -> tuple[str, ...]:
+        """The tokenizer's own EOS and PAD, and what its template ends a message with."""
+        if self.tokenizer is None:
+            return ()
+        end = chat_end_id(self.tokenizer)
+        own = (self.tokenizer.eos_token, self.tokenizer.pad_token, None if end is None else self.tokenizer.convert_ids_to_tokens(end))
+        return tuple(str(token) for token in own if token)
+
+    def reply(self, text: str, field: str) -> str:
+        """A response without the EOS or PAD that is spelled at its end; BadRow where nothing else is there."""
+        bare = without_end(text, self.ends)
+        self.counts[BARE] += bare != text
+        return _reply(bare, field)
 
     @property
     def template(self) -> PreTrainedTokenizerBase:
@@ -80,6 +103,19 @@ def _reply(text: str, field: str) -> str:
     if not text.strip():
         raise BadRow(f"empty response: {field}")
     return text
+
+
+def without_end(text: str, own: tuple[str, ...] = ()) -> str:
+    """`text` without EOS and PAD spelled at its end, a tokenizer's `own` among them, and one space that joined them to it.
+
+    The one place where that is done (T25): training, gold, judge, lengths and vectors all see what this leaves.
+    """
+    return _trailing(own).sub("", text)
+
+
+@cache
+def _trailing(own: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(rf" ?(?:(?:{'|'.join(map(re.escape, _ENDS + own))})\s*)+\Z")
 
 
 def _has(row: Row, *fields: str) -> bool:
@@ -114,8 +150,7 @@ def pair_fields(row: Row, reading: Reading) -> dict[str, Any]:
     else:
         prompt, chosen, rejected = cut_prompt(_text(row, "chosen"), _text(row, "rejected"), reading.implicit_prompt)
         found = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    _reply(found["chosen"], "chosen")
-    _reply(found["rejected"], "rejected")
+    found |= {side: reading.reply(found[side], side) for side in ("chosen", "rejected")}
     if found["chosen"] == found["rejected"]:
         raise BadRow("identical sides: chosen equals rejected")
     return {"margin": _margin(row), "templated": row.get("templated") is True} | found
@@ -135,8 +170,7 @@ def _explicit_pair(row: Row, reading: Reading) -> dict[str, Any]:
     prompt, chosen, rejected = _text(row, "prompt"), _text(row, "chosen"), _text(row, "rejected")
     if prompt.strip() and chosen.startswith(prompt) and rejected.startswith(prompt):
         reading.counts["pairs whose responses repeat the prompt (kept as they are)"] += 1
-    _reply(chosen, "chosen")
-    _reply(rejected, "rejected")
+    chosen, rejected = reading.reply(chosen, "chosen"), reading.reply(rejected, "rejected")
     return {"prompt": reading.frame_prompt(prompt), "chosen": reading.frame_response(chosen), "rejected": reading.frame_response(rejected)}
 
 
@@ -200,20 +234,20 @@ def demonstration_fields(row: Row, reading: Reading) -> dict[str, Any]:
         pair = pair_fields(row, reading)
         return {"prompt": pair["prompt"], "response": pair["chosen"], "templated": pair["templated"]}
     if field is None and _has(row, "text") and not _has(row, "prompt"):
-        return {"prompt": "", "response": _reply(_text(row, "text"), "text"), "templated": False}
+        return {"prompt": "", "response": reading.reply(_text(row, "text"), "text"), "templated": False}
     field = field or ("chosen" if _has(row, "chosen") else None)
     if field is None or not _has(row, "prompt"):
         raise _unknown(row, "{prompt, completion}, {prompt, chosen}, {chosen, rejected}, {messages} or {text}")
     if isinstance(row["prompt"], list):
         return _conversational_demonstration(reading.messages(row, "prompt"), reading.messages(row, field), row, reading)
-    prompt, response = reading.frame_prompt(_text(row, "prompt")), reading.frame_response(_reply(_text(row, field), field))
+    prompt, response = reading.frame_prompt(_text(row, "prompt")), reading.frame_response(reading.reply(_text(row, field), field))
     return {"prompt": prompt, "response": response, "templated": row.get("templated") is True}
 
 
 def _conversational_demonstration(prompt: Messages, response: Messages, row: Row, reading: Reading) -> dict[str, Any]:
     _reply(response[-1]["content"], "response")
     head, text = render_response(reading.template, prompt, response, **_options(row, reading))
-    return {"prompt": head, "response": text, "templated": True}
+    return {"prompt": head, "response": reading.reply(text, "response"), "templated": True}
 
 
 def prompt_fields(row: Row, reading: Reading) -> dict[str, Any]:

@@ -1,17 +1,16 @@
 """Responses that were written before: files and folders of them."""
 
-import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxrlhf.data.pairs import text_id
 from jaxrlhf.data.read_report import DataError
+from jaxrlhf.data.schemas import BARE, without_end
 from jaxrlhf.data.sources import Fault, Source, iter_rows
 
 _RESPONSES = ("response", "completion", "response_1")
-# What some programs leave at the end of stored text; a scorer or judge would take it for words.
-TRAILING = re.compile(r"\s*(?:(?:<\|endoftext\|>|<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|</s>|<eos>|<pad>|\[PAD\])\s*)+\Z")
 
 
 class StoredResponse(NamedTuple):
@@ -38,10 +37,10 @@ def read_generations(source: Source | Sequence[Source]) -> list[StoredResponse]:
     The response is in `response`, `completion` or, as a run's evaluation stores it, `response_1`. Raises DataError for a row without texts,
     naming it, and where there is no row.
     """
-    return list(_rows(source))
+    return list(_rows(source, Counter()))
 
 
-def _rows(source: Source | Sequence[Source]) -> Iterator[StoredResponse]:
+def _rows(source: Source | Sequence[Source], counts: Counter[str]) -> Iterator[StoredResponse]:
     row = None
     for where, row in iter_rows(source):
         if isinstance(row, Fault):
@@ -54,11 +53,13 @@ def _rows(source: Source | Sequence[Source]) -> Iterator[StoredResponse]:
             )
         if any("\ud800" <= c <= "\udfff" for c in prompt + response + str(reference)):
             raise DataError(f"{where}: a lone surrogate, which is no text. Repair the row or write the responses again.")
+        bare = without_end(response)
+        counts[BARE] += bare != response
         yield StoredResponse(
             str(name) if name not in (None, "") else text_id(prompt),
             prompt,
-            response,
-            reference if isinstance(reference, str) else None,
+            bare,
+            without_end(reference) if isinstance(reference, str) else None,
             row.get("templated") is True,
             finished if isinstance(finished, bool) else None,
             where,
@@ -69,12 +70,11 @@ def _rows(source: Source | Sequence[Source]) -> Iterator[StoredResponse]:
 
 def read_stored(path: Path) -> tuple[tuple[StoredResponse, ...], tuple[str, ...]]:
     """(one row a prompt, what was left out or changed), of what `read_generations` reads: the first of several to a prompt counts."""
-    rows, count = {}, 0
-    for row in _rows(path):
+    rows, count, counts = {}, 0, Counter[str]()
+    for row in _rows(path, counts):
         rows.setdefault(row.prompt, row)
         count += 1
-    bare = tuple(row._replace(response=TRAILING.sub("", row.response)) for row in rows.values())
-    further, stripped = count - len(rows), sum(a != b for a, b in zip(bare, rows.values(), strict=True))
+    further = count - len(rows)
     notes = [f"{label(path)}: {further} further responses to the same prompts are left out (the first counts)."] if further else []
-    notes += [f"{label(path)}: EOS or PAD spelled at the end of {stripped} responses was taken off."] if stripped else []
-    return bare, tuple(notes)
+    notes += [f"{label(path)}: EOS or PAD spelled at the end of {counts[BARE]} responses was taken off."] if counts[BARE] else []
+    return tuple(rows.values()), tuple(notes)

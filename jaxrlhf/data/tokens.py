@@ -6,7 +6,7 @@ alone (`batches.trim` cuts padding). Masks are made from lengths and carried, so
 
 - BOS (whatever the tokenizer puts in front of a text) stands once at the start of the prompt. A prompt of no tokens becomes one
   start token.
-- A response from data ends in EOS unless it was truncated; EOS or PAD spelled at its end is taken off first: there are never two.
+- A response from data ends in EOS unless it was truncated. EOS or PAD spelled at its end is gone since it was read (`without_end`).
 - Special tokens spelled inside text stay text: `<|endoftext|>` in a prompt does not end it. In rows marked `templated` they
   are control tokens, and their responses end in the chat template's end token.
 """

@@ -1,6 +1,7 @@
 """Text → ids and masks, by hand with byte tokenizers (one token a byte), by property, and on real vocabularies."""
 
 import copy
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from jaxrlhf.data.pairs import DataError, Demonstration, Pair, Prompt
+from jaxrlhf.data.pairs import DataError, Demonstration, Pair, Prompt, read_demonstrations
 from jaxrlhf.data.tokenizer import BOS, EOS, PAD, train_tokenizer
 from jaxrlhf.data.tokens import (
     Limits,
@@ -102,13 +103,15 @@ def test_pairs_that_truncation_makes_equal_are_dropped_and_named():
 
 @pytest.mark.parametrize("text", ["foo", f"foo{EOS}", f"foo{EOS}{EOS}\n", f"foo{EOS}{PAD}{PAD}"])
 @pytest.mark.parametrize("templated", [False, True])
-def test_a_response_never_gets_two_eos(text, templated):
-    table, _ = tokenize_demonstrations([Demonstration("x", "p", text, "s", templated)], PLAIN, Limits(4, 12), eos_ids=(1,))
+def test_a_response_never_gets_two_eos(tmp_path, text, templated):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "p", "response": text, "templated": templated}))
+    rows, _ = read_demonstrations(tmp_path / "a.jsonl", tokenizer=PLAIN)
+    table, _ = tokenize_demonstrations(rows, PLAIN, Limits(4, 12), eos_ids=(1,))
     assert valid(table.response_BT, table.response_mask_BT) == [[*ids(PLAIN, "foo"), 1]]
 
 
 def test_a_response_of_nothing_but_eos_is_dropped():
-    rows = [Demonstration("x", "p", EOS, "s:1"), Demonstration("y", "p", "a", "s:2")]
+    rows = [Demonstration("x", "p", EOS, "s:1", templated=True), Demonstration("y", "p", "a", "s:2")]
     _, report = tokenize_demonstrations(rows, PLAIN, Limits(4, 4), eos_ids=(1,))
     assert report.dropped == [("s:1", "empty response: nothing but EOS")]
 
