@@ -93,6 +93,8 @@ class DataConfig:
     on_bad_row: Literal["drop", "error"] = "drop"
     prompt_format: str = "{}"  # a template for bare instructions, "\n\nHuman: {}\n\nAssistant:"
     response_format: str = "{}"  # and for their responses, " {}"
+    # How text pairs without a prompt are cut: after the last "\n\nAssistant:" that both sides share (HH-RLHF), or where they part (TRL).
+    implicit_prompt: Literal["assistant", "common_prefix"] = "assistant"
     template_date: Annotated[str, BeforeValidator(str)] = "2024-07-26"  # today for a chat template that asks (strftime_now), ISO 8601
     bucket: int = 0  # the width of a batch is a multiple of this many tokens (few shapes, few compilations); 0: full width
     limits: LimitsConfig = field(default_factory=LimitsConfig)
@@ -146,6 +148,7 @@ class TokenizerConfig:
 
     source: str | None = None
     vocab_size: int = 1024  # of a tokenizer trained here
+    chat_template: str | None = None  # renders conversations: a Jinja template, or a file of one; None: the tokenizer's own
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import string
 import sys
 from datetime import datetime
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxrlhf.config import DataConfig
@@ -16,27 +19,8 @@ if TYPE_CHECKING:  # importing transformers takes seconds, and a plan needs none
     from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, Any]]
-# Arguments of apply_chat_template that are no variables of a template: a row may not set them.
-RENDER_ARGUMENTS = frozenset(
-    [
-        "conversation",
-        "chat_template",
-        "tokenize",
-        "padding",
-        "truncation",
-        "max_length",
-        "return_tensors",
-        "return_dict",
-        "return_assistant_tokens_mask",
-        "tokenizer_kwargs",
-        "add_generation_prompt",
-        "continue_final_message",
-        "messages",
-        "tools",
-        "documents",
-    ]
-)
-_PROBE = "zqprobe"
+PROBE = "zqprobe"  # stands in for a content to see what a template writes around it
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # Stands in front of a template, which transformers hands plain data only.
 _AT_DATE = (
@@ -50,26 +34,60 @@ class BadRow(ValueError):
 
 
 def check_messages(value: Any, field: str, specials: tuple[str, ...]) -> Messages:
-    """`value` as a non-empty list of {role, content} with text contents, or BadRow.
+    """`value` as a non-empty list of {role, content, …} with text contents, or BadRow. What is null is left out, as transformers does.
 
-    A content that spells a special token ("<|im_end|>") is refused: once rendered it could not be told from the template's own.
+    Beside tool_calls there need be no content; parts of type text are joined without a separator, as templates that take parts write them.
     """
     if not isinstance(value, list) or not value:
         raise BadRow(f"mistyped field: {field} must be a non-empty list of messages")
-    for n, message in enumerate(value):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadRow(f"mistyped field: {field}[{n}] must be an object with role and content")
-        content = message.get("content")
-        if not isinstance(content, str):
-            raise BadRow(f"mistyped field: {field}[{n}].content must be text, not {type(content).__name__}")
-        try:
-            content.encode("utf-8")
-        except UnicodeEncodeError:
-            raise BadRow(f"not valid Unicode: {field}[{n}].content contains a lone surrogate") from None
-        found = next((s for s in specials if s in content), None)
-        if found is not None:
-            raise BadRow(f"control token in a message: {field}[{n}].content contains {found!r}")
-    return value
+    return [_message(message, f"{field}[{n}]", specials) for n, message in enumerate(value)]
+
+
+def _message(given: Any, where: str, specials: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(given, dict) or not isinstance(given.get("role"), str):
+        raise BadRow(f"mistyped field: {where} must be an object with role and content")
+    message = {name: value for name, value in given.items() if value is not None}
+    content = message.get("content")
+    if isinstance(content, list) and content:
+        message["content"] = content = "".join(_part(part, where) for part in content)
+    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        raise BadRow(f"mistyped field: {where}.content must be text, not {type(content).__name__}")
+    check_strings(message, where, specials)
+    return message
+
+
+def _part(part: Any, where: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise BadRow(f"mistyped field: {where}.content has a part of type {kind!r}; only {{type: text, text: …}} can be read")
+    return part["text"]
+
+
+def check_strings(value: Any, where: str, specials: tuple[str, ...]) -> None:
+    """BadRow where a string anywhere in `value` is no text, or spells a special token: rendered, it would be the template's own."""
+    rest = [value]
+    while rest:
+        one = rest.pop()
+        if isinstance(one, dict):
+            rest += [*one, *one.values()]
+        elif isinstance(one, list):
+            rest += one
+        elif isinstance(one, str):
+            if _SURROGATE.search(one):
+                raise BadRow(f"not valid Unicode: {where} contains a lone surrogate")
+            found = next((s for s in specials if s in one), None)
+            if found is not None:
+                raise BadRow(f"control token in a message: {where} contains {found!r}")
+
+
+def template_of(given: str) -> str:
+    """The chat template that a config gives: Jinja, or the name of a file of it."""
+    if "{" in given:
+        return given
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileNotFoundError(f"tokenizer.chat_template is {given!r}, neither a Jinja template nor a file of one ({error}).") from error
 
 
 def special_strings(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -80,11 +98,13 @@ def special_strings(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 
 def require_template(tokenizer: PreTrainedTokenizerBase | None, source: str) -> PreTrainedTokenizerBase:
     """The tokenizer, if it can render conversations; else a DataError that says what to give."""
-    if tokenizer is None:
-        raise DataError(f"{source}: the row is a conversation, which needs a tokenizer with a chat template; pass tokenizer=.")
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(f"{source}: the row is a conversation but the tokenizer has no chat template; set tokenizer.chat_template.")
-    return tokenizer
+    if getattr(tokenizer, "chat_template", None):
+        return tokenizer  # type: ignore[return-value]
+    lack = "which needs a tokenizer" if tokenizer is None else "but the tokenizer has no chat template"
+    raise DataError(
+        f"{source}: the row is a conversation, {lack}; name a tokenizer with a chat template (tokenizer.source, --tokenizer, or "
+        "pass tokenizer=), or set tokenizer.chat_template to a Jinja template."
+    )
 
 
 @cache
@@ -108,34 +128,69 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, options: dic
         raise BadRow(f"chat template refused the row: {error}") from error
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Messages, **options: Any) -> str:
-    """The text a response is sampled after. A conversation that ends with the assistant is continued, as in TRL."""
-    if prompt[-1]["role"] == "assistant":
-        return _render(tokenizer, prompt, options, continue_final_message=True)
-    return _render(tokenizer, prompt, options, add_generation_prompt=True)
+def _render_all(tokenizer: PreTrainedTokenizerBase, messages: Messages, options: dict[str, Any], *, start: int = 0, **fixed: bool) -> str:
+    """The rendered messages; BadRow where a call or another role's content from message `start` on does not change the text."""
+    text = _render(tokenizer, messages, options, **fixed)
+    for n, message in enumerate(messages[start:], start):
+        what = "tool_calls" if message.get("tool_calls") else "content"
+        if what == "content" and message["role"] in ("user", "assistant"):
+            continue  # what every template is for
+        other = message | {what: [] if what == "tool_calls" else PROBE}
+        try:
+            lost = _render(tokenizer, [*messages[:n], other, *messages[n + 1 :]], options, **fixed) == text
+        except BadRow:
+            continue  # it was read
+        if lost:
+            raise BadRow(
+                f"lost in the chat template: it writes nothing of the {what} of role {message['role']!r}; give a template that does "
+                "(tokenizer.chat_template), or the message another role"
+            )
+    return text
 
 
-def render_response(tokenizer: PreTrainedTokenizerBase, prompt: Messages, response: Messages, **options: Any) -> tuple[str, str]:
-    """(prompt text, response text) of one assistant message; the template's end token is left to tokenisation, which adds its id.
+def around(tokenizer: PreTrainedTokenizerBase, messages: Messages, options: dict[str, Any], **fixed: bool) -> tuple[str, str]:
+    """What the template writes before and after the content of the last message. BadRow where it does not write it as it is."""
+    text = _render(tokenizer, [*messages[:-1], messages[-1] | {"content": PROBE}], options, **fixed)
+    before, found, after = text.rpartition(PROBE)  # the last one: a user may have written the word too
+    if not found:
+        raise BadRow("chat template changed the reply: a word in its place is not in the rendered conversation")
+    return before, after
+
+
+def render_arguments(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Arguments of apply_chat_template, which are no variables of a template: a row may not set them."""
+    return {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, *replies: Messages, **options: Any) -> tuple[str, ...]:
+    """(prompt text, a response text for each of `replies`, which are one assistant message each).
 
     The prompt text is the generation prompt, so that training and sampling see the same context; a template whose full rendering does
-    not start with it is refused.
+    not start with it is refused. Alone, a prompt that ends with the assistant is continued, as in TRL. A response is the rest, less what
+    the template writes after any reply: its end token is left to tokenisation, which adds its id. What it writes before the reply (a
+    thinking block) is part of the response.
     """
-    if len(response) != 1 or response[0]["role"] != "assistant":
-        raise BadRow(f"not one reply: after the prompt there must be exactly one assistant message, found {[m['role'] for m in response]}")
+    if not replies and prompt[-1]["role"] == "assistant":
+        return (_render_all(tokenizer, prompt, options, continue_final_message=True),)
+    for reply in replies:
+        if len(reply) != 1 or reply[0]["role"] != "assistant":
+            roles = [m["role"] for m in reply]
+            raise BadRow(f"not one reply: after the prompt there must be exactly one assistant message, found {roles}")
     if prompt[-1]["role"] == "assistant":
         raise BadRow("not one reply: the prompt already ends with an assistant message")
-    head = _render(tokenizer, prompt, options, add_generation_prompt=True)
-    full = _render(tokenizer, prompt + response, options)
-    if not full.startswith(head):
-        raise BadRow("chat template is not a prefix: the rendered conversation does not start with the generation prompt")
-    rest, content = full[len(head) :], response[0]["content"]
-    content = content if content in rest else content.strip()  # many templates strip
-    at = rest.rfind(content)
-    if at < 0:
-        raise BadRow("chat template changed the reply: its text is not in the rendered conversation")
-    # What the template writes before the reply (a thinking block) is part of it; what it writes after is the end of the turn.
-    return head, rest[: at + len(content)]
+    head = _render_all(tokenizer, prompt, options, add_generation_prompt=True)
+    tail = around(tokenizer, [*prompt, {"role": "assistant"}], options)[1] if replies else ""
+    texts = [head]
+    for reply in replies:
+        full = _render_all(tokenizer, prompt + reply, options, start=len(prompt))
+        if not full.startswith(head):
+            raise BadRow("chat template is not a prefix: the rendered conversation does not start with the generation prompt")
+        rest = full[len(head) :]
+        text = rest.removesuffix(tail)
+        if not rest.endswith(tail) or not text.rstrip().endswith(reply[0].get("content", "").strip()):  # many templates strip
+            raise BadRow("chat template changed the reply: its text is not where the template writes replies")
+        texts.append(text)
+    return tuple(texts)
 
 
 def chat_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -143,10 +198,9 @@ def chat_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:
-        text = _render(tokenizer, [{"role": "user", "content": "q"}, {"role": "assistant", "content": _PROBE}], {})
+        tail = around(tokenizer, [{"role": "user", "content": "q"}, {"role": "assistant"}], {})[1].strip()
     except BadRow:
         return None
-    tail = text[text.rfind(_PROBE) + len(_PROBE) :].strip()
     first = next((s for s in special_strings(tokenizer) if tail.startswith(s)), None)
     found: Any = None if first is None else tokenizer.convert_tokens_to_ids(first)
     return None if found is None else int(found)

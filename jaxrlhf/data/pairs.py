@@ -5,8 +5,10 @@
     language modelling  {text}
     prompt-only         {prompt}, or any row above
 
-each as text or as a conversation (lists of {role, content}), which needs a tokenizer with a chat template. An `id` field is
-kept; other fields are ignored. Text is used exactly as stored: no strip, no separator.
+each as text or as a conversation (lists of {role, content}), which needs a tokenizer with a chat template. Conversations may have tool
+calls, any role that the template writes, contents in parts of type text, and beside them `tools` and `chat_template_kwargs`. An `id` field
+is kept; other fields are ignored. Text is used exactly as stored: no strip, no separator. Unpaired preferences (KTO) and stepwise
+supervision are no pairs: refused by name.
 
 A row that cannot be used is dropped and named in the report (`on_bad_row="drop"`) or raises (`"error"`); a source without one usable
 row always raises.
@@ -153,15 +155,23 @@ def read(
 def _row_id(row: dict[str, Any], found: dict[str, Any]) -> str:
     """The `id` field, else a hash of the texts (prompt, chosen, rejected; prompt, response; prompt)."""
     given = row.get("id")
-    if given is None:
+    if isinstance(given, bool | list | dict | bytes) or given == "":
+        raise BadRow(f"mistyped field: id must be text, a number or a time, not {given!r}")
+    name = spelled_id(given)
+    if name is None:
         return text_id(*(found[k] for k in ("prompt", "chosen", "rejected", "response") if k in found))
-    if isinstance(given, bool) or not isinstance(given, str | int) or given == "":
-        raise BadRow(f"mistyped field: id must be text or a whole number, not {given!r}")
     try:
-        str(given).encode("utf-8")
+        name.encode("utf-8")
     except UnicodeEncodeError:
         raise BadRow("not valid Unicode: id contains a lone surrogate") from None
-    return str(given)
+    return name
+
+
+def spelled_id(given: Any) -> str | None:
+    """An id as text: numbers as Python writes them, times in ISO 8601. None for null and NaN, which is null in a column of floats."""
+    if given is None or given != given:
+        return None
+    return given.isoformat() if hasattr(given, "isoformat") else str(given)
 
 
 def text_id(*texts: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import Counter
@@ -10,13 +11,13 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from jaxrlhf.data.chat import (
-    RENDER_ARGUMENTS,
     BadRow,
     Messages,
     chat_end_id,
     check_messages,
-    render_prompt,
-    render_response,
+    check_strings,
+    render,
+    render_arguments,
     require_template,
     special_strings,
 )
@@ -87,6 +88,26 @@ class Reading:
     def messages(self, row: Row, field: str) -> Messages:
         return check_messages(row[field], field, self.specials if isinstance(row[field], list) else ())
 
+    def render(self, row: Row, prompt: Messages, *replies: Messages) -> tuple[str, ...]:
+        """The texts of a conversation: its prompt, and each reply to it."""
+        return render(self.template, prompt, *replies, **self.options(row))
+
+    def options(self, row: Row) -> dict[str, Any]:
+        """What the template is given: a row's `tools` (or JSON of them) and `chat_template_kwargs`, as in TRL; the date is the reader's."""
+        options, tools = row.get("chat_template_kwargs") or {}, row.get("tools")
+        if not isinstance(options, dict):
+            raise BadRow(f"mistyped field: chat_template_kwargs must be an object, not {type(options).__name__}")
+        taken = sorted(render_arguments(self.template) & set(options)) if options else []
+        if taken:
+            raise BadRow(f"mistyped field: chat_template_kwargs sets {taken[0]}, which is the reader's to set")
+        if isinstance(tools, str) and tools:
+            try:
+                tools = json.loads(tools)
+            except (ValueError, RecursionError) as error:
+                raise BadRow(f"mistyped field: tools is text and not JSON: {error}") from None
+        check_strings([options, tools], "tools or chat_template_kwargs", self.specials)
+        return options | ({"tools": tools} if tools else {}) | {"template_date": self.template_date}
+
 
 def _text(row: Row, field: str) -> str:
     value = row.get(field)
@@ -123,20 +144,28 @@ def _has(row: Row, *fields: str) -> bool:
     return all(row.get(field) is not None for field in fields)
 
 
+def _check_reply(messages: Messages, field: str) -> None:
+    last = messages[-1] if messages else {}
+    if not last.get("tool_calls"):
+        _reply(last.get("content", ""), field)
+
+
+def _labelled_false(row: Row) -> bool:
+    """An unpaired preference (KTO) against its completion; 0 is a file's way to write false, but another data set's class elsewhere."""
+    label = row.get("label")
+    return label is False or (label == 0 and any(_has(row, field) for field in _RESPONSES))
+
+
 def _unknown(row: Row, expected: str) -> BadRow:
+    if _has(row, "label") and any(_has(row, field) for field in _RESPONSES):
+        return BadRow(
+            "unpaired preference (KTO): a row with a label has one side; put one labelled true and one labelled false of the same prompt "
+            f"together; expected {expected}"
+        )
+    if _has(row, "completions", "labels"):
+        return BadRow(f"stepwise supervision: a label a step has no use here; join the steps into one text; expected {expected}")
     found = [f"{name} (null)" if value is None else str(name) for name, value in row.items()]
     return BadRow(f"unknown schema: fields {', '.join(found) or '(none)'}; expected {expected}")
-
-
-def _options(row: Row, reading: Reading) -> dict[str, Any]:
-    """What the template is given: TRL lets a row carry `tools` and `chat_template_kwargs`; the date is the reader's."""
-    options = row.get("chat_template_kwargs") or {}
-    if not isinstance(options, dict):
-        raise BadRow(f"mistyped field: chat_template_kwargs must be an object, not {type(options).__name__}")
-    taken = sorted(RENDER_ARGUMENTS & set(options))
-    if taken:
-        raise BadRow(f"mistyped field: chat_template_kwargs sets {taken[0]}, which is the reader's to set")
-    return options | ({"tools": row["tools"]} if row.get("tools") else {}) | {"template_date": reading.template_date}
 
 
 def pair_fields(row: Row, reading: Reading) -> dict[str, Any]:
@@ -185,8 +214,8 @@ def cut_prompt(chosen: str, rejected: str, rule: str = "assistant") -> tuple[str
         at = prefix.rfind(ASSISTANT)
         if at < 0:
             raise BadRow(
-                f"no prompt: chosen and rejected share no {ASSISTANT!r}; add a prompt field, or set implicit_prompt to 'common_prefix' "
-                "to cut wherever they part"
+                f"no prompt: chosen and rejected share no {ASSISTANT!r}; add a prompt field, or set data.implicit_prompt (in Python "
+                "implicit_prompt=) to common_prefix to cut wherever they part, as TRL does"
             )
         at += len(ASSISTANT)
     else:
@@ -213,16 +242,14 @@ def _conversational_pair(row: Row, reading: Reading) -> dict[str, Any]:
     else:
         prompt = reading.messages(row, "prompt")
     for side, messages in (("chosen", chosen), ("rejected", rejected)):
-        _reply(messages[-1]["content"] if messages else "", side)
-    options = _options(row, reading)
-    head, chosen_text = render_response(reading.template, prompt, chosen, **options)
-    _, rejected_text = render_response(reading.template, prompt, rejected, **options)
+        _check_reply(messages, side)
+    head, chosen_text, rejected_text = reading.render(row, prompt, chosen, rejected)
     return {"prompt": head, "chosen": chosen_text, "rejected": rejected_text, "templated": True}
 
 
 def demonstration_fields(row: Row, reading: Reading) -> dict[str, Any]:
     """prompt, response, templated of a row to imitate."""
-    if row.get("label") is False:
+    if _labelled_false(row):
         raise BadRow("labelled false: an unpaired preference that is no demonstration")
     if _has(row, "messages"):
         messages = reading.messages(row, "messages")
@@ -245,8 +272,8 @@ def demonstration_fields(row: Row, reading: Reading) -> dict[str, Any]:
 
 
 def _conversational_demonstration(prompt: Messages, response: Messages, row: Row, reading: Reading) -> dict[str, Any]:
-    _reply(response[-1]["content"], "response")
-    head, text = render_response(reading.template, prompt, response, **_options(row, reading))
+    _check_reply(response, "response")
+    head, text = reading.render(row, prompt, response)
     return {"prompt": head, "response": reading.reply(text, "response"), "templated": True}
 
 
@@ -254,8 +281,7 @@ def prompt_fields(row: Row, reading: Reading) -> dict[str, Any]:
     """prompt, reference, templated of a row to sample from; the reference is the row's own good response, if it has one."""
     if _has(row, "prompt") and not any(_has(row, f) for f in (*_RESPONSES, "chosen")):
         if isinstance(row["prompt"], list):
-            text = render_prompt(reading.template, reading.messages(row, "prompt"), **_options(row, reading))
-            return {"prompt": text, "templated": True}
+            return {"prompt": reading.render(row, reading.messages(row, "prompt"))[0], "templated": True}
         text = _text(row, "prompt")
         if not text.strip():
             raise BadRow("empty prompt: nothing to answer")
@@ -267,6 +293,6 @@ def prompt_fields(row: Row, reading: Reading) -> dict[str, Any]:
         raise BadRow("empty prompt: nothing to answer")
     return {
         "prompt": found["prompt"],
-        "reference": None if row.get("label") is False else found["response"],
+        "reference": None if _labelled_false(row) else found["response"],
         "templated": found["templated"],
     }

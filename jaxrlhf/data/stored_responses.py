@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxrlhf.data.pairs import text_id
+from jaxrlhf.data.pairs import spelled_id, text_id
 from jaxrlhf.data.read_report import DataError
 from jaxrlhf.data.schemas import BARE, without_end
 from jaxrlhf.data.sources import Fault, Source, iter_rows
@@ -56,7 +56,7 @@ def _rows(source: Source | Sequence[Source], counts: Counter[str]) -> Iterator[S
         bare = without_end(response)
         counts[BARE] += bare != response
         yield StoredResponse(
-            str(name) if name not in (None, "") else text_id(prompt),
+            spelled_id(name) or text_id(prompt),
             prompt,
             bare,
             without_end(reference) if isinstance(reference, str) else None,

@@ -116,7 +116,8 @@ def _options(config: Config, tokenizer: Any) -> dict[str, Any]:
     """How rows are read: the same for every source."""
     data = config.data
     read = {"on_bad_row": data.on_bad_row, "prompt_format": data.prompt_format, "response_format": data.response_format}
-    return {"tokenizer": tokenizer, "rename": data.rename, "template_date": data.template_date, **read}
+    read |= {"template_date": data.template_date, "implicit_prompt": data.implicit_prompt}
+    return {"tokenizer": tokenizer, "rename": data.rename, **read}
 
 
 def demonstrations_of(config: Config, tokenizer: Any = None) -> tuple[list[Demonstration], ReadReport]:

@@ -8,14 +8,12 @@ import numpy as np
 
 from jaxrlhf import sharding
 from jaxrlhf.data.batches import evaluation_batches
-from jaxrlhf.data.chat import render_prompt, render_response, special_strings
+from jaxrlhf.data.chat import around, render, special_strings
 from jaxrlhf.data.tokens import Limits, eos_ids_of, retokenize_responses
 from jaxrlhf.models.hub import load, reward_bias
 from jaxrlhf.scorers import Scorer
 from jaxrlhf.steps.pair import response_scores
 from jaxrlhf.types import Array, Model, Params, TextBatch
-
-PROBE = "zqprobe"
 
 
 @lru_cache(maxsize=16)
@@ -78,7 +76,7 @@ class Frame(NamedTuple):
 
 
 def frame_of(tokenizer: Any) -> Frame:
-    before, _, after = render_prompt(tokenizer, [{"role": "user", "content": PROBE}]).partition(PROBE)
+    before, after = around(tokenizer, [{"role": "user"}], {}, add_generation_prompt=True)
     return Frame(next((token for token in special_strings(tokenizer) if before.startswith(token)), before), after)
 
 
@@ -86,4 +84,5 @@ def _turn(tokenizer: Any, frame: Frame, prompt: str, response: str) -> tuple[str
     """(prompt, response) as the tokenizer's chat template writes them."""
     if frame.wrote(prompt):
         return prompt, response
-    return render_response(tokenizer, [{"role": "user", "content": prompt}], [{"role": "assistant", "content": response}])
+    head, text = render(tokenizer, [{"role": "user", "content": prompt}], [{"role": "assistant", "content": response}])
+    return head, text

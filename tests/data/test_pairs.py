@@ -362,9 +362,10 @@ def test_template_options_of_a_row_reach_the_template_and_cannot_break_the_reade
     tokenizer.chat_template = "{{ mood or '' }}" + TEMPLATE
     good = {"chosen": say("q", "a"), "rejected": say("q", "b")}
     rows = [{"mood": "glad"}, {"tokenize": True, "add_generation_prompt": True}, "no object", {"messages": 1}]
+    rows += [{"sanitize_control_tokens": True}]  # an argument that came with transformers 5
     path = lines(tmp_path / "a.jsonl", *[good | {"chat_template_kwargs": k} for k in rows])
     read, report = read_pairs(path, tokenizer=tokenizer)
-    assert [r.prompt[:4] for r in read] == ["glad"] and [r.split(":")[0] for _, r in report.dropped] == ["mistyped field"] * 3
+    assert [r.prompt[:4] for r in read] == ["glad"] and [r.split(":")[0] for _, r in report.dropped] == ["mistyped field"] * 4
 
 
 JSON = st.recursive(

@@ -13,6 +13,7 @@ from jaxrlhf.algorithms.training import num_steps, own_copy, sft_trainer, train
 from jaxrlhf.config import Config
 from jaxrlhf.data import toy
 from jaxrlhf.data.batches import batches
+from jaxrlhf.data.chat import template_of
 from jaxrlhf.data.tokenizer import train_tokenizer
 from jaxrlhf.data.tokens import eos_ids_of, tokenize_demonstrations
 from jaxrlhf.models.families import config_from_shape
@@ -28,20 +29,20 @@ def tokenizer_stage(run: RunContext) -> Done:
     """The run's tokenizer: the one named, the model's own, the toy task's words, or a byte-level BPE of the run's own text."""
     config = run.config
     trained = config.tokenizer.source is None and config.model.source is None and config.data.train != inputs.TOY
+    template = None if config.tokenizer.chat_template is None else template_of(config.tokenizer.chat_template)
 
     def build(folder: Path) -> dict[str, Any]:
-        if config.tokenizer.source or config.model.source:
-            tokenizer = given_tokenizer(config)
-        elif not trained:
-            tokenizer = toy.toy_tokenizer()
-        else:
-            rows, _ = inputs.demonstrations_of(config)
+        tokenizer = given_tokenizer(config)
+        if trained:
+            rows, _ = inputs.demonstrations_of(config, tokenizer)
             tokenizer = train_tokenizer((row.prompt + row.response for row in rows), config.tokenizer.vocab_size)
+            tokenizer.chat_template = template
         tokenizer.save_pretrained(str(folder))
         return {"vocabulary": len(tokenizer)}
 
     slice_ = {
-        "tokenizer": asdict(config.tokenizer) | {"source": inputs.tokenizer_identity(config.tokenizer.source)},
+        "tokenizer": {"source": inputs.tokenizer_identity(config.tokenizer.source), "vocab_size": config.tokenizer.vocab_size}
+        | ({} if template is None else {"chat_template": template}),
         "model": None if config.tokenizer.source else inputs.tokenizer_identity(config.model.source),
         "data": inputs.data_identity(config) if trained else config.data.train,
     }
@@ -49,13 +50,23 @@ def tokenizer_stage(run: RunContext) -> Done:
 
 
 def given_tokenizer(config: Config) -> Any:
-    """The tokenizer that `tokenizer.source` or `model.source` names; None where neither is given."""
-    source = config.tokenizer.source or config.model.source
-    if source is None:
+    """The tokenizer that `tokenizer.source` or `model.source` names, or the toy task's, with the chat template of the config.
+
+    Where one is to be trained: nothing, or with a template the bytes alone, which render the conversations that it is trained on.
+    """
+    source, template = config.tokenizer.source or config.model.source, config.tokenizer.chat_template
+    if source is not None:
+        tokenizer = tokenizer_named(source)
+        if tokenizer is None:
+            raise ValueError(f"{source} has no tokenizer files; name a folder that has in tokenizer.source.")
+    elif config.data.train == inputs.TOY:
+        tokenizer = toy.toy_tokenizer()
+    elif template is not None:
+        tokenizer = train_tokenizer((), 300)
+    else:
         return None
-    tokenizer = tokenizer_named(source)
-    if tokenizer is None:
-        raise ValueError(f"{source} has no tokenizer files; name a folder that has in tokenizer.source.")
+    if template is not None:
+        tokenizer.chat_template = template_of(template)
     return tokenizer
 
 
