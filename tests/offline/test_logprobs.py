@@ -1,14 +1,20 @@
 """Sequence log-probs: against a plain loop over logits, in batches that do not fit, cut to the first tokens, and from disk."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 
 from jaxrlhf import sharding
+from jaxrlhf.config import LimitsConfig
 from jaxrlhf.data.columns import ColumnError, cached_columns, write_columns
+from jaxrlhf.data.pairs import Pair
 from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.model import build_model
-from jaxrlhf.offline.logprobs import NAMES, pair_logps, response_logps
+from jaxrlhf.offline import logprobs
+from jaxrlhf.offline.logprobs import NAMES, pair_logps, response_logps, stored_pair_logps
 from jaxrlhf.types import PairBatch, TextBatch
 
 N, L, T, V = 7, 3, 4, 11
@@ -56,6 +62,33 @@ def test_first_tokens_alone(model, table):
     short = np.asarray(table.chosen_mask_BT).sum(axis=1) <= 2
     np.testing.assert_allclose(cut["chosen_logp"][short], whole["chosen_logp"][short], rtol=1e-4, atol=1e-5)
     assert (cut["chosen_logp"][~short] > whole["chosen_logp"][~short]).all() and short.any() and not short.all()
+
+
+def test_all_that_moves_a_log_prob_names_another_column(tmp_path, table, monkeypatch):
+    """Arms of a run share the folder: what is left out of the name gives one arm another's numbers. The batch size moves nothing."""
+    monkeypatch.setattr(logprobs, "tokenizer_fingerprint", lambda tokenizer: tokenizer)
+    computed = []
+
+    def compute(*_, **read):
+        computed.append(read)
+        return {name: np.zeros(N, np.float32) for name in NAMES}
+
+    monkeypatch.setattr(logprobs, "pair_logps", compute)
+    rows = [Pair(str(n), "x", "a", "b", "test") for n in range(N)]
+    given = {
+        "rows": rows, "model_hash": "m", "tokenizer": "t", "limits": LimitsConfig(), "temperature": 1.0, "max_tokens": None,
+        "batch_size": 4,
+    }  # fmt: skip
+    others = {
+        "rows": [*rows[:-1], replace(rows[-1], chosen="c")], "model_hash": "n", "tokenizer": "u",
+        "limits": LimitsConfig(max_response_length=3), "temperature": 0.7, "max_tokens": 2,
+    }  # fmt: skip
+    for change in ({}, *({name: value} for name, value in others.items())):
+        for again in (given | change, given | change | {"batch_size": 2}):
+            stored_pair_logps(tmp_path, tokens=table, model=lambda: SimpleNamespace(model=None, params=None), **again)
+        read = {name: (given | change)[name] for name in ("temperature", "max_tokens", "batch_size")}
+        assert computed == [read], f"a change of {list(change)} took over the columns computed before it"
+        computed.clear()
 
 
 def test_computed_once_and_never_taken_for_another(tmp_path):

@@ -164,6 +164,19 @@ def test_gae_and_whitened_rewards_against_a_plain_loop():
     np.testing.assert_allclose(rollout.advantages_BT, np.where(mask, (advantages - chosen.mean()) / chosen.std(), 0), atol=1e-5)
 
 
+@pytest.mark.parametrize("credit", [ppo(0.3), partial(rloo_credit, kl_coef=0.3, samples=2)], ids=["gae", "rloo"])
+def test_the_reported_reward_is_what_each_response_earned_before_whitening(credit):
+    """KL −.5 and 4 nats at β = .3: .75 + .15 and −.25 − 1.2. Whitening keeps the batch's mean, so the mean alone could not tell."""
+    prompts, completion, readings = hand()
+    mask_BT = completion.mask_BT
+    kl_BT = jnp.where(mask_BT, readings.logp_BT - readings.reference_logp_BT, 0.0)
+    for whiten in (False, True):
+        shared = credit(readings.scores_B, kl_BT, readings.values_BT, mask_BT, prompts.row_mask_B, whiten_rewards=whiten)
+        np.testing.assert_allclose(shared.rewards_B, [0.9, -1.45], rtol=1e-6)
+        _, metrics = assemble_rollout(prompts, completion, readings, eos_ids=(EOS,), credit=partial(credit, whiten_rewards=whiten))
+        np.testing.assert_allclose(metrics["rollout/reward"], (0.9 - 1.45) / 2, rtol=1e-6)
+
+
 def test_missing_eos():
     prompts, completion, readings = hand()
     penalised, metrics = assemble_rollout(prompts, completion, readings, **OPTIONS, missing_eos_penalty=1.5)
