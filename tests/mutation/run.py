@@ -1,0 +1,172 @@
+"""`make mutants`: how many small changes of the code the tests see. docs/extending.md says how to read and steer it.
+
+    python tests/mutation/run.py [--only losses/kl.py …] [--jobs 2] [--report]
+
+What is mutated, by which operators and with which tests stands in pyproject.toml, [tool.mutants]; what no test can see, and why, in
+equivalent.toml. Results are kept in .cache/mutants/session.sqlite, a session of Cosmic Ray (`cr-html` shows it): a run that was killed goes
+on where it was, a survivor is tried again when its tests have changed, a mutant of a changed file is a new one.
+"""
+
+import argparse
+import hashlib
+import shutil
+import sys
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from cosmic_ray.work_db import WorkDB
+from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkItem, WorkResult
+from forks import Job, Outcome, copy_of, run_all, warm_up
+from mutants import Mutant, mutants_of
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = ROOT / ".cache" / "mutants"
+SHARE = 0.95  # of those that are not equivalent, killed
+
+
+def chosen(config: dict, only: list[str]) -> list[Mutant]:
+    """All mutants of the folders under `whole`, and of the others the `sample` that comes first in a seeded order."""
+
+    def of(folders: list[str]) -> list[Mutant]:
+        files = sorted(file for folder in folders for file in (ROOT / "jaxrlhf" / folder).rglob("*.py"))
+        names = [str(file.relative_to(ROOT / "jaxrlhf")) for file in files]
+        sources = [file.read_text() for file in files]
+        return [
+            m for name, source in zip(names, sources, strict=True) for m in mutants_of(name, source, config["operators"], config["seed"])
+        ]
+
+    sampled = sorted(of(config["sampled"]), key=lambda mutant: mutant.draw)[: config["sample"]]
+    return [m for m in of(config["whole"]) + sorted(sampled) if not only or any(m.module.startswith(name) for name in only)]
+
+
+def tests_of(module: str, table: dict[str, list[str]]) -> tuple[str, ...]:
+    """The longest name in the table that the module starts with."""
+    return tuple(table[max((name for name in table if module.startswith(name)), key=len)])
+
+
+@cache
+def hash_of(tests: tuple[str, ...]) -> str:
+    """Of the tests as they are when this starts, which are those that run."""
+    files = sorted(file for name in tests for file in ([ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("test_*.py")))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def results_of(session: WorkDB) -> dict[str, WorkResult]:
+    return {item.job_id: result for item, result in session.completed_work_items}
+
+
+def pending(mutants: list[Mutant], results: dict[str, WorkResult], table: dict, equivalent: dict) -> list[Mutant]:
+    """Those without a result, and survivors whose tests are others than then."""
+
+    def settled(mutant: Mutant) -> bool:
+        result = results.get(mutant.id)
+        tests = hash_of(tests_of(mutant.module, table))
+        return reason_of(mutant, equivalent) is not None or (result is not None and (result.is_killed or result.output.startswith(tests)))
+
+    return [mutant for mutant in mutants if not settled(mutant)]
+
+
+def reason_of(mutant: Mutant, equivalent: dict) -> str | None:
+    """Why no test can see it, where that is known."""
+    return equivalent.get((mutant.module, mutant.was, mutant.becomes))
+
+
+def run(mutants: list[Mutant], config: dict, session: WorkDB, equivalent: dict, jobs: int) -> None:
+    table = config["tests"]
+    todo = pending(mutants, results_of(session), table, equivalent)
+    if not todo:
+        return
+    known = {item.job_id for item in session.work_items}
+    session.add_work_items(_item(mutant) for mutant in todo if mutant.id not in known)
+    print(f"{len(todo)} of {len(mutants)} mutants to try; importing", flush=True)
+    first = copy_of(ROOT, WORK / "tree0")
+    warm_up(first, WORK / "jax")
+    sets = sorted({tests_of(mutant.module, table) for mutant in todo})
+    seconds = {}
+    for outcome in run_all(iter([Job("", None, None, tests, 3600.0) for tests in sets]), [first], first=True):
+        if not outcome.passed:
+            sys.exit(f"without any mutant, {' '.join(outcome.job.tests)} fails by {outcome.killer}:\n{outcome.output}")
+        seconds[outcome.job.tests] = outcome.seconds
+        print(f"unchanged: {outcome.seconds:5.0f} s  {' '.join(outcome.job.tests)}", flush=True)
+    trees = [first, *(Path(shutil.copytree(first, WORK / f"tree{n}", dirs_exist_ok=True)) for n in range(1, jobs))]
+    by_id, started = {mutant.id: mutant for mutant in todo}, time.monotonic()
+    order = sorted(todo, key=lambda mutant: (tests_of(mutant.module, table), mutant.module, mutant.line))
+    waiting = (_job(mutant, tests_of(mutant.module, table), seconds) for mutant in order)
+    for done, outcome in enumerate(run_all(waiting, trees), start=1):
+        mutant = by_id[outcome.job.id]
+        session.set_result(mutant.id, _result(mutant, outcome))
+        left = (time.monotonic() - started) / done * (len(todo) - done) / 60
+        said = f"killed by {outcome.killer}" if not outcome.passed else "SURVIVED"
+        print(f"{done:4d}/{len(todo)} {outcome.seconds:4.0f} s, {left:3.0f} min left  {said}: {mutant}", flush=True)
+
+
+def _job(mutant: Mutant, tests: tuple[str, ...], seconds: dict) -> Job:
+    return Job(mutant.id, mutant.module, mutant.source, tests, 3 * seconds[tests] + 60)
+
+
+def _item(mutant: Mutant) -> WorkItem:
+    place = ((mutant.line, 0), (mutant.line, 1))
+    return WorkItem.single(mutant.id, MutationSpec(f"jaxrlhf/{mutant.module}", mutant.operator, 0, *place))
+
+
+def _result(mutant: Mutant, outcome: Outcome) -> WorkResult:
+    survived = TestOutcome.SURVIVED if outcome.passed else TestOutcome.KILLED
+    output = f"{hash_of(outcome.job.tests)}\n{outcome.killer}\n{outcome.output[-2000:]}"
+    return WorkResult(WorkerOutcome.NORMAL, output, survived, f"- {mutant.was}\n+ {mutant.becomes}")
+
+
+def report(mutants: list[Mutant], results: dict[str, WorkResult], equivalent: dict) -> Iterator[str]:
+    """The table by folder, then what lives and why."""
+    counts: dict[str, Counter] = {}
+    alive, excused = [], []
+    for mutant in mutants:
+        result, why = results.get(mutant.id), reason_of(mutant, equivalent)
+        state = "equivalent" if why else "not tried" if result is None else "killed" if result.is_killed else "survived"
+        for name in (mutant.module.split("/")[0], "all"):
+            counts.setdefault(name, Counter())[state] += 1
+        if state == "survived":
+            alive.append(f"    {mutant}")
+        if why:
+            excused.append(f"    {mutant}\n    because {why}")
+    states = ("killed", "survived", "equivalent", "not tried")
+    yield "| folder | mutants | " + " | ".join(states) + " | killed of what is not equivalent |"
+    yield "|---" * 7 + "|"
+    for name in sorted(counts, key=lambda name: (name == "all", name)):
+        count = counts[name]
+        tried = count["killed"] + count["survived"]
+        share = f"{count['killed'] / tried:.1%}" if tried else ""
+        yield f"| {name} | {count.total()} | " + " | ".join(str(count[state]) for state in states) + f" | {share} |"
+    yield from ("", f"{len(alive)} survivors:", *alive, "", f"{len(excused)} equivalent:", *excused)
+    used = {(mutant.module, mutant.was, mutant.becomes) for mutant in mutants}
+    yield from (f"equivalent.toml names a mutant that is not one: {key}" for key in equivalent if key not in used)
+    if not alive and not counts["all"]["not tried"]:
+        yield "Every mutant was killed or is equivalent."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[], help="files or folders below jaxrlhf/")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at once")
+    parser.add_argument("--report", action="store_true", help="say what is known and try nothing")
+    given = parser.parse_args()
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutants"]
+    listed = tomllib.loads((Path(__file__).parent / "equivalent.toml").read_text()).get("equivalent", [])
+    equivalent = {(one["module"], one["was"], one["becomes"]): one["why"] for one in listed}
+    WORK.mkdir(parents=True, exist_ok=True)
+    session = WorkDB(WORK / "session.sqlite", WorkDB.Mode.create)
+    mutants = chosen(config, given.only)
+    if not given.report:
+        run(mutants, config, session, equivalent, given.jobs)
+    results = results_of(session)
+    print(*report(mutants, results, equivalent), sep="\n")
+    tried = [results[m.id].is_killed for m in mutants if m.id in results and reason_of(m, equivalent) is None]
+    if not given.report and sum(tried) < SHARE * len(tried):
+        sys.exit(f"{sum(tried)} of {len(tried)} mutants were killed, less than {SHARE:.0%}")
+
+
+if __name__ == "__main__":
+    main()
