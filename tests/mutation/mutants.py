@@ -15,42 +15,35 @@ Place = tuple[int, int]  # line from 1, column in characters
 
 
 class _Children(Operator):
-    """An operator that changes the list of a node's children."""
+    """An operator that changes the list of a node's children. `places` are those it changes, as (start, stop)."""
 
     def mutation_positions(self, node):
-        return [(node.children[index].start_pos, node.children[index].end_pos) for index in self.places(node)]
+        return [(node.children[start].start_pos, node.children[stop - 1].end_pos) for start, stop in self.places(node)]
 
     def mutate(self, node, index):
-        node.children = self.changed(node.children, self.places(node)[index])
+        node.children = self.changed(list(node.children), *self.places(node)[index])
         return node
 
     @classmethod
     def examples(cls):
         return ()
 
-    def places(self, node) -> list[int]:
+    def places(self, node) -> list[tuple[int, int]]:
         raise NotImplementedError
 
-    def changed(self, children: list, place: int) -> list:
-        raise NotImplementedError
-
-
-def _without(children: list, start: int, stop: int) -> list:
-    """The list less children[start:stop] and the comma behind them, or before where they are the last."""
-    behind = stop < len(children)
-    return children[: start if behind else max(start - 1, 0)] + children[stop + behind :]
+    def changed(self, children: list, start: int, stop: int) -> list:
+        """Without them and the comma behind, or before where they are the last."""
+        behind = stop < len(children) and children[stop].get_code().strip() == ","
+        return children[: start if behind or children[start - 1].get_code().strip() != "," else start - 1] + children[stop + behind :]
 
 
 class DropArgument(_Children):
     """f(a, b=c) → f(a); **options too. What has a default is left to it."""
 
     def places(self, node):
-        if node.type == "arglist":
-            return [i for i, child in enumerate(node.children) if _is_named(child)]
-        return [1] if node.type == "trailer" and len(node.children) == 3 and _is_named(node.children[1]) else []
-
-    def changed(self, children, place):
-        return [children[0], children[2]] if children[0].get_code().strip() == "(" else _without(children, place, place + 1)
+        if node.type == "arglist" or (node.type == "trailer" and node.children[0].value == "("):
+            return [(i, i + 1) for i, child in enumerate(node.children) if _is_named(child)]
+        return []
 
 
 def _is_named(node) -> bool:
@@ -66,12 +59,10 @@ class SwapArguments(_Children):
     def places(self, node):
         if node.type != "arglist":
             return []
-        return [i for i in range(0, len(node.children) - 2, 2) if all(node.children[j].type != "argument" for j in (i, i + 2))]
+        return [(i, i + 3) for i in range(0, len(node.children) - 2, 2) if all(node.children[j].type != "argument" for j in (i, i + 2))]
 
-    def changed(self, children, place):
-        children = list(children)
-        children[place], children[place + 2] = children[place + 2], children[place]
-        return children
+    def changed(self, children, start, stop):
+        return children[:start] + children[start:stop][::-1] + children[stop:]
 
 
 class DropEntry(_Children):
@@ -80,11 +71,7 @@ class DropEntry(_Children):
     def places(self, node):
         if node.type != "dictorsetmaker":
             return []
-        return [start for start, stop in _entries(node) if "**" in _codes(node)[start:stop] or ":" in _codes(node)[start:stop]]
-
-    def changed(self, children, place):
-        stop = next((i for i in range(place, len(children)) if children[i].get_code().strip() == ","), len(children))
-        return _without(children, place, stop)
+        return [(start, stop) for start, stop in _entries(node) if {"**", ":"} & set(_codes(node)[start:stop])]
 
 
 def _codes(node) -> list[str]:
@@ -101,7 +88,7 @@ OURS = {operator.__name__: operator for operator in (DropArgument, SwapArguments
 
 
 class Mutant(NamedTuple):
-    """One change of one file. `was` and `becomes` are the lines that differ, stripped; `id` changes with the file, `draw` with these lines."""
+    """One change of one file. `was` and `becomes` are the lines that differ, stripped. `id` changes with the file, `draw` with them."""
 
     module: str  # below jaxrlhf/
     operator: str
@@ -143,7 +130,7 @@ def mutants_of(module: str, source: str, operators: Sequence[str], seed: int) ->
 
 def _places(tree, operator: Operator) -> list[tuple]:
     """(node, which of its mutations, where); not the * and / among parameters, which Cosmic Ray takes for a product."""
-    nodes = (node for node in ast_nodes(tree) if node.parent is None or node.parent.type not in ("parameters", "param"))
+    nodes = (node for node in ast_nodes(tree) if node.type != "operator" or node.parent.type not in ("parameters", "param"))
     return [(node, index, place) for node in nodes for index, place in enumerate(operator.mutation_positions(node))]
 
 

@@ -1,4 +1,4 @@
-"""`make mutants`: how many small changes of the code the tests see. docs/extending.md says how to read and steer it.
+"""`make mutants`: how many small changes of the code the tests see. Development, in README.md, is the manual.
 
     python tests/mutation/run.py [--only losses/kl.py …] [--jobs 2] [--report]
 
@@ -33,11 +33,8 @@ def chosen(config: dict, only: list[str]) -> list[Mutant]:
 
     def of(folders: list[str]) -> list[Mutant]:
         files = sorted(file for folder in folders for file in (ROOT / "jaxrlhf" / folder).rglob("*.py"))
-        names = [str(file.relative_to(ROOT / "jaxrlhf")) for file in files]
-        sources = [file.read_text() for file in files]
-        return [
-            m for name, source in zip(names, sources, strict=True) for m in mutants_of(name, source, config["operators"], config["seed"])
-        ]
+        each = ((str(file.relative_to(ROOT / "jaxrlhf")), file.read_text()) for file in files)
+        return [mutant for name, source in each for mutant in mutants_of(name, source, config["operators"], config["seed"])]
 
     sampled = sorted(of(config["sampled"]), key=lambda mutant: mutant.draw)[: config["sample"]]
     return [m for m in of(config["whole"]) + sorted(sampled) if not only or any(m.module.startswith(name) for name in only)]
