@@ -98,3 +98,5 @@ def test_leave_one_out_by_hand_and_against_a_loop():
     assert rloo_advantages(jnp.array([1, 2]), samples=2).dtype == jnp.float32
     with pytest.raises(ValueError, match="6 rows do not form groups of 4"):
         rloo_advantages(jnp.ones(6), samples=4)
+    with pytest.raises(ValueError, match="groups of 1; samples must be 2 or more"):  # nothing to compare with: 0 / 0
+        rloo_advantages(jnp.ones(6), samples=1)

@@ -124,6 +124,7 @@ def _start(job: Job, tree: Path, first: bool) -> int:
     if pid == 0:
         code = 3
         os.setsid()  # first of all: what ends a process ends its session
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
             code = _child(job, tree, first)
         finally:

@@ -8,8 +8,10 @@ on where it was, a survivor is tried again when its tests have changed, a mutant
 """
 
 import argparse
+import fcntl
 import hashlib
 import shutil
+import signal
 import sys
 import time
 import tomllib
@@ -152,8 +154,14 @@ def main() -> None:
     given = parser.parse_args()
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutants"]
     listed = tomllib.loads((Path(__file__).parent / "equivalent.toml").read_text()).get("equivalent", [])
-    equivalent = {(one["module"], one["was"], one["becomes"]): one["why"] for one in listed}
+    equivalent = {(one["module"], one["was"], text): one["why"] for one in listed for text in one["becomes"]}
     WORK.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started ends with it
+    lock = (WORK / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"{WORK} is in use by another run of this; wait for it, or end it and start again: it goes on where it was.")
     session = WorkDB(WORK / "session.sqlite", WorkDB.Mode.create)
     mutants = chosen(config, given.only)
     if not given.report:
