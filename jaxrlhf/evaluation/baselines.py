@@ -66,7 +66,7 @@ def _counts(texts: Sequence[str], words: Mapping[str, int]) -> Any:
 
 
 def beside(runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], Mapping[str, Any] | None]]) -> list[str]:
-    """Name → (rounds, baselines) of summary.json, to sentences: each one's last reward model on the held-out pairs, and what it has to beat.
+    """Name → (rounds, baselines) of summary.json, to sentences: its last reward model on the held-out pairs, and what that has to beat.
 
     Names of which the same is true share one.
     """
