@@ -13,7 +13,7 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 Texts = Sequence[tuple[str, str]]  # (chosen, rejected) of every pair
 
 
-def pair_baselines(train: Texts, valid: Texts, lengths_2M: tuple[np.ndarray, np.ndarray]) -> dict[str, dict[str, Any]]:
+def pair_baselines(train: Texts, valid: Texts, lengths_2M: Sequence[np.ndarray]) -> dict[str, dict[str, Any]]:
     """How often each is right on the held-out pairs: {"longer": {"accuracy", "low", "high", "pairs"}, "bag_of_words": …}.
 
     `lengths_2M`: tokens of the held-out responses, chosen and rejected. A tie is half right; the interval is Wilson's, at 95 %.

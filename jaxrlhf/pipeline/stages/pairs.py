@@ -33,9 +33,9 @@ def pairs_stage(run: RunContext, tokenizer_done: Done, sft: Done) -> Done:
     def build(folder: Path) -> dict[str, Any]:
         counts = sampled_pairs(run, folder, run.load(sft, head="lm")) if sampled else stored_pairs(run, folder, tokenizer_done)
         (train, _), (valid, tokens) = (read_pair_table(folder / name) for name in (TRAIN, VALID))
-        texts = ([(pair.chosen, pair.rejected) for pair in rows] for rows in (train, valid))
-        lengths = (np.asarray(mask).sum(axis=1) for mask in (tokens.chosen_mask_BT, tokens.rejected_mask_BT))
-        return counts | {"baselines": pair_baselines(*texts, tuple(lengths))}
+        fitted, held = ([(pair.chosen, pair.rejected) for pair in rows] for rows in (train, valid))
+        lengths = [np.asarray(mask).sum(axis=1) for mask in (tokens.chosen_mask_BT, tokens.rejected_mask_BT)]
+        return counts | {"baselines": pair_baselines(fitted, held, lengths)}
 
     slice_ = {
         "pairs": asdict(config.pairs) if sampled else "data",
