@@ -147,6 +147,7 @@ def test_metrics_file(finished):
             "rollout/length", "rollout/eos_rate", "rollout/decode_mismatch", "kl/penalty", "kl/sft", "time/generate", "time/update",
         ):  # fmt: skip
             assert isinstance(line[name], float | int), name
+        assert min(line.get(name, 0) for name in ("learning_rate", "critic_learning_rate", "grad_norm", "critic_grad_norm")) > 0
         assert line["ppo/ratio_first"] == pytest.approx(1, abs=1e-5) and line["ppo/approxkl_first"] < 1e-6
         assert line["rollout/decode_mismatch"] < 1e-4
         assert {"loss/pair", "pair/accuracy", "grad_norm"} <= names["reward", number][0].keys()

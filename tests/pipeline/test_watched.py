@@ -38,17 +38,14 @@ def lines_of(folder, stage):
 def whole(tmp_path_factory, tiny_config):
     for section in (SFTConfig, RewardConfig, DPOConfig):
         assert {"eval_steps", "load_best_model_at_end", "metric_for_best_model"} <= {field.name for field in dataclasses.fields(section)}
-    return run(tiny_config(tmp_path_factory.mktemp("watched"), **WATCHED), until="ppo")
+    return run(tiny_config(tmp_path_factory.mktemp("watched"), **WATCHED), until="reward")
 
 
 def test_every_training_logs_its_rate_its_norm_and_its_looks(whole):
-    sft, reward, policy = (lines_of(whole, name) for name in ("sft", "reward", "policy"))
+    sft, reward = (lines_of(whole, name) for name in ("sft", "reward"))
     assert [line.get("learning_rate") for line in reward] == pytest.approx([1e-3, 5e-4])  # half a cosine
     for line in [*sft, *reward]:
         assert line["learning_rate"] > 0 and line["grad_norm"] > 0 and 0 <= line["eval_accuracy"] <= 1 and line["eval_loss"] > 0
-    for line in policy:
-        assert min(line[name] for name in ("learning_rate", "critic_learning_rate", "grad_norm", "critic_grad_norm")) > 0
-        assert "eval_loss" not in line
     # The last look at the held-out pairs is what the stage reports of them.
     record = read_record(next((whole / "stages").glob("*-r1-reward")))["result"]
     assert reward[-1]["eval_accuracy"] == pytest.approx(record["accuracy_valid"]) and record["kept_step"] == record["steps"]
