@@ -170,7 +170,7 @@ def run_reward(phase: Callable[[str], Any], config: Any, subjects: Any, mesh: An
     import jax
     import numpy as np
 
-    from jaxrlhf.algorithms.reward import reward_loss, reward_trainer
+    from jaxrlhf.algorithms.reward import pair_trainer, reward_loss
     from jaxrlhf.algorithms.training import own_copy
     from jaxrlhf.plan.models import models_of
     from jaxrlhf.plan.shapes import pairs, texts
@@ -183,7 +183,7 @@ def run_reward(phase: Callable[[str], Any], config: Any, subjects: Any, mesh: An
     loss = reward_loss(config.reward, plugin)
     with phase("step"):
         params = place(model.init(jax.random.key(0)), mesh)
-        optimizer, step = reward_trainer(model, loss, config.reward, 2, mesh)
+        optimizer, step = pair_trainer(model, loss, config.reward, 2, mesh)
         state = place(init_state(own_copy(params), optimizer), mesh)
         del params
         for number in range(2):

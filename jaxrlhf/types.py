@@ -90,11 +90,12 @@ class Rollout:
 
 @_pytree
 class TokenStats:
-    """Per response token, under one model at one temperature: log π(y_t), entropy, and log Σ_v π(v)²."""
+    """Per response token, under one model at one temperature: log π(y_t), entropy, log Σ_v π(v)², and whether y_t is the likeliest."""
 
     logp_BT: Array
     entropy_BT: Array
     log_sum_sq_BT: Array
+    greedy_BT: Array | None = None
 
 
 @_pytree
@@ -115,6 +116,10 @@ class PairOutputs:
     rejected_B: Array
     chosen_stats: TokenStats | None = None
     rejected_stats: TokenStats | None = None
+
+
+# (params, batch, frozen parameters or none) → (row_mask_B, metrics of the global batch with the `total` that they are divided by)
+Evaluate = Callable[..., tuple[Array, Metrics]]
 
 
 class PairLoss(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 
 from jaxrlhf.algorithms.policy_updates import ppo_trainer
 from jaxrlhf.algorithms.ppo import num_updates
-from jaxrlhf.algorithms.reward import reward_loss, reward_trainer
+from jaxrlhf.algorithms.reward import pair_trainer, reward_loss
 from jaxrlhf.algorithms.rounds import METHODS, method_of, num_rounds
 from jaxrlhf.algorithms.training import sft_trainer
 from jaxrlhf.models.families import config_from_hf
@@ -116,7 +116,7 @@ def test_sft_step_builds_at_full_depth(name):
 
 def test_reward_step_builds(two_layers):
     config, _, _, scalar, _, params, L, T = two_layers
-    optimizer, step = reward_trainer(scalar, reward_loss(config.reward, plugin), config.reward, 1450, None)
+    optimizer, step = pair_trainer(scalar, reward_loss(config.reward, plugin), config.reward, 1450, None)
     state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
     sides = [("tokens", L), ("mask", L), ("tokens", T), ("mask", T), ("tokens", T), ("mask", T)]
     batch = PairBatch(*shapes(config.reward.batch_size, *sides, ("weights", None), ("mask", None), ("index", None)))

@@ -2,15 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, fields
-from functools import lru_cache
 from typing import Any
 
-from jaxrlhf import sharding
-from jaxrlhf.algorithms.training import optimizer_of
 from jaxrlhf.config import DPOConfig
 from jaxrlhf.losses import PAIR_LOSSES, bind, hyperparameter_names
-from jaxrlhf.steps.pair import make_pair_step
-from jaxrlhf.types import Model, PairLoss
+from jaxrlhf.types import PairLoss
 
 # What a loss reads of the reference model, and the precomputed log-probs it is.
 REFERENCE = {"reference_chosen_logp": "chosen_logp", "reference_rejected_logp": "rejected_logp"}
@@ -62,11 +58,3 @@ def settings_read(config: DPOConfig, policy_update: str, loss: PairLoss) -> dict
 def needs_reference(loss: PairLoss) -> bool:
     """Whether the loss reads log-probs of a reference model (a reference-free one, SimPO's, does not)."""
     return any(name in REFERENCE for name in loss.columns)
-
-
-@lru_cache(maxsize=16)
-def preference_trainer(model: Model, loss: PairLoss, config: DPOConfig, steps: int, mesh: Any):
-    """(optimizer, compiled step); cached, so that equal trainings compile once a process."""
-    optimizer = optimizer_of(config, steps=steps)
-    how = {"accumulate": config.gradient_accumulation_steps, "constrain_rows": sharding.constrain_rows(mesh)}
-    return optimizer, sharding.step(lambda axis_name: make_pair_step(model, loss, optimizer, axis_name=axis_name, **how), mesh)

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf import sharding
-from jaxrlhf.algorithms.training import optimizer_of
-from jaxrlhf.config import RewardConfig
+from jaxrlhf.algorithms.training import HeldOut, held_out, optimizer_of
+from jaxrlhf.config import DPOConfig, RewardConfig
 from jaxrlhf.losses import PAIR_LOSSES, bind, hyperparameter_names
 from jaxrlhf.scorers.reward_model import score_responses
-from jaxrlhf.steps.pair import make_pair_step
+from jaxrlhf.steps.pair import make_pair_evaluation, make_pair_step
 from jaxrlhf.types import Model, PairBatch, PairLoss, Params, TextBatch
 
 
@@ -96,11 +96,22 @@ def with_columns(tokens: PairBatch, loss: PairLoss, *, name: str, updated: bool)
 
 
 @lru_cache(maxsize=16)
-def reward_trainer(model: Model, loss: PairLoss, config: RewardConfig, steps: int, mesh: Any):
-    """(optimizer, compiled step); cached, so that every refit of a run compiles once."""
+def pair_trainer(model: Model, loss: PairLoss, config: RewardConfig | DPOConfig, steps: int, mesh: Any):
+    """(optimizer, compiled step) of a reward model or of a policy fitted to pairs; cached, so that every refit of a run compiles once."""
     optimizer = optimizer_of(config, steps=steps)
     how = {"accumulate": config.gradient_accumulation_steps, "constrain_rows": sharding.constrain_rows(mesh)}
     return optimizer, sharding.step(lambda axis_name: make_pair_step(model, loss, optimizer, axis_name=axis_name, **how), mesh)
+
+
+def held_out_pairs(
+    model: Model, loss: PairLoss, name: str, pairs: PairBatch, config: RewardConfig | DPOConfig, mesh: Any, *frozen: Params
+) -> HeldOut | None:
+    """The section's look at held-out pairs, each with weight 1, by the loss called `name` (`training.held_out`)."""
+
+    def rows() -> PairBatch:
+        return with_columns(pairs, loss, name=f"{name} on held-out pairs (eval_steps)", updated=False)
+
+    return held_out(make_pair_evaluation, model, loss, rows, config, mesh, *frozen)
 
 
 def with_weights(tokens: PairBatch, weights_N: np.ndarray) -> PairBatch:

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrlhf import sharding
-from jaxrlhf.config import OptimizerConfig, SFTConfig
+from jaxrlhf.config import OptimizerConfig, SFTConfig, SupervisedConfig
+from jaxrlhf.data.batches import evaluation_batches
 from jaxrlhf.steps.sft import make_sft_step
 from jaxrlhf.steps.state import adamw, learning_rate_schedule
-from jaxrlhf.types import Metrics, Model, Params, TrainState
+from jaxrlhf.types import Evaluate, Metrics, Model, Params, TrainState
 
 Trained = Iterator[tuple[TrainState, Metrics]]
 
@@ -52,6 +54,54 @@ def optimizer_of(config: OptimizerConfig, *, steps: int, learning_rate: float | 
 def own_copy(params: Params) -> Params:
     """Parameters a training may donate without destroying the model they came from."""
     return jax.tree.map(jnp.copy, params)
+
+
+class HeldOut(NamedTuple):
+    """How a training is watched: `look(params)` gives "loss" and "accuracy" on held-out rows."""
+
+    look: Callable[[Params], dict[str, float]]
+    every: int  # steps
+    best: Literal["loss", "accuracy"] | None  # the figure by which the parameters to go on with are chosen; None: those of the last step
+
+
+def held_out(
+    make: Callable[..., Evaluate],
+    model: Model,
+    what: Any,
+    rows: Callable[[], Any],
+    config: SupervisedConfig,
+    mesh: Any,
+    *frozen: Params,
+) -> HeldOut | None:
+    """The section's look at the table `rows()` by the pass `make(model, what, axis_name=…)`; None where it asks for none.
+
+    It reads as many rows at once as a microbatch has, so it fits where the training does. Raises ValueError where there are no rows, or
+    where the loss does not report the figure that is asked for.
+    """
+    if config.eval_steps is None:
+        return None
+    table, best = rows(), config.metric_for_best_model if config.load_best_model_at_end else None
+    if len(table.index_B) == 0:
+        raise ValueError("eval_steps asks for looks at held-out rows, and there are none: hold rows out (data.valid), or leave it out.")
+    evaluate = _evaluation(make, model, what, mesh)
+    size = sharding.rows_at_once(len(table.index_B), config.batch_size // config.gradient_accumulation_steps, mesh)
+
+    def look(params: Params) -> dict[str, float]:
+        batches = evaluation_batches(table, size)
+        parts = jax.device_get([evaluate(params, sharding.place_batch(batch, mesh), *frozen)[1] for batch in batches])
+        totals, known = [part["total"] for part in parts], [name for name in ("loss", "accuracy") if name in parts[0]]
+        means = {name: float(np.average([part[name] for part in parts], weights=totals)) for name in known}
+        if best is not None and best not in means:
+            raise ValueError(f"metric_for_best_model is {best!r}, which the loss does not report; choose by 'loss'.")
+        return means
+
+    return HeldOut(look, config.eval_steps, best)
+
+
+@lru_cache(maxsize=16)
+def _evaluation(make: Callable[..., Evaluate], model: Model, what: Any, mesh: Any) -> sharding.Compiled:
+    """Cached, so that every refit of a run compiles once."""
+    return sharding.rows_and_metrics(lambda axis_name: make(model, what, axis_name=axis_name), mesh)
 
 
 @lru_cache(maxsize=16)

@@ -15,11 +15,12 @@ from jaxrlhf.config.data import (
     ToyTask,
 )
 from jaxrlhf.config.run import CheckpointConfig, Config, EvaluationConfig, LogConfig, MeshConfig
-from jaxrlhf.config.training import DPOConfig, LoraConfig, OptimizerConfig, PPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.config.training import DPOConfig, LoraConfig, OptimizerConfig, PPOConfig, RewardConfig, SFTConfig, SupervisedConfig
 from jaxrlhf.config.updates import EncoderConfig, FilterConfig, RefitConfig, SynthesizeConfig, WeightsConfig
 
 __all__ = [
     "CheckpointConfig", "Config", "DPOConfig", "DataConfig", "EncoderConfig", "EvaluationConfig", "FilterConfig", "GoldConfig",
     "LimitsConfig", "LogConfig", "LoraConfig", "MeshConfig", "ModelConfig", "ModelShape", "OptimizerConfig", "PPOConfig", "PairsConfig",
-    "RefitConfig", "RewardConfig", "SFTConfig", "Sources", "SynthesizeConfig", "TokenizerConfig", "ToyTask", "WeightsConfig",
+    "RefitConfig", "RewardConfig", "SFTConfig", "Sources", "SupervisedConfig", "SynthesizeConfig", "TokenizerConfig", "ToyTask",
+    "WeightsConfig",
 ]  # fmt: skip

@@ -167,6 +167,8 @@ def _contradicting(config: Config) -> Iterator[str]:
         if section.batch_size % section.gradient_accumulation_steps:
             parts = section.gradient_accumulation_steps
             yield f"{name}.batch_size {section.batch_size} does not divide by gradient_accumulation_steps {parts}."
+        if section.load_best_model_at_end and section.eval_steps is None:
+            yield f"{name}.load_best_model_at_end keeps the best look at held-out rows, and {name}.eval_steps asks for none; give it."
     if config.filter.n is None and config.filter.threshold is None:
         yield "filter.n and filter.threshold are both null, which would keep every pair; give one of them."
     if config.filter.rule == "half-half" and config.filter.n is None:

@@ -24,22 +24,32 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class SFTConfig(OptimizerConfig):
-    num_train_epochs: int = 1
-    max_steps: int | None = None
-    batch_size: int = 128
-    gradient_accumulation_steps: int = 1
-    loss_on: Literal["response", "all"] = "response"
+class SupervisedConfig(OptimizerConfig):
+    """Training on rows, watched on held-out ones if asked: `eval_loss` and `eval_accuracy` in metrics.jsonl.
 
-
-@dataclass(frozen=True)
-class RewardConfig(OptimizerConfig):
-    """Bradley–Terry training. `reward_bias` (the mean score of reference responses) is recomputed after every training."""
+    Accuracy is the share of held-out tokens that are the likeliest (SFT) or of pairs that are ordered right (a tie is half right). A step
+    kept for it has seen the held-out rows: its figure on them is flattered.
+    """
 
     num_train_epochs: int = 1
     max_steps: int | None = None
     batch_size: int = 64
     gradient_accumulation_steps: int = 1
+    eval_steps: int | None = None  # steps between two looks at the held-out rows, and one at the end; None: none
+    load_best_model_at_end: bool = False  # go on with the parameters of the best look, not of the last step
+    metric_for_best_model: Literal["loss", "accuracy"] = "loss"
+
+
+@dataclass(frozen=True)
+class SFTConfig(SupervisedConfig):
+    batch_size: int = 128
+    loss_on: Literal["response", "all"] = "response"
+
+
+@dataclass(frozen=True)
+class RewardConfig(SupervisedConfig):
+    """Bradley–Terry training. `reward_bias` (the mean score of reference responses) is recomputed after every training."""
+
     loss: str = "bradley_terry"  # a name in PAIR_LOSSES or module:attribute, with head "scalar"
     center_rewards_coefficient: float = 0.0
     use_margin: bool = False
@@ -92,13 +102,9 @@ class PPOConfig(OptimizerConfig):
 
 
 @dataclass(frozen=True)
-class DPOConfig(OptimizerConfig):
+class DPOConfig(SupervisedConfig):
     """DPO and WPO: one pass over the preference pairs a round, against the KL reference of the method's row."""
 
-    num_train_epochs: int = 1
-    max_steps: int | None = None
-    batch_size: int = 64
-    gradient_accumulation_steps: int = 1
     beta: float = 0.05
     loss: str = "dpo"  # of policy_update dpo: dpo, ipo, ipo_mean or module:attribute, with head "lm"
     label_smoothing: float = 0.0  # assumed share of wrong labels; dpo and wpo

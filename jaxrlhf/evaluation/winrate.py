@@ -17,7 +17,7 @@ class WinRate(NamedTuple):
     n: int
 
 
-def wilson_interval(wins: int, n: int, *, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(wins: float, n: int, *, z: float = 1.959964) -> tuple[float, float]:
     """The Wilson score interval of a proportion; (0, 1) where nothing was seen. Wilson (1927)."""
     if n == 0:
         return 0.0, 1.0

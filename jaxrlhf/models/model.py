@@ -119,10 +119,11 @@ def _needs_lm(head: str, name: str) -> None:
 
 
 def token_stats(logits: Array, tokens: Array, temperature: float | Array) -> TokenStats:
-    """log π(token), entropy and log Σ_v π(v)² of float32 logits [..., V] at a temperature; what a caller drops, XLA drops."""
+    """The `TokenStats` of float32 logits [..., V] at a temperature; what a caller drops, XLA drops."""
     logp = jax.nn.log_softmax(logits / temperature, axis=-1)
     chosen = jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
-    return TokenStats(chosen, -jnp.sum(jnp.exp(logp) * logp, axis=-1), jax.nn.logsumexp(2.0 * logp, axis=-1))
+    greedy = jnp.argmax(logits, axis=-1) == tokens
+    return TokenStats(chosen, -jnp.sum(jnp.exp(logp) * logp, axis=-1), jax.nn.logsumexp(2.0 * logp, axis=-1), greedy)
 
 
 def chunked_stats(params: Params, states_BTd: Array, tokens_BT: Array, temperature: float | Array, chunk: int) -> TokenStats:

@@ -48,7 +48,7 @@ class Summary:
         self._rounds.append(row)
         config = self._run.config
         body = {"method": config.method, "row": config.row, "seed": config.seed, "name": config.name}
-        body |= {"rounds": self._rounds, "notes": self.notes}
+        body |= {"rounds": self._rounds, "baselines": self._pairs.record["result"]["baselines"], "notes": self.notes}
         if distributed.is_leader():
             write_whole(self._run.folder / "summary.json", json.dumps(body, indent=1) + "\n")
 

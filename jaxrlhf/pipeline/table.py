@@ -11,6 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jaxrlhf.evaluation.baselines import beside
+
 Summary = dict[str, Any]
 
 COLUMNS: tuple[tuple[str, str], ...] = (
@@ -131,7 +133,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
 def findings(summaries: dict[str, Summary]) -> list[str]:
     """Sentences computed from the figures; every one holds whichever way they came out."""
     lines = [line for arm, summary in summaries.items() for line in _of_arm(arm, summary)]
-    lines += _final_gold(summaries)
+    lines += _final_gold(summaries) + beside({arm: (summary["rounds"], summary.get("baselines")) for arm, summary in summaries.items()})
     seeds = {s["seed"] for s in summaries.values()}
     if len(seeds) == 1:
         lines.append(f"This is one seed ({seeds.pop()}); differences between arms need several before they mean anything.")

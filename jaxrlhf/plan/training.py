@@ -6,8 +6,8 @@ from typing import Any
 
 from jaxrlhf.algorithms.policy_updates import POLICY_UPDATES
 from jaxrlhf.algorithms.ppo import as_compiled, passes_of
-from jaxrlhf.algorithms.preference import REFERENCE, needs_reference, preference_loss, preference_trainer
-from jaxrlhf.algorithms.reward import reward_loss, reward_trainer
+from jaxrlhf.algorithms.preference import REFERENCE, needs_reference, preference_loss
+from jaxrlhf.algorithms.reward import pair_trainer, reward_loss
 from jaxrlhf.algorithms.rounds import Round
 from jaxrlhf.algorithms.training import sft_trainer
 from jaxrlhf.pipeline.stages.ensemble import spread_of
@@ -41,7 +41,7 @@ def reward_phases(planner: Planner, fits: int) -> Iterator[Phase]:
     members = section.ensemble_size if planner.counts.rounds[0].ensemble else 1
     loss = reward_loss(section, plugin)
     model, params = planner.models[1], planner.scalar
-    optimizer, step = reward_trainer(model, loss, section, max(steps or 1, 1), planner.mesh)
+    optimizer, step = pair_trainer(model, loss, section, max(steps or 1, 1), planner.mesh)
     state = planner.state(params, optimizer)
     held = {"reward": state.params, "optimizer": state.opt_state}
     batch = pairs(section.batch_size, L, planner.pairs_width(), loss.columns)
@@ -149,7 +149,7 @@ def preference_phases(planner: Planner, round: Round, moved: bool, times: int, s
         calls = planner.counts.passes(planner.counts.pairs, section.eval_batch_size, 2 * times)
         name = f"log-probs of pairs{suffix}"
         yield logprobs_phase(planner, "policy", name, section.eval_batch_size, width, 1.0, held, calls, "dpo.eval_batch_size")
-    optimizer, step = preference_trainer(planner.models[0], loss, section, max(steps or 1, 1), planner.mesh)
+    optimizer, step = pair_trainer(planner.models[0], loss, section, max(steps or 1, 1), planner.mesh)
     trainable, frozen = planner.split_params
     state = planner.state(trainable, optimizer)
     columns = (*loss.columns, *(REFERENCE if needs_reference(loss) else ()))

@@ -11,6 +11,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from jaxrlhf.evaluation.baselines import beside
 from jaxrlhf.evaluation.curves import estimate
 from jaxrlhf.formatting import escape_markdown, markdown_table
 from jaxrlhf.report.arms import Arm, Column, as_text, table
@@ -132,6 +133,8 @@ def findings(arms: Sequence[Arm]) -> list[str]:
     for arm in arms:
         said = [text for text in (_peak_said(arm), _gap_said(arm)) if text]
         lines += [f"{arm.name}: {'; '.join(said)}."] if said else []
+    named = {f"{arm.name} (seed {arm.first.run.seed})" if len(arm.views) > 1 else arm.name: arm.first.run for arm in arms}
+    lines += beside({name: (run.rounds, run.baselines) for name, run in named.items()})
     behind = [arm for arm in arms if len(arm.compared) < len(arm.views)]
     lines += [
         f"{arm.name}: means are of the {len(arm.compared)} of {len(arm.views)} seeds with the most finished rounds." for arm in behind

@@ -74,6 +74,11 @@ class RunRead:
         return [s for s in self.stages if s.function == function and (round is None or s.round == round)]
 
     @property
+    def baselines(self) -> dict[str, Any] | None:
+        """What a reward model has to beat on the held-out pairs (`evaluation.baselines`)."""
+        return next((stage.result.get("baselines") for stage in self.of("pairs")), None)
+
+    @property
     def policies(self) -> list[StageRead]:
         return [s for s in self.stages if s.round and s.name.endswith("-policy")]
 

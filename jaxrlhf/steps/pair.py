@@ -9,7 +9,7 @@ import optax
 from jaxrlhf.losses import sequence_logp
 from jaxrlhf.steps.accumulate import ConstrainRows, accumulate_gradients, global_sum
 from jaxrlhf.steps.state import apply_gradients, joined, named
-from jaxrlhf.types import Array, Metrics, Model, PairBatch, PairLoss, PairOutputs, Params, TokenStats, TrainState
+from jaxrlhf.types import Array, Evaluate, Metrics, Model, PairBatch, PairLoss, PairOutputs, Params, TokenStats, TrainState
 
 PairStep = Callable[..., tuple[TrainState, Metrics]]  # (state, PairBatch, frozen parameters or None)
 
@@ -92,6 +92,18 @@ def make_pair_step(
         return replace(state, step=state.step + 1), {"loss/pair": loss, **_metric_names(pair_loss.head, metrics), **norms}
 
     return step
+
+
+def make_pair_evaluation(model: Model, pair_loss: PairLoss, *, axis_name: str | None = None) -> Evaluate:
+    """The loss of the step and its bare metrics, as a pass that learns nothing: see `types.Evaluate`."""
+
+    def evaluate(params: Params, batch: PairBatch, frozen: Params | None = None) -> tuple[Array, Metrics]:
+        total = global_sum(batch.row_mask_B.sum().astype(jnp.float32), axis_name)
+        outputs = pair_outputs(model, joined(params, frozen), batch, head=pair_loss.head)
+        loss, metrics = pair_loss.loss(outputs, batch, total=total)
+        return batch.row_mask_B, {**global_sum({**metrics, "loss": loss}, axis_name), "total": total}
+
+    return evaluate
 
 
 def _metric_names(head: str, metrics: Metrics) -> Metrics:

@@ -60,7 +60,7 @@ def freeze_for(inner: optax.GradientTransformation, steps: int) -> optax.Gradien
         return inner
 
     def init(params):
-        return Frozen(jnp.zeros((), jnp.int32), inner.init(params))
+        return Frozen(jnp.zeros((), jnp.int32), restarted_schedules(inner.init(params)))  # the rate it reports is 0
 
     def update(updates, state, params=None):
         count, inner_state = state.count, state.inner
@@ -82,7 +82,11 @@ def adamw(
     max_grad_norm: float | None = None,
 ) -> optax.GradientTransformation:
     """AdamW in torch's form (ε is added after the bias correction), optionally after clipping the global gradient norm."""
-    adam = optax.adamw(schedule, b1=adam_beta1, b2=adam_beta2, eps=adam_epsilon, weight_decay=weight_decay)
+
+    def at_rate(learning_rate: Array) -> optax.GradientTransformation:
+        return optax.adamw(learning_rate, b1=adam_beta1, b2=adam_beta2, eps=adam_epsilon, weight_decay=weight_decay)
+
+    adam = optax.inject_hyperparams(at_rate, hyperparam_dtype=jnp.float32)(schedule)  # keeps the rate in its state, to be logged
     return adam if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), adam)
 
 
@@ -97,11 +101,20 @@ def actor_critic(
 
 
 def apply_gradients(state: TrainState, grads: Params, optimizer: optax.GradientTransformation) -> tuple[TrainState, Metrics]:
-    """One optimizer step; `step` is left to the caller, who knows what a step is."""
+    """One optimizer step; `step` is left to the caller, who knows what a step is.
+
+    Metrics: `learning_rate` and `grad_norm`, the global norm before clipping. A critic beside the policy is clipped on its own and has a
+    schedule of its own: then they are the policy's, and the critic's are `critic_learning_rate` and `critic_grad_norm`.
+    """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     new = TrainState(step=state.step, params=params, opt_state=opt_state, controller=state.controller)
-    return new, {"grad_norm": optax.tree.norm(grads)}
+    metrics: Metrics = {}
+    for path, rates in optax.tree.get_all_with_path(opt_state, "hyperparams"):  # none of an optimizer that `adamw` did not make
+        metrics["critic_learning_rate" if jax.tree_util.DictKey("critic") in path else "learning_rate"] = rates["learning_rate"]
+    if "critic" in grads:
+        return new, metrics | {"grad_norm": optax.tree.norm(grads["policy"]), "critic_grad_norm": optax.tree.norm(grads["critic"])}
+    return new, metrics | {"grad_norm": optax.tree.norm(grads)}
 
 
 def restarted_schedules(opt_state):
@@ -109,13 +122,13 @@ def restarted_schedules(opt_state):
 
     The two belong together: the policy's schedule is as long as what the warm-up leaves of a round.
     """
-    counted = (optax.ScaleByScheduleState, Frozen)
+    counted = (optax.InjectStatefulHyperparamsState, Frozen)
 
     def restart(node):
         if not isinstance(node, counted):
             return node
-        node = node._replace(count=jnp.zeros_like(node.count))
-        return node._replace(inner=restarted_schedules(node.inner)) if isinstance(node, Frozen) else node
+        kept = {"inner": restarted_schedules(node.inner)} if isinstance(node, Frozen) else {"inner_state": node.inner_state}
+        return jax.tree.map(jnp.zeros_like, node._replace(**dict.fromkeys(kept)))._replace(**kept)
 
     return jax.tree.map(restart, opt_state, is_leaf=lambda node: isinstance(node, counted))
 

@@ -125,6 +125,15 @@ class Checkpoints:
         back = {name: _unflat(tree, got[name] if flat[name] else {}) for name, tree in items.items()}
         return TrainState(back["state"]["step"], back["params"], back["opt_state"], back["state"]["controller"]), got["meta"]
 
+    def newest(self) -> dict[str, Any] | None:
+        """The `meta` of the newest checkpoint; None where there is none."""
+        self.wait()
+        step = distributed.agree(self._manager.latest_step(), f"the newest in {self.folder}")
+        if step is None:
+            return None
+        with _clear_errors(self.folder / str(step), "read"):
+            return self._manager.restore(step, args=_orbax().args.Composite(meta=_orbax().args.JsonRestore()))["meta"]
+
     def wait(self) -> None:
         """Return once everything saved is on disk. Raises CheckpointError where that failed."""
         with _clear_errors(self.folder, "write"):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from jaxrlhf.algorithms.preference import needs_reference, preference_loss, preference_trainer, settings_read
+from jaxrlhf.algorithms.preference import needs_reference, preference_loss, settings_read
+from jaxrlhf.algorithms.reward import pair_trainer
 from jaxrlhf.config import DPOConfig
 from jaxrlhf.losses import PAIR_LOSSES, bind
 from jaxrlhf.plugins import plugin
@@ -69,4 +70,4 @@ def test_equal_trainings_share_their_compilation():
     loss = preference_loss(DPOConfig(), "dpo", plugin)
     assert preference_loss(DPOConfig(), "dpo", plugin) is loss
     model = PairLoss("lm", (), no_hyperparameters)  # anything that can be a key
-    assert preference_trainer(model, loss, DPOConfig(), 3, None) is preference_trainer(model, loss, DPOConfig(), 3, None)  # type: ignore[arg-type]
+    assert pair_trainer(model, loss, DPOConfig(), 3, None) is pair_trainer(model, loss, DPOConfig(), 3, None)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from jaxrlhf.storage.stage import Done, Stage
 
 TRIGGERS = ("kl", "ess", "accuracy")
 RESULT = {"due": True, "forced": False, "rounds": 1, "value": 1.0, "threshold": 1.0, "when": "kl"}
-RESULT |= {"accuracy_valid": None, "pairs": 1, "update": ""}
+RESULT |= {"accuracy_valid": None, "pairs": 1, "update": "", "baselines": {}}
 
 
 @contextmanager

@@ -12,12 +12,13 @@ import pytest
 import jaxrlhf
 from jaxrlhf.algorithms import rounds
 from jaxrlhf.algorithms.rounds import Method
-from jaxrlhf.data.tables import read_table
+from jaxrlhf.data.tables import read_pair_table, read_table
 from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.pipeline.loop import not_the_sampler
 from jaxrlhf.pipeline.run import run
-from jaxrlhf.pipeline.table import read_summaries
+from jaxrlhf.pipeline.table import findings, read_summaries
 from jaxrlhf.recipe import load_config
+from jaxrlhf.report import page
 from jaxrlhf.report.arms import Arm, collect
 from jaxrlhf.report.costs import share_of_corrections
 from jaxrlhf.report.samples import samples_of
@@ -78,6 +79,8 @@ def test_summary(finished):
             assert 0 <= row["win_rate_low"] <= row["win_rate"] <= row["win_rate_high"] <= 1 and row["seconds"] > 0
         assert sft["kl_sft"] == 0 and sft["proxy"] is None and sft["reward_accuracy_valid"] is None and sft["gold"] < 0
         assert abs(first["kl_sft"]) > 1e-4
+        held_out = len(read_pair_table(stages(finished / arm)["pairs"] / "valid.parquet")[0])
+        assert {name: one["pairs"] for name, one in summary.get("baselines", {}).items()} == {"longer": held_out, "bag_of_words": held_out}
     assert summaries["ocrm"]["rounds"][2]["ess_fraction"] >= 0.5
     assert summaries["ocrm-flat"]["rounds"][2]["ess"] == pytest.approx(40, abs=2)
 
@@ -94,6 +97,8 @@ def test_the_report_finds_all_that_a_run_keeps(finished, tmp_path):
         assert [row["penalty"] is not None for row in view.budgets] == [True, True]
     assert set(arms["ocrm"].drifts) == {2} and arms["ppo"].drifts == {}
     assert share_of_corrections(arms["ppo"].flops[0]) == 0 and 0 < (share_of_corrections(arms["ocrm"].flops[0]) or 0) < 1
+    told = [line for line in page.findings(collect([finished]).arms) if "the longer response" in line]
+    assert told == [line for line in findings(read_summaries(finished)) if "the longer response" in line] != []
     rows = samples_of([Arm("ocrm", [arms["ocrm"]])])[0]["rows"]
     assert len(rows) == 3 * 20 and all(isinstance(row[-1], bool) for row in rows)
 
@@ -142,6 +147,7 @@ def test_metrics_file(finished):
             "rollout/length", "rollout/eos_rate", "rollout/decode_mismatch", "kl/penalty", "kl/sft", "time/generate", "time/update",
         ):  # fmt: skip
             assert isinstance(line[name], float | int), name
+        assert min(line.get(name, 0) for name in ("learning_rate", "critic_learning_rate", "grad_norm", "critic_grad_norm")) > 0
         assert line["ppo/ratio_first"] == pytest.approx(1, abs=1e-5) and line["ppo/approxkl_first"] < 1e-6
         assert line["rollout/decode_mismatch"] < 1e-4
         assert {"loss/pair", "pair/accuracy", "grad_norm"} <= names["reward", number][0].keys()

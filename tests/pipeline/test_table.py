@@ -74,6 +74,19 @@ def test_without_gold_nothing_is_said_of_it():
     assert "gold" not in text and text.count("a note") == 1
 
 
+def test_a_reward_model_stands_beside_what_it_has_to_beat():
+    """Of 20 held-out pairs each, by hand (Wilson); arms of which the same is true share a sentence."""
+    longer, bag = ({"accuracy": a, "low": 0.5, "high": 0.9, "pairs": 20} for a in (0.75, 0.55))
+    rounds = row(0), row(1, accuracy=0.6, reward_accuracy_valid=0.5), row(2, accuracy=0.6, reward_accuracy_valid=None)
+    one = summary(*rounds) | {"baselines": {"longer": longer, "bag_of_words": bag}}
+    text = said(a=one, b=one, c=summary(*rounds))
+    assert (
+        "a, b: of 20 held-out pairs the last reward model orders 0.500 [0.299, 0.701] right, the longer response 0.750 [0.500, 0.900], "
+        "a bag of words 0.550 [0.500, 0.900]." in text
+    )
+    assert "c: of 20" not in text
+
+
 def test_one_seed_is_called_one_seed():
     a = summary(row(0, 1.0), row(1, 2.0, 0.0, 1.0), seed=4)
     assert "This is one seed (4)" in said(a=a)

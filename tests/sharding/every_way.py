@@ -17,8 +17,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 from jaxrlhf import sharding  # noqa: E402
 from jaxrlhf.algorithms import training  # noqa: E402
 from jaxrlhf.algorithms.policy_updates import ppo_trainer  # noqa: E402
-from jaxrlhf.algorithms.preference import preference_trainer  # noqa: E402
-from jaxrlhf.algorithms.reward import reward_trainer  # noqa: E402
+from jaxrlhf.algorithms.reward import pair_trainer  # noqa: E402
 from jaxrlhf.config import DPOConfig, MeshConfig, PPOConfig, RewardConfig, SFTConfig  # noqa: E402
 from jaxrlhf.data.batches import batches  # noqa: E402
 from jaxrlhf.losses import PAIR_LOSSES, bind  # noqa: E402
@@ -121,8 +120,8 @@ class Way:
         bt = bind(PAIR_LOSSES["bradley_terry"], center=0.0)
         dpo = bind(PAIR_LOSSES["dpo"], beta=0.1, label_smoothing=0.1)
         self.supervised("sft", texts, training.sft_trainer(self.policy, SFTConfig(**how), 3, self.mesh), lm)
-        self.supervised("reward", pairs, reward_trainer(self.scalar, bt, RewardConfig(**how), 3, self.mesh), scalar)
-        self.supervised("dpo", pairs, preference_trainer(self.policy, dpo, DPOConfig(**how), 3, self.mesh), lm)
+        self.supervised("reward", pairs, pair_trainer(self.scalar, bt, RewardConfig(**how), 3, self.mesh), scalar)
+        self.supervised("dpo", pairs, pair_trainer(self.policy, dpo, DPOConfig(**how), 3, self.mesh), lm)
         trainer = self.ppo()
         placed, frozen = sharding.place(lm, self.mesh), sharding.place(scalar, self.mesh)
         self.passes(placed, frozen, texts, trainer)

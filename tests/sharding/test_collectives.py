@@ -38,7 +38,7 @@ def compile_all() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     from jaxrlhf import sharding
     from jaxrlhf.algorithms.policy_updates import ppo_trainer
-    from jaxrlhf.algorithms.reward import reward_loss, reward_trainer
+    from jaxrlhf.algorithms.reward import pair_trainer, reward_loss
     from jaxrlhf.algorithms.training import sft_trainer
     from jaxrlhf.config import PPOConfig, RewardConfig, SFTConfig
     from jaxrlhf.models import build_model, config_from_shape
@@ -74,7 +74,7 @@ def compile_all() -> None:
             return step.lower(jax.eval_shape(lambda p: init_state(p, optimizer), params["policy"]), texts), params["policy"]
         if what == "reward":
             config = RewardConfig(gradient_accumulation_steps=accumulate)
-            optimizer, step = reward_trainer(critic, reward_loss(config, no_plugin), config, 10, mesh)
+            optimizer, step = pair_trainer(critic, reward_loss(config, no_plugin), config, 10, mesh)
             return step.lower(jax.eval_shape(lambda p: init_state(p, optimizer), params["critic"]), pairs), params["critic"]
         config = PPOConfig(
             batch_size=ROWS, num_ppo_epochs=EPOCHS, num_mini_batches=MINIBATCHES, gradient_accumulation_steps=accumulate,

@@ -1,5 +1,6 @@
 """Schedules, AdamW, clipping, the critic's warm-up: numbers that a user reads off a config must be what the optimizer does."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import jax
@@ -82,6 +83,30 @@ def test_clipping_scales_the_global_norm_and_the_metric_shows_it_before():
     np.testing.assert_allclose(ends[0], ends[1], rtol=1e-6)
 
 
+def test_metrics_tell_the_learning_rate_of_the_step_and_each_clipped_norm_by_name():
+    """Of an actor and a critic both: each has a schedule and a clipping of its own, and a norm over the two would meet neither."""
+    schedule = learning_rate_schedule("linear", 0.1, steps=4)
+    alone = adamw(schedule, **ADAM, max_grad_norm=1.0)
+    state, seen = init_state({"w": jnp.zeros(2)}, alone), []
+    for _ in range(4):
+        state, metrics = apply_gradients(state, {"w": jnp.array([3.0, 4.0])}, alone)
+        seen.append(metrics)
+    assert [float(m.get("learning_rate", -1)) for m in seen] == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    assert [float(m["grad_norm"]) for m in seen] == [5.0] * 4
+    both = warm_optimizer(2)
+    state, seen = init_state({"policy": {"w": jnp.zeros(2)}, "critic": {"w": jnp.zeros(2)}}, both), []
+    for _ in range(6):
+        state, metrics = apply_gradients(state, {"policy": {"w": jnp.array([3.0, 4.0])}, "critic": {"w": jnp.array([6.0, 8.0])}}, both)
+        seen.append({name: float(value) for name, value in metrics.items()})
+    assert [m["learning_rate"] for m in seen] == pytest.approx([0, 0, 0.1, 0.075, 0.05, 0.025])  # frozen is a rate of 0
+    assert [m["critic_learning_rate"] for m in seen] == pytest.approx([0.1 * (6 - n) / 6 for n in range(6)])
+    assert {(m["grad_norm"], m["critic_grad_norm"]) for m in seen} == {(5.0, 10.0)}
+    # A round that carries its moments begins with the rates of a first one.
+    carried = replace(state, opt_state=restarted_schedules(state.opt_state))
+    _, metrics = apply_gradients(carried, {"policy": {"w": jnp.ones(2)}, "critic": {"w": jnp.ones(2)}}, both)
+    assert (float(metrics["learning_rate"]), float(metrics["critic_learning_rate"])) == (0, pytest.approx(0.1))
+
+
 def warm_optimizer(warmup, steps=6):
     part = adamw(learning_rate_schedule("linear", 0.1, steps=steps - warmup), **ADAM)
     return actor_critic(part, adamw(learning_rate_schedule("linear", 0.1, steps=steps), **ADAM), critic_warmup=warmup)
@@ -133,8 +158,9 @@ def test_restarted_schedules_keep_moments_and_begin_the_round_again():
     def found(tree, kind):
         return [n for n in jax.tree.leaves(tree, is_leaf=lambda n: isinstance(n, kind)) if isinstance(n, kind)]
 
-    assert [int(s.count) for s in found(end.opt_state, optax.ScaleByScheduleState)] == [6, 4]
-    assert [int(s.count) for s in found(fresh, optax.ScaleByScheduleState)] == [0, 0]
+    for tree, counts in ((end.opt_state, [6, 4]), (fresh, [0, 0])):
+        schedules = found(tree, optax.InjectStatefulHyperparamsState)
+        assert [(int(s.count), int(s.hyperparams_states["learning_rate"].count)) for s in schedules] == [(n, n) for n in counts]
     before, after = (found(tree, optax.ScaleByAdamState) for tree in (end.opt_state, fresh))
     assert len(before) == 2
     jax.tree.map(np.testing.assert_array_equal, before, after)

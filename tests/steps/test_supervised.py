@@ -9,11 +9,15 @@ import optax
 import pytest
 
 from jaxrlhf import sharding
+from jaxrlhf.algorithms.reward import held_out_pairs
+from jaxrlhf.algorithms.training import held_out
+from jaxrlhf.config import RewardConfig, SFTConfig
+from jaxrlhf.data.batches import take
 from jaxrlhf.losses import PAIR_LOSSES, bind
 from jaxrlhf.steps.pair import make_pair_step, pair_outputs, response_scores
-from jaxrlhf.steps.sft import make_sft_step
+from jaxrlhf.steps.sft import make_sft_evaluation, make_sft_step
 from jaxrlhf.steps.state import init_state
-from jaxrlhf.types import TextBatch
+from jaxrlhf.types import PairLoss, TextBatch
 
 RATE = 1.0  # plain gradient descent: the step's parameters show its gradient
 
@@ -102,6 +106,35 @@ def test_sft_loss_against_a_plain_loop(tiny, texts, loss_on, sft_runs):
         _, metrics = jax.jit(make_sft_step(tiny.lm, sgd(), loss_on="all"))(init_state(tiny.policy, sgd()), batch)
     assert float(metrics["tokens"]) == len(losses)
     np.testing.assert_allclose(metrics["loss/sft"], np.mean(losses), rtol=1e-5)
+
+
+def test_a_look_at_rows_is_a_step_on_them_without_the_step(tiny, texts, pairs, sft_runs, pair_runs):
+    """A few rows at a time, with other counts in each batch; on several devices too."""
+    batch = texts()
+    few = SFTConfig(batch_size=8, gradient_accumulation_steps=2, eval_steps=1)
+    seen = held_out(make_sft_evaluation, tiny.lm, "response", lambda: batch, few, None).look(tiny.policy)
+    np.testing.assert_allclose(seen["loss"], sft_runs["whole"][1]["loss/sft"], rtol=1e-5)
+    tokens, mask = (
+        np.concatenate(side, axis=1) for side in ((batch.prompt_BL, batch.response_BT), (batch.prompt_mask_BL, batch.response_mask_BT))
+    )
+    best = np.argmax(jax.jit(tiny.lm.apply)(tiny.policy, tokens, mask).logits, axis=-1)[:, batch.prompt_BL.shape[1] - 1 : -1]
+    counts = np.asarray(batch.response_mask_BT) & np.asarray(batch.row_mask_B)[:, None]
+    np.testing.assert_allclose(seen["accuracy"], (best == batch.response_BT)[counts].mean(), rtol=1e-6)
+    loss, rows = bind(PAIR_LOSSES["bradley_terry"], center=0.05), pairs()
+    mapped = sharding.Replicas(sharding.make_mesh(4))
+    params = sharding.place(tiny.reward, mapped)
+    seen = held_out_pairs(tiny.scalar, loss, "the loss", rows, RewardConfig(batch_size=4, eval_steps=1), mapped).look(params)
+    want = {"loss": pair_runs["whole"][1]["loss/pair"], "accuracy": pair_runs["whole"][1]["pair/accuracy"]}
+    assert seen == pytest.approx({name: float(value) for name, value in want.items()}, rel=2e-5)
+
+
+def test_no_held_out_rows_is_an_error_and_so_is_a_figure_that_nobody_reports(tiny, pairs):
+    rows, config = pairs(), RewardConfig(batch_size=8, eval_steps=1, load_best_model_at_end=True, metric_for_best_model="accuracy")
+    with pytest.raises(ValueError, match="eval_steps asks for looks at held-out rows, and there are none: hold rows out"):
+        held_out_pairs(tiny.scalar, PAIR_LOSSES["bradley_terry"], "the loss", take(rows, np.arange(0)), config, None)
+    silent = PairLoss("scalar", (), lambda outputs, batch, *, total=None: (outputs.chosen_B.sum() / total, {}))
+    with pytest.raises(ValueError, match="metric_for_best_model is 'accuracy', which the loss does not report; choose by 'loss'"):
+        held_out_pairs(tiny.scalar, silent, "the loss", rows, config, None).look(tiny.reward)
 
 
 def test_sft_refuses_an_unknown_loss_on(tiny):

@@ -1,19 +1,22 @@
 """What every stage of a run is given, and the driver that logs and checkpoints a training loop."""
 
+import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxrlhf import distributed, rng, sharding
+from jaxrlhf.algorithms.training import HeldOut
 from jaxrlhf.config import Config
 from jaxrlhf.data.read_report import ReadReport
 from jaxrlhf.models.hub import Loaded, load, save
 from jaxrlhf.monitoring.metrics_file import FILE
-from jaxrlhf.monitoring.recompiles import CompileWatch
+from jaxrlhf.monitoring.recompiles import CompileWatch, ignore_compilations
 from jaxrlhf.monitoring.runlog import RunLog, StageLog
 from jaxrlhf.storage.checkpoint import Checkpoints
 from jaxrlhf.storage.run_folder import publish
@@ -150,15 +153,18 @@ class RunContext:
         steps: int,
         tokens: int,
         round: int | None = None,
+        held_out: HeldOut | None = None,
     ) -> TrainState:
         """Run `loop(state, start)` to `steps`, from its last checkpoint where the stage was stopped before. `state` is used up.
 
         `tokens` is how many a step works on. The final state is on disk too: what the stage does after its training may be stopped as well.
+        With `held_out` it is watched, at the last step in any case, and may return the parameters of its best look, with that `step`.
         """
         if steps == 0:
             return state
-        checkpoint = self.config.checkpoint
-        with Checkpoints(self.store.state(folder), keep=checkpoint.keep) as checkpoints:
+        checkpoint, place = self.config.checkpoint, self.store.state(folder)
+        best = Checkpoints(f"{place}/best", keep=1) if held_out is not None and held_out.best else nullcontext()
+        with Checkpoints(place, keep=checkpoint.keep) as checkpoints, best as kept:
             found = checkpoints.restore(sharding.template(state, self.mesh))
             if found is not None:
                 jax.tree.map(lambda x: x.delete(), state)  # as the first step would: going on needs no more memory than starting
@@ -169,16 +175,51 @@ class RunContext:
             with self.log.stage(name, round=round, total_steps=steps, start=start, folder=folder, watch=self.watch()) as stage:
                 if start < steps:
                     stage.phase("compiling")
+                logged = start
                 for n, (new, metrics) in enumerate(loop(state, start), start=start + 1):
                     state = new
                     stage.dispatched(n)
-                    if n % self.config.log.every == 0 or n == steps:
-                        stage.step(n, metrics, tokens=tokens * self.config.log.every)
+                    looks = None if held_out is None or (n % held_out.every and n != steps) else held_out
+                    if looks is not None:
+                        stage.phase("held-out rows")
+                        metrics = metrics | look(looks, n, state, kept)
+                    if looks is not None or n % self.config.log.every == 0 or n == steps:
+                        stage.step(n, metrics, tokens=tokens * (n - logged))
+                        logged = n
                     if n % checkpoint.every == 0 or n == steps:
                         stage.flush()  # a run that goes on from here will not take this step again
+                        if kept is not None:
+                            kept.wait()  # nor look at it
                         self.saving(folder)
                         checkpoints.save(n, state)
+            return with_best(state, kept, self.mesh)
+
+
+def look(held_out: HeldOut, n: int, state: TrainState, kept: Checkpoints | None) -> dict[str, float]:
+    """Metrics of the held-out rows at step `n`. The parameters of the best look so far are kept on disk: no copy more in memory.
+
+    A run that goes on from an earlier step finds the best of a later one: it takes that step again, to the same bits, and so do its looks.
+    """
+    with ignore_compilations():  # the first look is not the first step
+        seen = held_out.look(state.params)
+    if kept is not None:
+        value = seen["accuracy"] if held_out.best == "accuracy" else -seen["loss"]
+        best = kept.newest()
+        if value > (-math.inf if best is None else best["value"]):  # NaN is not
+            kept.save(n, TrainState(state.step, state.params, {}), {"value": value})
+    return {f"eval_{name}": value for name, value in seen.items()}
+
+
+def with_best(state: TrainState, kept: Checkpoints | None, mesh: Any) -> TrainState:
+    """The state with the parameters and the step of the best look, if one is kept."""
+    if kept is None or kept.newest() is None:
         return state
+    like = sharding.template(TrainState(state.step, state.params, {}), mesh)
+    jax.tree.map(lambda x: x.delete(), state.params)  # one copy at a time
+    found = kept.restore(like)
+    assert found is not None
+    best = sharding.uncommitted(found[0], mesh)
+    return replace(state, step=best.step, params=best.params)
 
 
 def add_model(loaded: Loaded, folder: Path) -> None:

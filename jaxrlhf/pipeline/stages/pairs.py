@@ -13,6 +13,7 @@ from jaxrlhf.data.batches import take
 from jaxrlhf.data.pairs import Prompt, ReadReport
 from jaxrlhf.data.tables import read_pair_table, write_pair_table
 from jaxrlhf.data.tokens import eos_ids_of, pad_id_of, tokenize_pairs, tokenize_prompts
+from jaxrlhf.evaluation.baselines import pair_baselines
 from jaxrlhf.models.hub import Loaded, read_tokenizer
 from jaxrlhf.offline.label import label_pairs
 from jaxrlhf.pipeline import inputs
@@ -30,7 +31,11 @@ def pairs_stage(run: RunContext, tokenizer_done: Done, sft: Done) -> Done:
     sampled = config.pairs.source == "sample"
 
     def build(folder: Path) -> dict[str, Any]:
-        return sampled_pairs(run, folder, run.load(sft, head="lm")) if sampled else stored_pairs(run, folder, tokenizer_done)
+        counts = sampled_pairs(run, folder, run.load(sft, head="lm")) if sampled else stored_pairs(run, folder, tokenizer_done)
+        (train, _), (valid, tokens) = (read_pair_table(folder / name) for name in (TRAIN, VALID))
+        fitted, held = ([(pair.chosen, pair.rejected) for pair in rows] for rows in (train, valid))
+        lengths = [np.asarray(mask).sum(axis=1) for mask in (tokens.chosen_mask_BT, tokens.rejected_mask_BT)]
+        return counts | {"baselines": pair_baselines(fitted, held, lengths)}
 
     slice_ = {
         "pairs": asdict(config.pairs) if sampled else "data",

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf import rng, sharding
-from jaxrlhf.algorithms.preference import REFERENCE, needs_reference, preference_loss, preference_trainer, settings_read
-from jaxrlhf.algorithms.reward import with_columns, with_weights
+from jaxrlhf.algorithms.preference import REFERENCE, needs_reference, preference_loss, settings_read
+from jaxrlhf.algorithms.reward import held_out_pairs, pair_trainer, with_columns, with_weights
 from jaxrlhf.algorithms.reward_update import Pairs
 from jaxrlhf.algorithms.rounds import Round
 from jaxrlhf.algorithms.training import num_steps, own_copy, train
 from jaxrlhf.data.batches import batches
+from jaxrlhf.data.tables import read_pair_table
 from jaxrlhf.models.hub import Loaded
 from jaxrlhf.offline.logprobs import stored_pair_logps
 from jaxrlhf.pipeline.stages.context import RoundInputs, RunContext, add_model, placed
 from jaxrlhf.pipeline.stages.fixed_models import lora_slice, split_params
 from jaxrlhf.pipeline.stages.lineage import policy_lineage, write_lineage
+from jaxrlhf.pipeline.stages.pairs import VALID
 from jaxrlhf.pipeline.stages.reward_update import updated_pairs
 from jaxrlhf.plugins import plugin, source_of
 from jaxrlhf.steps.state import init_state, joined
@@ -42,25 +44,31 @@ def preference_stage(run: RunContext, round: Round, given: RoundInputs) -> Done:
         write_lineage(folder, policy_lineage(round, given, refers=needs_reference(loss)))
         table, n = with_weights(fitted.tokens, weights_N), len(fitted.rows)
         steps = num_steps(n, batch_size=section.batch_size, num_train_epochs=section.num_train_epochs, max_steps=section.max_steps)
+        held = Pairs(*read_pair_table(pairs.folder / VALID))
+        valid = held.tokens
         if needs_reference(loss):
             reference_model = (lambda: policy) if reference.hash == start.hash else (lambda: run.load(reference, head="lm"))
-            table = with_reference(run, number, fitted, table, reference_model, reference.hash, policy.tokenizer)
-        table = with_columns(table, loss, name=f"dpo.loss {section.loss!r}", updated=update is not None)
-        optimizer, step = preference_trainer(policy.model, loss, section, max(steps, 1), run.mesh)
+            how = (reference_model, reference.hash, policy.tokenizer)
+            table = with_reference(run, number, fitted, table, *how)
+            valid = with_reference(run, number, held, valid, *how) if section.eval_steps and len(held.rows) else valid
+        name = f"dpo.loss {section.loss!r}"
+        table = with_columns(table, loss, name=name, updated=update is not None)
+        optimizer, step = pair_trainer(policy.model, loss, section, max(steps, 1), run.mesh)
         trainable, frozen = split_params(run, policy, rng.stream(rng.stream(run.key, "policy", number), "adapters"))
         state = sharding.place(init_state(own_copy(trainable), optimizer), run.mesh)
         policy, trainable = policy._replace(params=None), None  # the memory is wanted for the training
         base = () if frozen is None else (frozen,)
 
         def loop(state: TrainState, start: int) -> Iterator:
-            name = f"preference/r{number}"
-            stream = batches(table, section.batch_size, seed=config.seed, name=name, bucket=config.data.bucket, start=start)
+            order = f"preference/r{number}"
+            stream = batches(table, section.batch_size, seed=config.seed, name=order, bucket=config.data.bucket, start=start)
             return train(step, state, placed(run, islice(stream, steps - start)), *base)
 
         tokens = 2 * section.batch_size * (table.prompt_BL.shape[1] + table.chosen_BT.shape[1])
-        state = run.train(folder, "policy", state, loop, steps=steps, tokens=tokens, round=number)
+        watched = held_out_pairs(policy.model, loss, name, valid, section, run.mesh, *base)
+        state = run.train(folder, "policy", state, loop, steps=steps, tokens=tokens, round=number, held_out=watched)
         add_model(policy._replace(params=joined(state.params, frozen)), folder)
-        return {"steps": steps, "pairs": n}
+        return {"steps": steps, "kept_step": int(state.step), "pairs": n}
 
     slice_ = {
         "dpo": settings_read(section, round.policy_update, loss)
@@ -74,7 +82,7 @@ def preference_stage(run: RunContext, round: Round, given: RoundInputs) -> Done:
     sources = {"start": start, "pairs": pairs}
     sources |= {"reference": reference} if needs_reference(loss) else {}
     sources |= {} if update is None else {"update": update}
-    stage = Stage(f"r{number}-policy", "model", round.policy_update, slice_, sources, parent="start")
+    stage = Stage(f"r{number}-policy", "model", round.policy_update, slice_, sources, version=2, parent="start")
     return run.build(stage, build, round=number)
 
 

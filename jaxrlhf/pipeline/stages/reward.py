@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf import rng, sharding
-from jaxrlhf.algorithms.reward import called, reward_loss, reward_trainer, score_pairs, with_columns, with_weights
+from jaxrlhf.algorithms.reward import called, held_out_pairs, pair_trainer, reward_loss, score_pairs, with_columns, with_weights
 from jaxrlhf.algorithms.rounds import Round
 from jaxrlhf.algorithms.training import num_steps, own_copy, train
 from jaxrlhf.data.batches import batches
@@ -54,7 +54,7 @@ def reward_stage(
         valid = valid_pairs(pairs)
         n, section = len(table.index_B), config.reward
         steps = num_steps(n, batch_size=section.batch_size, num_train_epochs=section.num_train_epochs, max_steps=section.max_steps)
-        optimizer, step = reward_trainer(base.model, loss, section, max(steps, 1), run.mesh)
+        optimizer, step = pair_trainer(base.model, loss, section, max(steps, 1), run.mesh)
         state = sharding.place(init_state(own_copy(base.params), optimizer), run.mesh)
         base = base._replace(params=None)
 
@@ -64,7 +64,8 @@ def reward_stage(
             return train(step, state, placed(run, islice(stream, steps - start)))
 
         tokens = 2 * section.batch_size * (table.prompt_BL.shape[1] + table.chosen_BT.shape[1])
-        state = run.train(folder, "reward", state, loop, steps=steps, tokens=tokens, round=round.number)
+        watched = held_out_pairs(base.model, loss, called(section), valid, section, run.mesh)
+        state = run.train(folder, "reward", state, loop, steps=steps, tokens=tokens, round=round.number, held_out=watched)
         options = {"batch_size": section.eval_batch_size, "mesh": run.mesh}
         references = reference_responses(run, base.tokenizer)
         bias = float(score_responses(base.model, state.params, references, **options).mean())
@@ -72,7 +73,7 @@ def reward_stage(
         scores = score_pairs(base.model, state.params, valid, **options)
         np.save(folder / VALID_SCORES, np.stack(scores).astype(np.float32) - np.float32(bias), allow_pickle=False)
         accuracy = pair_accuracy(*scores)
-        return {"steps": steps, "pairs": n, "reward_bias": bias, "accuracy_valid": accuracy}
+        return {"steps": steps, "kept_step": int(state.step), "pairs": n, "reward_bias": bias, "accuracy_valid": accuracy}
 
     slice_ = {
         "reward": {k: v for k, v in asdict(config.reward).items() if k not in OF_ENSEMBLES} | {"plugin": source_of(config.reward.loss)},
@@ -87,7 +88,7 @@ def reward_stage(
     slice_ |= {"member": member} if member else {}
     sources = {"previous" if continues else "sft": start, "pairs": pairs} | ({} if update is None else {"update": update})
     name = f"r{round.number}-reward" + (f"-{member + 1}" if member else "")
-    stage = Stage(name, "model", "reward", slice_, sources, version=2, parent=next(iter(sources)))
+    stage = Stage(name, "model", "reward", slice_, sources, version=3, parent=next(iter(sources)))
     return run.build(stage, build, round=round.number)
 
 

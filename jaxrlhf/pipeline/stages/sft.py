@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf import rng, sharding
-from jaxrlhf.algorithms.training import num_steps, own_copy, sft_trainer, train
+from jaxrlhf.algorithms.training import held_out, num_steps, own_copy, sft_trainer, train
 from jaxrlhf.config import Config
 from jaxrlhf.data import toy
 from jaxrlhf.data.batches import batches
@@ -20,9 +20,10 @@ from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.hub import Loaded, initialise, load, read_tokenizer, tokenizer_named, with_tokenizer
 from jaxrlhf.pipeline import inputs
 from jaxrlhf.pipeline.stages.context import RunContext, add_model, placed
+from jaxrlhf.steps.sft import make_sft_evaluation
 from jaxrlhf.steps.state import init_state
 from jaxrlhf.storage.stage import Done, Stage
-from jaxrlhf.types import TrainState
+from jaxrlhf.types import TextBatch, TrainState
 
 
 def tokenizer_stage(run: RunContext) -> Done:
@@ -114,10 +115,16 @@ def sft_stage(run: RunContext, tokenizer_done: Done) -> Done:
             return train(step, state, placed(run, islice(stream, steps - start)))
 
         tokens = config.sft.batch_size * (table.prompt_BL.shape[1] + table.response_BT.shape[1])
-        state = run.train(folder, "sft", state, loop, steps=steps, tokens=tokens)
+
+        def valid() -> TextBatch:
+            rows = inputs.held_out_demonstrations_of(config, tokenizer)
+            return tokenize_demonstrations(rows, tokenizer, inputs.limits_of(config), eos_ids=eos_ids_of(tokenizer))[0]
+
+        watched = held_out(make_sft_evaluation, base.model, config.sft.loss_on, valid, config.sft, run.mesh)
+        state = run.train(folder, "sft", state, loop, steps=steps, tokens=tokens, held_out=watched)
         add_model(base._replace(params=state.params), folder)
         tokens = int(np.asarray(table.prompt_mask_BL).sum() + np.asarray(table.response_mask_BT).sum())
-        return {"steps": steps, "rows": len(table.index_B), "tokens": tokens}
+        return {"steps": steps, "kept_step": int(state.step), "rows": len(table.index_B), "tokens": tokens}
 
     slice_ = {
         "sft": asdict(config.sft),
@@ -126,5 +133,6 @@ def sft_stage(run: RunContext, tokenizer_done: Done) -> Done:
         "limits": asdict(config.data.limits),
         "positions": config.ppo.response_length,
         "bucket": config.data.bucket,
+        "held_out": config.pairs.num_valid if config.sft.eval_steps else None,  # of the toy task; a file's rows are named by data
     }
-    return run.build(Stage("sft", "model", "sft", slice_, {"tokenizer": tokenizer_done}), build)
+    return run.build(Stage("sft", "model", "sft", slice_, {"tokenizer": tokenizer_done}, version=2), build)
