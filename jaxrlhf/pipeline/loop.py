@@ -43,10 +43,10 @@ def walk_through(run: RunContext, until: str | None) -> None:
     if until == "sft":
         return
     pairs = pairs_stage(run, tokenizer, sft)
-    track, summary = Track([sft]), Summary(run, pairs)
+    track, summary = Track([sft]), Summary(run)
     if until is None:
         track.evaluations.append(evaluation_stage(run, 0, policy=sft, sft=sft, rewards=(), ensemble=None, before=None))
-        summary.add(0, track.evaluations[0])
+        summary.add(None, track.evaluations[0])
     if num_rounds(method, config.rounds) < config.rounds:
         summary.note(f"{config.method} has one round: a second one, from π_SFT on the same pairs, would repeat it.")
     for number in range(1, num_rounds(method, config.rounds) + 1):
@@ -64,7 +64,7 @@ def walk_through(run: RunContext, until: str | None) -> None:
         track.evaluations.append(evaluation_stage(run, number, ensemble=round.ensemble, **models))
         if update is not None and update_report(update).get("needs_sampler") and (reasons := not_the_sampler(config)):
             summary.note(f"{HEURISTIC}: {'; '.join(reasons)}.")
-        summary.add(number, track.evaluations[-1], rewards=track.rewards, update=update, decision=track.decision)
+        summary.add(round, track.evaluations[-1], rewards=track.rewards, update=update, decision=track.decision)
         track.last = round
 
 

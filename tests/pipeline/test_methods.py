@@ -115,6 +115,7 @@ def test_row(folder, name):
     found = stages(folder / name)
     record = read_record(found[f"r{rounds[-1]}-policy"])
     assert record["function"] == function
+    assert [row["policy_start"] for row in summary["rounds"]] == [None, 0, 0 if start == SFT else 1][: len(rounds)]
     assert named(found, record["inputs"]["reference"]) == reference and named(found, record["inputs"]["start"]) == start
     assert not same(params_of(found["sft"]), params_of(found[f"r{rounds[-1]}-policy"]))
     if name in ONE_ROUND:
