@@ -1,6 +1,7 @@
 """What a run cost, in seconds and in FLOPs, and how much of it went into correcting the reward model.
 
-Seconds are those of stage.json: of the process that finished the stage, compilation included. FLOPs are counted, not measured:
+Seconds are those of stage.json: of all processes that worked on the stage, up to the checkpoints that were gone on from, compilation
+included. FLOPs are counted, not measured:
 
     training 6 · P · tokens, a forward pass or a sampled token 2 · P · tokens   (Kaplan et al. 2020, §2.1)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from make_stage_hashes import hashes_of
 
 import jaxrlhf
 from jaxrlhf.algorithms import rounds
@@ -315,6 +316,16 @@ def test_pmap_in_one_of_several_processes_is_refused(tmp_path, tiny_config, monk
     with pytest.raises(ValueError, match=r"pmap.* one process.* 2"):
         run(tiny_config(tmp_path, mesh={"engine": "pmap"}))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"ppo__total_episodes": 40}, ["ppo.total_episodes 40 is no multiple of ppo.batch_size 16: every round samples 32; give 32 or 48."]),
+    ({"ppo__total_episodes": 48}, []),
+    ({"ppo__total_episodes": 40, "method": "dpo", "rounds": 1}, []),
+])  # fmt: skip
+def test_episodes_that_fill_no_batch_are_said(tmp_path, tiny_config, changes, said):
+    hashes_of(tiny_config(tmp_path, **changes), tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["notes"] == said
 
 
 def test_until(finished, store, tiny_config):

@@ -163,6 +163,7 @@ class RunContext:
             if found is not None:
                 jax.tree.map(lambda x: x.delete(), state)  # as the first step would: going on needs no more memory than starting
                 state = sharding.uncommitted(found[0], self.mesh)
+                self.store.goes_on(folder, found[1])
             start = int(state.step)
             if start:
                 self.log.note(f"{name}: goes on from step {start} of {steps}")
@@ -177,7 +178,7 @@ class RunContext:
                     if n % checkpoint.every == 0 or n == steps:
                         stage.flush()  # a run that goes on from here will not take this step again
                         self.saving(folder)
-                        checkpoints.save(n, state)
+                        checkpoints.save(n, state, self.store.spent(folder))
         return state
 
 
