@@ -1,8 +1,8 @@
 """Seeded epochs over a table (a pytree of numpy arrays with leading N) → batches with leading B, on the host.
 
 An epoch is a partition: one global permutation, cut into batches; sharding comes after. Loops that fit a model to the rows end their epochs
-with a batch that is not full (`batches`); loops that ask a policy to answer them never do (`endless_batches`). Nothing but the number of batches already seen is
-needed to resume.
+with a batch that is not full (`batches`); loops that ask a policy to answer them never do (`endless_batches`). Nothing but the number of
+batches already seen is needed to resume.
 """
 
 import itertools

@@ -149,7 +149,8 @@ def not_the_sampler(config: Config) -> list[str]:
 def not_whole(episodes: int, size: int) -> str:
     """What is sampled of episodes that do not fill their last rollout batch."""
     done = episodes // size * size
-    return f"ppo.total_episodes {episodes} is no multiple of ppo.batch_size {size}: every round samples {done}; give {done} or {done + size}."
+    rule = f"ppo.total_episodes {episodes} is no multiple of ppo.batch_size {size}"
+    return f"{rule}: every round samples {done}; give {done} or {done + size}."
 
 
 def not_due(number: int, decision: dict[str, Any], *, adapters: bool) -> str:

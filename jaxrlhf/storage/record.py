@@ -27,7 +27,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 
 def record_of(stage: Stage, result: dict[str, Any] | None, resumed: bool, *, seconds: float, compile_seconds: float) -> dict[str, Any]:
-    """`seconds` and `compile_seconds` are those of the process that finished the stage, and of others up to the checkpoints it went on from."""
+    """`seconds` and `compile_seconds`: of the process that finished the stage, and of others up to the checkpoints it went on from."""
     return {
         "kind": stage.kind,
         "name": stage.name,

@@ -78,7 +78,7 @@ class Store:
         """Called before the stage in `folder` saves its training state; a store at a URL uploads the metrics so far."""
 
     def spent(self, folder: Path) -> dict[str, float]:
-        """What the stage in `folder` has cost so far, for its checkpoint: {"seconds", "compile_seconds"}; {} where another process leads."""
+        """{"seconds", "compile_seconds"} of the stage in `folder` so far, for its checkpoint; {} where another process leads."""
         return self._costs[folder].spent() if folder in self._costs else {}
 
     def goes_on(self, folder: Path, spent: dict[str, float]) -> None:

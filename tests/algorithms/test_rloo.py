@@ -88,6 +88,7 @@ def test_equal_episodes_take_their_prompts_from_one_stream():
     again = next(rollout_prompts(table(), config, samples=4, seed=3, start=5))
     jax.tree.map(np.testing.assert_array_equal, again, rloo[5])
 
+
 @pytest.mark.parametrize(("prompts", "samples"), [(3, 4), (3, 1), (13, 1)])
 def test_every_row_of_every_rollout_is_an_episode(prompts, samples):
     """3 prompts and batches of 8: no filler, prompts come equally often, and none with the random numbers of another row of its batch."""

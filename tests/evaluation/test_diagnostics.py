@@ -77,7 +77,7 @@ def test_kl_budget_adds_legs_and_takes_levels():
 
 
 def test_kl_budget_counts_a_round_once_where_the_reference_stood_still():
-    """Round 2 was not due and still pays for its distance to round 0's policy; round 4 to round 2's: level and leg include the round before."""
+    """Rounds 2 and 4 were not due: each pays for its distance to the policy that the round before went away from, and so for both."""
     assert spent((0, 1.0), (0, 1.5), (2, 0.25), (2, 0.5)) == [1.0, 1.5, 1.75, 2.0]
 
 

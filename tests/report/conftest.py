@@ -115,9 +115,7 @@ def make_run(folder, *, arm="ocrm", seed=0, rounds=2, refits=True, gold_shift=0.
     made.stage(
         "sft", "sft", result={"steps": 4, "rows": 65, "tokens": 650}, config={"sft": {"batch_size": 64}}, seconds=8.0, parameters=100
     )
-    pairs = made.stage(
-        "pairs", "pairs", kind="data", inputs={"sft": "hash-sft"}, result={"train": 2, "sampled_tokens": 44}, seconds=2.0
-    )
+    pairs = made.stage("pairs", "pairs", kind="data", inputs={"sft": "hash-sft"}, result={"train": 2, "sampled_tokens": 44}, seconds=2.0)
     write_parquet(
         pairs / "train.parquet", {"prompt_tokens": [[1] * 4, [1] * 6], "chosen_tokens": [[1] * 3, [1]], "rejected_tokens": [[1] * 5, [1]]}
     )

@@ -59,7 +59,7 @@ def policy_stage(run: RunContext, round: Round, given: RoundInputs, *, carries: 
     slice_ |= ({} if spread_coef is None else {"spread_coef": spread_coef}) | lora_slice(config)
     sources = {"start": given.start, "reference": given.reference, **reward_inputs(given.rewards), "sft": given.sft}
     sources |= {} if all(restarts) else {"previous": given.previous}
-    stage = Stage(f"r{round.number}-policy", "model", round.policy_update, slice_, sources, parent="start")
+    stage = Stage(f"r{round.number}-policy", "model", round.policy_update, slice_, sources, version=2, parent="start")
 
     def build(folder: Path) -> dict[str, Any]:
         return _train_policy(run, round, given, folder, section, restarts)
