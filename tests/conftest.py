@@ -24,33 +24,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from tiny_run import TINY  # noqa: E402
 
 from jaxrlhf import sharding  # noqa: E402
 from jaxrlhf.recipe import from_mapping  # noqa: E402
 from jaxrlhf.sharding import mesh  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)  # before the backend starts; one device stays the default one
-
-
-# A run of seconds: the toy task, a model of one layer, a few steps of everything.
-TINY: dict[str, Any] = {
-    "name": "tiny",
-    "rounds": 2,
-    "method": "ppo",
-    "data": {"num_demonstrations": 96, "num_prompts": 48, "limits": {"max_prompt_length": 17, "max_response_length": 8}},
-    "model": {"shape": {"family": "llama", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}},
-    "pairs": {"source": "sample", "num_pairs": 40, "num_valid": 20, "batch_size": 32},
-    "gold": {"kind": "toy"},
-    "sft": {"batch_size": 32, "learning_rate": 1e-2, "lr_scheduler_type": "constant"},
-    "reward": {"batch_size": 32, "learning_rate": 1e-3, "num_reference_rows": 32, "eval_batch_size": 32},
-    "ppo": {
-        "total_episodes": 48, "batch_size": 16, "num_ppo_epochs": 1, "response_length": 8, "temperature": 1.0, "learning_rate": 3e-3,
-        "missing_eos_score": -1.0,
-    },
-    "weights": {"alpha": 0.0, "eta": "ess", "ess_target": 0.5, "batch_size": 32},
-    "evaluation": {"num_prompts": 20, "batch_size": 32},
-    "log": {"tensorboard": False},
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)

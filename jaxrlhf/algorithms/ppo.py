@@ -13,7 +13,7 @@ import optax
 from jaxrlhf import rng, sharding
 from jaxrlhf.algorithms.offloaded import all_metrics, score_offloaded
 from jaxrlhf.config import PPOConfig
-from jaxrlhf.data.batches import batches
+from jaxrlhf.data.batches import endless_batches
 from jaxrlhf.losses import POLICY_LOSSES, bind, hyperparameter_names
 from jaxrlhf.rollouts.credit import CreditRule
 from jaxrlhf.rollouts.dataset import repeated
@@ -181,11 +181,11 @@ def rollout_prompts(
 ) -> Iterator[PromptBatch]:
     """The prompts of rollout batches `start`, `start + 1`, … without end: `batch_size / samples` prompts, `samples` neighbouring rows each.
 
-    The order of the prompts depends on the seed alone; in equally many episodes, more samples to a prompt are fewer prompts. A row's number
-    becomes `samples` · the prompt's + its place in the group, from which its random numbers derive: the copies of a prompt differ, and
-    do not depend on the batch or the mesh.
+    The order of the prompts depends on the seed alone, and every row is an episode: where the prompts end they begin again in another
+    order. In equally many episodes, more samples to a prompt are fewer prompts. A row's number becomes `samples` · the prompt's + its
+    place in the group, from which its random numbers derive: the copies of a prompt differ, and do not depend on the batch or the mesh.
     """
-    for batch in batches(table, config.batch_size // samples, seed=seed, name="ppo", bucket=bucket, start=start):
+    for batch in endless_batches(table, config.batch_size // samples, seed=seed, name="ppo", bucket=bucket, start=start):
         yield batch if samples == 1 else repeated(batch, samples)
 
 

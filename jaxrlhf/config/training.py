@@ -64,7 +64,7 @@ class PPOConfig(OptimizerConfig):
     """One round of PPO. Defaults are those of the N+ implementation details and of the OCRM code."""
 
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
-    total_episodes: int = 100_000  # responses sampled in a round
+    total_episodes: int = 100_000  # responses sampled in a round; whole batches of them, rounded down as in the papers' code (TRL: up)
     round_prompts: Literal["fresh", "same"] = "fresh"  # every round takes new prompts, or those of round 1 again
     rloo_k: int = 4  # RLOO only: responses to each prompt; batch_size counts responses
     batch_size: int = 512  # rollout batch

@@ -1,7 +1,8 @@
 """Seeded epochs over a table (a pytree of numpy arrays with leading N) → batches with leading B, on the host.
 
-An epoch is a partition: one global permutation, cut into batches; sharding comes after. Nothing but the number of batches already seen is
-needed to resume.
+An epoch is a partition: one global permutation, cut into batches; sharding comes after. Loops that fit a model to the rows end their epochs
+with a batch that is not full (`batches`); loops that ask a policy to answer them never do (`endless_batches`). Nothing but the number of
+batches already seen is needed to resume.
 """
 
 import itertools
@@ -48,6 +49,21 @@ def batches(
         for b in range(offset, per_epoch):
             yield _batch(table, order[b * batch_size : (b + 1) * batch_size], batch_size, bucket)
         offset = 0
+
+
+def endless_batches(table: Table, batch_size: int, *, seed: int, name: str, bucket: int = 0, start: int = 0) -> Iterator[Table]:
+    """Batches without filler, for ever: where an epoch ends inside a batch, the next one's permutation goes on.
+
+    For loops that ask and do not fit: each row is answered anew, and a batch may hold a row of a short table several times. A row's number
+    is its place in the table plus n an epoch, so that its answers differ. `name`, `start` and `bucket` are as in `batches`.
+    """
+    n = _check(table, batch_size, start)
+    for first in itertools.count(start * batch_size, batch_size):
+        epochs = range(first // n, (first + batch_size - 1) // n + 1)
+        numbers = np.concatenate([permutation(seed, epoch, n, name) + n * epoch for epoch in epochs])
+        numbers = numbers[first % n : first % n + batch_size]
+        batch = _batch(table, numbers % n, batch_size, bucket)
+        yield replace(batch, index_B=numbers.astype(np.int32))
 
 
 def evaluation_batches(table: Table, batch_size: int, *, bucket: int = 0) -> Iterator[Table]:

@@ -86,24 +86,17 @@ def drift(before_2M: np.ndarray, after_2M: np.ndarray) -> dict[str, float | None
 def kl_budget(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, float | None]]:
     """KL spent up to the end of each round, nats a response: `penalty` of the round, and `spent` so far.
 
-    Each round gives `penalty`, its KL to the penalty's reference, and `from_sft`, whether that reference is π_SFT. A fixed reference makes
-    the round's KL the whole distance already; a moving one makes it one more leg of a path, and legs add up:
+    Each round gives `round`, its number, `penalty`, its KL to the penalty's reference, and `reference`, the round whose policy that is
+    (0: π_SFT; None: not known). A fixed reference makes the round's KL the whole distance already; a moving one makes it one more leg of
+    a path that ends at the reference, and legs add up:
 
-        spent_r = penalty_r                   where the reference is π_SFT
-        spent_r = spent_{r−1} + penalty_r     where it is the round's own start
+        spent_0 = 0,  spent_r = spent_reference(r) + penalty_r
 
-    The path is what the penalty allowed; the distance KL(π ‖ π_SFT) is another number, and may be larger. None from a round without
-    the figure on, until a fixed reference starts the count anew.
+    A round that keeps the reference of the one before contains its leg. The path is what the penalty allowed; the distance
+    KL(π ‖ π_SFT) is another number, and may be larger. None where a figure on the path is.
     """
-    rows: list[dict[str, float | None]] = []
-    spent: float | None = 0.0
+    spent: dict[int | None, float | None] = {0: 0.0}
     for one in rounds:
-        penalty = one["penalty"]
-        if penalty is None:
-            spent = None
-        elif one["from_sft"]:
-            spent = penalty
-        elif spent is not None:
-            spent = spent + penalty
-        rows.append({"penalty": penalty, "spent": spent})
-    return rows
+        before, penalty = spent.get(one["reference"]), one["penalty"]
+        spent[one["round"]] = None if before is None or penalty is None else before + penalty
+    return [{"penalty": one["penalty"], "spent": spent[one["round"]]} for one in rounds]

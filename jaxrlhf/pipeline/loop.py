@@ -37,16 +37,19 @@ class Track:
 def walk_through(run: RunContext, until: str | None) -> None:
     """The stages of one method, in order. What a round needs is one row of the table; nothing here knows a method's name."""
     config = run.config
-    method = method_of(config.method, config.row, plugin)
+    method, summary = method_of(config.method, config.row, plugin), Summary(run)
+    samples = until in (None, "ppo") and method.policy_update not in PREFERENCE
+    if samples and config.ppo.total_episodes % config.ppo.batch_size:
+        summary.note(not_whole(config.ppo.total_episodes, config.ppo.batch_size))
     tokenizer = tokenizer_stage(run)
     sft = sft_stage(run, tokenizer)
     if until == "sft":
         return
     pairs = pairs_stage(run, tokenizer, sft)
-    track, summary = Track([sft]), Summary(run, pairs)
+    track = Track([sft])
     if until is None:
         track.evaluations.append(evaluation_stage(run, 0, policy=sft, sft=sft, rewards=(), ensemble=None, before=None))
-        summary.add(0, track.evaluations[0])
+        summary.add(None, track.evaluations[0])
     if num_rounds(method, config.rounds) < config.rounds:
         summary.note(f"{config.method} has one round: a second one, from π_SFT on the same pairs, would repeat it.")
     for number in range(1, num_rounds(method, config.rounds) + 1):
@@ -64,7 +67,7 @@ def walk_through(run: RunContext, until: str | None) -> None:
         track.evaluations.append(evaluation_stage(run, number, ensemble=round.ensemble, **models))
         if update is not None and update_report(update).get("needs_sampler") and (reasons := not_the_sampler(config)):
             summary.note(f"{HEURISTIC}: {'; '.join(reasons)}.")
-        summary.add(number, track.evaluations[-1], rewards=track.rewards, update=update, decision=track.decision)
+        summary.add(round, track.evaluations[-1], rewards=track.rewards, update=update, decision=track.decision)
         track.last = round
 
 
@@ -141,6 +144,13 @@ def not_the_sampler(config: Config) -> list[str]:
             f"weights.max_tokens {weights.max_tokens} leaves out what follows in responses of up to {config.ppo.response_length}"
         )
     return reasons
+
+
+def not_whole(episodes: int, size: int) -> str:
+    """What is sampled of episodes that do not fill their last rollout batch."""
+    done = episodes // size * size
+    rule = f"ppo.total_episodes {episodes} is no multiple of ppo.batch_size {size}"
+    return f"{rule}: every round samples {done}; give {done} or {done + size}."
 
 
 def not_due(number: int, decision: dict[str, Any], *, adapters: bool) -> str:

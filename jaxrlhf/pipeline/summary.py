@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from jaxrlhf import distributed
+from jaxrlhf.algorithms.rounds import Round
 from jaxrlhf.files import write_whole
 from jaxrlhf.pipeline.stages.context import RunContext
 from jaxrlhf.pipeline.stages.reward_update import report_of
@@ -13,8 +14,8 @@ from jaxrlhf.storage.stage import Done
 class Summary:
     """summary.json, rewritten after every round so that a stopped run has one too."""
 
-    def __init__(self, run: RunContext, pairs: Done):
-        self._run, self._pairs = run, pairs
+    def __init__(self, run: RunContext):
+        self._run = run
         self.notes: list[str] = []
         self._rounds: list[dict[str, Any]] = []
         self._counted = 0  # stages whose seconds stand in a round already
@@ -26,11 +27,18 @@ class Summary:
             self._run.log.note(f"note: {text}")
 
     def add(
-        self, number: int, evaluation: Done, *, rewards: tuple[Done, ...] = (), update: Done | None = None, decision: Done | None = None
+        self,
+        of: Round | None,
+        evaluation: Done,
+        *,
+        rewards: tuple[Done, ...] = (),
+        update: Done | None = None,
+        decision: Done | None = None,
     ) -> None:
+        """The row of a round, or (None) of π_SFT."""
         figures, report = evaluation.record["result"], update_report(update)
         valid = [done.record["result"]["accuracy_valid"] for done in rewards]  # of an ensemble's members one by one
-        row: dict[str, Any] = {"round": number}
+        row: dict[str, Any] = {"round": of.number if of else 0, "policy_start": of.policy_start if of else None}
         row |= {name: figures.get(name) for name in ("gold", "proxy_start", "proxy", "kl_sft")}
         row |= {name: report.get(name) for name in ("ess", "ess_fraction", "eta")}
         row |= {

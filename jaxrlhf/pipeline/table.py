@@ -1,8 +1,7 @@
 """The table at the end of a run, and words that follow its numbers."""
 
 import json
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,14 +158,13 @@ def _of_arm(arm: str, summary: Summary) -> list[str]:
     rounds = summary["rounds"]
     trained = [row for row in rounds if row["proxy"] is not None]
     lines = []
-    stale = [(before, row) for before, row in pairwise(rounds) if proxy_alone_rose(before, row)]
+    stale = [row for row in trained if proxy_alone_rose(rounds, row)]
     if stale:
-        names = ", ".join(str(row["round"]) for _, row in stale)
-        before, first = stale[0]
+        names, first = ", ".join(str(row["round"]) for row in stale), stale[0]
         lines.append(
             f"{arm}: in round {names} the reward model liked the new policy better and gold did not "
             f"(round {first['round']}: proxy {first['proxy_start']:+.2f} → {first['proxy']:+.2f}, "
-            f"gold {before['gold']:.2f} → {first['gold']:.2f})."
+            f"gold {start_of(rounds, first)['gold']:.2f} → {first['gold']:.2f})."
         )
     elif any(row["gold"] is not None and row["proxy"] > row["proxy_start"] for row in trained):
         lines.append(f"{arm}: gold did not fall in any round in which the proxy rose.")
@@ -185,8 +183,14 @@ def _of_arm(arm: str, summary: Summary) -> list[str]:
     return lines
 
 
-def proxy_alone_rose(before: Mapping[str, Any], row: Mapping[str, Any]) -> bool | None:
-    """Whether the round's reward model liked the new policy better while gold fell; None where one of the two is not known."""
+def start_of(rounds: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row of the policy that a round started from: the round before, unless the row names another (0: π_SFT)."""
+    return rounds[row.get("policy_start", row["round"] - 1)]
+
+
+def proxy_alone_rose(rounds: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> bool | None:
+    """Whether the round's reward model liked what became of its start while gold fell; None where one of the two is not known."""
+    before = start_of(rounds, row)
     if None in (before["gold"], row["gold"], row["proxy"], row["proxy_start"]):
         return None
     return row["proxy"] > row["proxy_start"] and row["gold"] < before["gold"]

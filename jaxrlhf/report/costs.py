@@ -1,6 +1,7 @@
 """What a run cost, in seconds and in FLOPs, and how much of it went into correcting the reward model.
 
-Seconds are those of stage.json: of the process that finished the stage, compilation included. FLOPs are counted, not measured:
+Seconds are those of stage.json: of all processes that worked on the stage, up to the checkpoints that were gone on from, compilation
+included. FLOPs are counted, not measured:
 
     training 6 · P · tokens, a forward pass or a sampled token 2 · P · tokens   (Kaplan et al. 2020, §2.1)
 
@@ -95,16 +96,11 @@ class Counts:
 
     def _sft(self, stage: StageRead) -> float:
         result = stage.result
-        if not result["steps"]:
-            return 0.0
-        rows = result["steps"] * stage.config["sft"]["batch_size"]
-        return TRAIN * size(stage) * result["tokens"] * rows / result["rows"]
+        seen = rows_seen(result["rows"], result["steps"], stage.config["sft"]["batch_size"])
+        return TRAIN * size(stage) * result["tokens"] * seen / result["rows"]
 
     def _pairs(self, stage: StageRead) -> float:
-        if not stage.result.get("sampled_from_sft"):
-            return 0.0
-        tokens = sum(pair_tokens(stage.folder / name) for name in ("train.parquet", "valid.parquet") if (stage.folder / name).exists())
-        return FORWARD * self._model(stage, "sft") * tokens
+        return FORWARD * self._model(stage, "sft") * stage.result["sampled_tokens"] if "sft" in stage.inputs else 0.0
 
     def _tokens_a_pair(self) -> float:
         stage = next(iter(self._run.of("pairs")), None)
@@ -143,7 +139,8 @@ class Counts:
         policy, rewards = size(stage), [self._model(stage, name) for name in stage.inputs if name.split("-")[0] == "reward"]
         critic = rewards[0] if rewards and stage.function == "ppo" else 0
         further = stage.inputs.get("sft") not in (stage.inputs.get("reference"), None)
-        forward = policy * (3 + further) + sum(rewards) + critic
+        read = ppo["old_logp"] == "score"  # the sampler's own log-probs save that pass
+        forward = policy * (2 + read + further) + sum(rewards) + critic
         return tokens * (FORWARD * forward + TRAIN * (policy + critic) * ppo["num_ppo_epochs"])
 
     def _prompt_length(self, stage: StageRead) -> float:
@@ -169,9 +166,10 @@ class Missing(LookupError):
     """A count that no file of the run holds."""
 
 
-def rows_seen(rows: int, steps: int, batch_size: int) -> float:
+def rows_seen(rows: int, steps: int, batch_size: int) -> int:
     """Rows that `steps` batches hold where every epoch ends with a batch that is not full."""
-    return rows * steps / math.ceil(rows / batch_size) if rows else 0.0
+    epochs, more = divmod(steps, math.ceil(rows / batch_size)) if rows else (0, 0)
+    return epochs * rows + more * batch_size
 
 
 def size(stage: StageRead) -> int:

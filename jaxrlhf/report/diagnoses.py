@@ -16,8 +16,7 @@ CURVES_KEPT = 400  # points of a training curve at most: a page has no more pixe
 
 def curve(run: RunRead) -> Curve:
     """Gold and proxy by round, with the scales that make proxies comparable where the run kept them."""
-    by_hash = {s.hash: s.round or 0 for s in run.policies} | {s.hash: 0 for s in run.of("sft")}
-    starts = {s.round or 0: by_hash[s.inputs["start"]] for s in run.policies if s.inputs.get("start") in by_hash}
+    starts = _policies_named(run, "start")
     fitted = set(run.fitted) or {row["round"] for row in run.rounds if row["round"] == 1 or row.get("refit")}
     scales = {}
     for n, members in run.fitted.items():
@@ -25,6 +24,12 @@ def curve(run: RunRead) -> Curve:
         if mean is not None and np.std(mean) > 0:
             scales[n] = float(np.std(mean))
     return curve_of(run.rounds, starts=starts, fitted=fitted, scales=scales, gold_scale=_gold_scale(run))
+
+
+def _policies_named(run: RunRead, name: str) -> dict[int, int]:
+    """Round → the round (0: π_SFT) whose policy its own has as the input `name`, where that is a policy of the run."""
+    by_hash = {s.hash: s.round or 0 for s in (*run.policies, *run.of("sft"))}
+    return {s.round or 0: by_hash[s.inputs[name]] for s in run.policies if s.inputs.get(name) in by_hash}
 
 
 def _mean_scores(run: RunRead, members: Sequence[StageRead]) -> np.ndarray | None:
@@ -120,14 +125,11 @@ def _is_similarity(value: Any) -> bool:
 
 def budgets(run: RunRead) -> list[dict[str, Any]]:
     """KL by round: to π_SFT (of the evaluation), to the penalty's reference (of the last rollout), and what the penalty has let pass."""
-    sft = {s.hash for s in run.of("sft")}
-    policies = {s.round: s for s in run.policies}
+    references = _policies_named(run, "reference")
     rows = []
     for row in run.rounds[1:]:
-        stage = policies.get(row["round"])
         penalty = last_value(run.log, row["round"], "rollout/kl")  # always k1; kl/penalty follows kl_estimator
-        from_sft = stage is None or stage.inputs.get("reference") in sft
-        rows.append({"round": row["round"], "kl_sft": row.get("kl_sft"), "from_sft": from_sft, "penalty": penalty})
+        rows.append({"round": row["round"], "kl_sft": row.get("kl_sft"), "reference": references.get(row["round"]), "penalty": penalty})
     return [row | spent for row, spent in zip(rows, kl_budget(rows), strict=True)]
 
 

@@ -120,7 +120,7 @@ def _training(axes: Any, arms: Sequence[Arm], name: str) -> bool:
     drawn = False
     for number, arm in enumerate(arms):
         for place, view in enumerate(arm.views):
-            from_sft = all(row["from_sft"] for row in view.budgets)
+            from_sft = all(row["reference"] == 0 for row in view.budgets)
             points = view.training.get(name) or (view.training.get("rollout/kl") if name == "kl/sft" and from_sft else None)
             if points:
                 axes.plot([x for x, _ in points], [y for _, y in points], label=label_of(arm.name) if place == 0 else None,

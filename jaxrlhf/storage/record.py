@@ -26,7 +26,8 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     return record
 
 
-def record_of(stage: Stage, result: dict[str, Any] | None, seconds: float, resumed: bool) -> dict[str, Any]:
+def record_of(stage: Stage, result: dict[str, Any] | None, resumed: bool, *, seconds: float, compile_seconds: float) -> dict[str, Any]:
+    """`seconds` and `compile_seconds`: of the process that finished the stage, and of others up to the checkpoints it went on from."""
     return {
         "kind": stage.kind,
         "name": stage.name,
@@ -37,11 +38,12 @@ def record_of(stage: Stage, result: dict[str, Any] | None, seconds: float, resum
         "parent": stage.inputs[stage.parent].hash if stage.parent else None,
         "config": json.loads(canonical_json(stage.config)),
         "result": result,
-        "seconds": round(seconds, 3),  # of the process that finished it
+        "seconds": round(seconds, 3),
         "resumed": resumed,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {name: _version(name) for name in ("jaxrlhf", "jax", "flax")} | {"python": platform.python_version()},
         "format": STAGE_FORMAT,
+        "compile_seconds": round(compile_seconds, 3),
     }
 
 

@@ -8,17 +8,31 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jaxrlhf import distributed
 from jaxrlhf.files import locked, sync
-from jaxrlhf.monitoring.recompiles import count_compilations
+from jaxrlhf.monitoring.recompiles import CompileWatch, count_compilations
 from jaxrlhf.storage.record import RECORD, hash_of, read_record, record_of
 from jaxrlhf.storage.stage import Done, Stage, StageError
 
 _log = logging.getLogger(__name__)
 STATE = "checkpoint"  # the folder of training state inside a stage's
+
+
+@dataclass
+class _Cost:
+    """What a stage costs: in this process, and `before` in those whose checkpoint it goes on from."""
+
+    started: float
+    compiled: CompileWatch
+    before: dict[str, float] = field(default_factory=dict)
+
+    def spent(self) -> dict[str, float]:
+        here = {"seconds": time.monotonic() - self.started, "compile_seconds": self.compiled.seconds}
+        return {name: value + self.before.get(name, 0.0) for name, value in here.items()}
 
 
 class Store:
@@ -27,6 +41,7 @@ class Store:
     def __init__(self, root: str | Path):
         self.root = Path(root).absolute()
         self._shared: dict[Path, Path] = {}  # scratch folder of this process → the leader's folder of the stage
+        self._costs: dict[Path, _Cost] = {}  # of the stages built here, by the folder they are built in
 
     def find(self, stage: Stage) -> Done | None:
         """The finished stage, or None. Raises StageError where its folder exists and its record is broken."""
@@ -61,6 +76,15 @@ class Store:
 
     def saving(self, folder: Path) -> None:
         """Called before the stage in `folder` saves its training state; a store at a URL uploads the metrics so far."""
+
+    def spent(self, folder: Path) -> dict[str, float]:
+        """{"seconds", "compile_seconds"} of the stage in `folder` so far, for its checkpoint; {} where another process leads."""
+        return self._costs[folder].spent() if folder in self._costs else {}
+
+    def goes_on(self, folder: Path, spent: dict[str, float]) -> None:
+        """The stage in `folder` goes on from a checkpoint that had cost `spent`."""
+        if folder in self._costs:
+            self._costs[folder].before = spent
 
     def _fetch(self, hash: str) -> None:
         """Get a stage that another process has finished; here they share the folder."""
@@ -104,11 +128,11 @@ class Store:
             partial = self._partial(hash)
             resumed = partial.is_dir()
             partial.mkdir(exist_ok=True)
-            started = time.monotonic()
             try:
                 with count_compilations() as compiled:
+                    self._costs[partial] = _Cost(time.monotonic(), compiled)
                     result = fn(partial)
-                record = record_of(stage, result, time.monotonic() - started, resumed) | {"compile_seconds": round(compiled.seconds, 3)}
+                record = record_of(stage, result, resumed, **self.spent(partial))
                 _finish(partial, self.root / hash, record)
             except BaseException as error:
                 error.add_note(_resume_hint(stage, partial, error))

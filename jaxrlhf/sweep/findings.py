@@ -54,7 +54,7 @@ def _stale(sweep: Sweep) -> list[str]:
     """Where the reward model in use liked the last policy better, and gold did not."""
     counts = []
     for arm in sweep.settings:
-        known = [stale for run in sweep.finished(arm) if (stale := proxy_alone_rose(*run.rounds[-2:])) is not None]
+        known = [stale for run in sweep.finished(arm) if (stale := proxy_alone_rose(run.rounds, run.rounds[-1])) is not None]
         if any(known):
             counts.append(f"{arm} in {sum(known)} of {len(known)} runs")
     return [f"In the last round the proxy rose while gold fell: {', '.join(counts)}."] if counts else []

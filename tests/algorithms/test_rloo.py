@@ -80,15 +80,27 @@ def test_copies_of_a_prompt_are_neighbours_with_numbers_of_their_own():
 
 
 def test_equal_episodes_take_their_prompts_from_one_stream():
-    """PPO's batch of 8 prompts is what four of RLOO's with 2 responses to each see; `start` goes on with it; rows fill together."""
+    """PPO's batch of 8 prompts is what four of RLOO's with 2 responses to each see; `start` goes on with it."""
     config = replace(CONFIG, batch_size=8)
     ppo = next(rollout_prompts(table(), config, samples=1, seed=3))
     rloo = list(islice(rollout_prompts(table(), config, samples=4, seed=3), 6))
     assert ppo.prompt_BL.tolist() == np.concatenate([b.prompt_BL[::4] for b in rloo[:4]]).tolist()
     again = next(rollout_prompts(table(), config, samples=4, seed=3, start=5))
     jax.tree.map(np.testing.assert_array_equal, again, rloo[5])
-    last = list(islice(rollout_prompts(table(3), config, samples=4, seed=0), 2))[1]
-    assert last.row_mask_B.tolist() == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize(("prompts", "samples"), [(3, 4), (3, 1), (13, 1)])
+def test_every_row_of_every_rollout_is_an_episode(prompts, samples):
+    """3 prompts and batches of 8: no filler, prompts come equally often, and none with the random numbers of another row of its batch."""
+    config = replace(CONFIG, batch_size=8)
+    whole = list(islice(rollout_prompts(table(prompts), config, samples=samples, seed=0), prompts * 8))
+    assert sum(int(batch.row_mask_B.sum()) for batch in whole) == 8 * len(whole)
+    assert all(len(set(batch.index_B.tolist())) == 8 for batch in whole)
+    asked = np.concatenate([batch.prompt_BL[::samples, 0] // 2 for batch in whole])
+    epochs = asked.reshape(-1, prompts)
+    assert (np.sort(epochs, axis=1) == np.arange(prompts)).all() and len({tuple(epoch) for epoch in epochs.tolist()}) > 1
+    again = next(rollout_prompts(table(prompts), config, samples=samples, seed=0, start=5))
+    jax.tree.map(np.testing.assert_array_equal, again, whole[5])
 
 
 def test_copies_draw_different_text_and_a_mesh_the_same():

@@ -66,12 +66,19 @@ def test_drift_by_hand():
         drift(before, before[:, :2])
 
 
+def spent(*rounds):
+    """Of (the round whose policy is the reference, KL to it)."""
+    rows = [{"round": n, "reference": reference, "penalty": kl} for n, (reference, kl) in enumerate(rounds, 1)]
+    return [row["spent"] for row in kl_budget(rows)]
+
+
 def test_kl_budget_adds_legs_and_takes_levels():
-    rows = [
-        {"penalty": 1.0, "from_sft": True}, {"penalty": 0.5, "from_sft": False}, {"penalty": 0.25, "from_sft": False},
-        {"penalty": None, "from_sft": False}, {"penalty": 0.5, "from_sft": False}, {"penalty": 3.0, "from_sft": True},
-    ]  # fmt: skip
-    assert [row["spent"] for row in kl_budget(rows)] == [1.0, 1.5, 1.75, None, None, 3.0]
+    assert spent((0, 1.0), (1, 0.5), (2, 0.25), (3, None), (4, 0.5), (0, 3.0)) == [1.0, 1.5, 1.75, None, None, 3.0]
+
+
+def test_kl_budget_counts_a_round_once_where_the_reference_stood_still():
+    """Rounds 2 and 4 were not due: each pays for its distance to the policy that the round before went away from, and so for both."""
+    assert spent((0, 1.0), (0, 1.5), (2, 0.25), (2, 0.5)) == [1.0, 1.5, 1.75, 2.0]
 
 
 POINTS = (

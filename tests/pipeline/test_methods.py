@@ -14,6 +14,7 @@ from jaxrlhf.data.columns import read_header
 from jaxrlhf.data.tables import read_pair_table
 from jaxrlhf.data.toy import toy_tokenizer
 from jaxrlhf.pipeline.run import run
+from jaxrlhf.report.arms import collect
 from jaxrlhf.storage.record import read_record
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -115,6 +116,7 @@ def test_row(folder, name):
     found = stages(folder / name)
     record = read_record(found[f"r{rounds[-1]}-policy"])
     assert record["function"] == function
+    assert [row["policy_start"] for row in summary["rounds"]] == [None, 0, 0 if start == SFT else 1][: len(rounds)]
     assert named(found, record["inputs"]["reference"]) == reference and named(found, record["inputs"]["start"]) == start
     assert not same(params_of(found["sft"]), params_of(found[f"r{rounds[-1]}-policy"]))
     if name in ONE_ROUND:
@@ -129,6 +131,14 @@ def test_row(folder, name):
         assert named(found, read_record(found["r2-update"])["inputs"]["policy"]) == "r1-policy"
     else:
         assert not [stage for stage in found if stage.startswith("r2-") and ("update" in stage or "reward" in stage)]
+
+
+def test_the_cost_of_every_row_is_counted_or_said_to_be_unknown(folder):
+    """Unknown is what an encoder or a classifier reads; nothing is 0 that was done."""
+    for arm in collect([folder]).arms:
+        flops, reasons = arm.first.flops
+        assert all("samples and embeds is not counted" in reason for reason in reasons), (arm.name, reasons)
+        assert all(flops[part] for part in ("SFT", "pairs", "policies", "evaluation")), arm.name
 
 
 def test_rows_share_what_they_have_in_common(folder):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -114,6 +115,26 @@ def test_stopped_after_training_does_not_train_again(tmp_path, tiny_config, monk
     lines = [(line["stage"], line["step"]) for line in read(folder / "metrics.jsonl") if line["stage"] in ("sft", "reward", "policy")]
     assert sorted(lines) == [(name, n) for name, last in (("policy", 3), ("reward", 2), ("sft", 3)) for n in range(1, last + 1)]
     assert not list((folder / "stages").glob("*/checkpoint"))
+
+
+def test_the_seconds_of_a_stage_are_those_of_all_its_processes(tmp_path, tiny_config, monkeypatch):
+    """Three steps of 100 s, stopped in the third, checkpoint after the second: 200 s stand in the checkpoint, the lost ones nowhere."""
+    clock, monotonic, stops, train = [0.0], time.monotonic, [True], sft.train
+
+    def slow(*given):
+        for n, one in enumerate(train(*given), start=1):
+            clock[0] += 100
+            if n == 3 and stops:
+                raise InterruptedError(stops.pop())
+            yield one
+
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + clock[0])
+    monkeypatch.setattr(sft, "train", slow)
+    config = tiny_config(tmp_path, checkpoint={"every": 2})
+    with pytest.raises(InterruptedError):
+        run(config, until="sft")
+    record = read_record(run(config, until="sft") / "stages" / "01-sft")
+    assert record["resumed"] and 300 <= record["seconds"] < 400 and record["compile_seconds"] < record["seconds"]
 
 
 def live_bytes(arrays) -> int:

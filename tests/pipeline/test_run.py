@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from make_stage_hashes import hashes_of
+from make_stage_results import results_of
 
 import jaxrlhf
 from jaxrlhf.algorithms import rounds
@@ -16,6 +18,7 @@ from jaxrlhf.data.tables import read_pair_table, read_table
 from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.pipeline.loop import not_the_sampler
 from jaxrlhf.pipeline.run import run
+from jaxrlhf.pipeline.stages import pairs
 from jaxrlhf.pipeline.table import findings, read_summaries
 from jaxrlhf.recipe import load_config
 from jaxrlhf.report import page
@@ -27,6 +30,7 @@ from jaxrlhf.storage.record import read_record
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 ARMS = {
     "ppo": {"method": "ppo"},
     "retrain": {"method": "retrain"},
@@ -42,8 +46,23 @@ def store(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(store, tiny_config) -> Path:
-    return run(tiny_config(store, arms=ARMS))
+def sampled_tokens() -> list[int]:
+    """Of every response that was sampled, those for pairs first; its prompt counted with it."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def finished(store, tiny_config, sampled_tokens) -> Path:
+    draw = pairs.sample_texts
+
+    def counted(*given, **how):
+        table, texts = draw(*given, **how)
+        sampled_tokens.extend((table.prompt_mask_BL.sum(axis=1) + table.response_mask_BT.sum(axis=1)).tolist())
+        return table, texts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs, "sample_texts", counted)
+        return run(tiny_config(store, arms=ARMS))
 
 
 def stages(folder: Path) -> dict[str, Path]:
@@ -101,6 +120,24 @@ def test_the_report_finds_all_that_a_run_keeps(finished, tmp_path):
     assert told == [line for line in findings(read_summaries(finished)) if "the longer response" in line] != []
     rows = samples_of([Arm("ocrm", [arms["ocrm"]])])[0]["rows"]
     assert len(rows) == 3 * 20 and all(isinstance(row[-1], bool) for row in rows)
+
+
+def test_pairs_cost_what_was_sampled_for_them(finished, sampled_tokens):
+    """Also of the responses that gold tied: they are in no table of pairs."""
+    for_pairs = sampled_tokens[: 2 * (40 + 20)]
+    size = sum(x.size for x in params_of(stages(finished / "ppo")["sft"]))
+    assert collect([finished]).arms[0].first.flops[0]["pairs"] == 2 * size * sum(for_pairs)
+
+
+def test_fixtures_of_run_folders_have_the_fields_of_real_ones(finished):
+    """Where this fails, `python tests/golden/make_stage_results.py` makes them of today's."""
+    golden, found = json.loads((GOLDEN / "stage_results.json").read_text()), results_of(finished / "ocrm")
+    for function, record in golden["stages"].items():
+        for part, fields in record.items():
+            assert set(fields) <= set(found["stages"][function][part]), (function, part)
+        assert all(set(fields) <= set(found["stages"][function]["config"][name]) for name, fields in record["config"].items())
+    assert all(set(names) <= set(found["metrics"][stage]) for stage, names in golden["metrics"].items())
+    assert all(set(row) <= set(real) for row, real in zip(golden["rounds"], found["rounds"], strict=True))
 
 
 def test_config_in_the_folder_loads_again_as_it_is(finished, store, tiny_config):
@@ -321,6 +358,16 @@ def test_pmap_in_one_of_several_processes_is_refused(tmp_path, tiny_config, monk
     with pytest.raises(ValueError, match=r"pmap.* one process.* 2"):
         run(tiny_config(tmp_path, mesh={"engine": "pmap"}))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"ppo__total_episodes": 40}, ["ppo.total_episodes 40 is no multiple of ppo.batch_size 16: every round samples 32; give 32 or 48."]),
+    ({"ppo__total_episodes": 48}, []),
+    ({"ppo__total_episodes": 40, "method": "dpo", "rounds": 1}, []),
+])  # fmt: skip
+def test_episodes_that_fill_no_batch_are_said(tmp_path, tiny_config, changes, said):
+    hashes_of(tiny_config(tmp_path, **changes), tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["notes"] == said
 
 
 def test_until(finished, store, tiny_config):

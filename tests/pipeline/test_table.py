@@ -32,6 +32,16 @@ def test_a_stale_proxy_is_called_one():
     assert "did not fall" not in text and "did not rise" not in text
 
 
+def test_a_round_that_starts_from_sft_is_compared_with_sft():
+    """rlp-spg: round 2 ends below round 1 and above π_SFT, which it started from."""
+    up = summary(row(0, 1.0), row(1, 2.0, 0.0, 1.0, policy_start=0), row(2, 1.5, 0.0, 1.0, policy_start=0))
+    assert "a: gold did not fall in any round in which the proxy rose." in said(a=up)
+    down = summary(row(0, 1.0), row(1, 0.2, 0.0, 1.0, policy_start=0), row(2, 0.5, 0.0, 1.0, policy_start=0))
+    assert "in round 1, 2 the reward model liked" in said(a=down)
+    only_second = summary(row(0, 1.0), row(1, 1.2, 0.0, 1.0, policy_start=0), row(2, 0.5, 0.0, 2.0, policy_start=0))
+    assert "(round 2: proxy +0.00 → +2.00, gold 1.00 → 0.50)" in said(a=only_second)
+
+
 def test_gold_that_rose_with_the_proxy():
     text = said(a=summary(row(0, 1.0), row(1, 1.5, 0.0, 1.0)))
     assert "a: gold did not fall in any round in which the proxy rose." in text and "did not rise" not in text

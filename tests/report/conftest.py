@@ -1,13 +1,23 @@
-"""Run folders written by hand: what `jaxrlhf run` leaves behind, with figures that can be worked out on paper."""
+"""Run folders with figures that can be worked out on paper, in the fields that the stages of a real run wrote (stage_results.json)."""
 
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
 EVIL = '</script><img src=x onerror="alert(1)"><!-- & `|$x_1$'
+
+
+REAL = json.loads((Path(__file__).parents[1] / "golden" / "stage_results.json").read_text())
+
+
+def written(real, changes, what):
+    """What a real run wrote, with other values: never with other fields."""
+    assert changes.keys() <= real.keys(), f"no {what} has {sorted(changes.keys() - real.keys())}"
+    return real | changes
 
 
 def write_json(path, body):
@@ -41,9 +51,13 @@ class Made:
         path = self.folder / "stages" / f"{self.count:02d}-{name}"
         path.mkdir(parents=True)
         self.count += 1
+        real, what = REAL["stages"][function], f"{function} stage"
+        assert set(inputs or {}) <= set(real["inputs"]), f"a {what} has the inputs {real['inputs']}"
+        result = written(real["result"], result or {}, what)
+        config = {name: written(section, (config or {}).get(name, {}), what) for name, section in real["config"].items()}
         write_json(path / "stage.json", {
             "kind": kind, "name": name, "function": function, "version": 1, "hash": f"hash-{name}", "inputs": inputs or {}, "parent": None,
-            "config": config or {}, "result": result or {}, "seconds": seconds, "finished": "2026-01-01T00:00:00Z", "format": 1,
+            "config": config, "result": result, "seconds": seconds, "finished": "2026-01-01T00:00:00Z", "format": 1,
         })  # fmt: skip
         if parameters:
             write_model(path, parameters)
@@ -94,15 +108,14 @@ def make_run(folder, *, arm="ocrm", seed=0, rounds=2, refits=True, gold_shift=0.
     config = {"name": f"run/{arm}", "seed": seed, "method": arm, "rounds": 2, "output": str(folder.parent), "reward": {"x": EVIL}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     rows = [row | {"gold": row["gold"] + gold_shift * row["round"]} for row in ROUNDS[: rounds + 1]]
+    assert all(row.keys() <= real.keys() for row, real in zip(rows, REAL["rounds"], strict=False))
     write_json(folder / "summary.json", {"method": arm, "seed": seed, "name": f"run/{arm}", "rounds": rows, "notes": [f"a note {EVIL}"]})
     made = Made(folder)
     made.stage("tokenizer", "tokenizer", kind="data")
     made.stage(
-        "sft", "sft", result={"steps": 10, "rows": 40, "tokens": 400}, config={"sft": {"batch_size": 8}}, seconds=8.0, parameters=100
+        "sft", "sft", result={"steps": 4, "rows": 65, "tokens": 650}, config={"sft": {"batch_size": 64}}, seconds=8.0, parameters=100
     )
-    pairs = made.stage(
-        "pairs", "pairs", kind="data", inputs={"sft": "hash-sft"}, result={"train": 2, "sampled_from_sft": True}, seconds=2.0
-    )
+    pairs = made.stage("pairs", "pairs", kind="data", inputs={"sft": "hash-sft"}, result={"train": 2, "sampled_tokens": 44}, seconds=2.0)
     write_parquet(
         pairs / "train.parquet", {"prompt_tokens": [[1] * 4, [1] * 6], "chosen_tokens": [[1] * 3, [1]], "rejected_tokens": [[1] * 5, [1]]}
     )
@@ -139,6 +152,7 @@ def make_run(folder, *, arm="ocrm", seed=0, rounds=2, refits=True, gold_shift=0.
         write_json(evaluation / "reliability.json", {"pairs": 8, "ece": 0.2, "accuracy": 0.6, "confidence": 0.8, "bins": BINS})
         lines += [{"stage": "policy", "round": number, "step": step, "rollout/kl": 0.5 * number, "kl/penalty": 9.0, "kl/sft": number * step,
                    "rollout/length": 5.0 + step, "rollout/score": 0.1 * step} for step in (1, 2)]  # fmt: skip
+    assert {name for line in lines for name in line} <= set(REAL["metrics"]["policy"])
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 

@@ -72,12 +72,13 @@ def test_drift_budget_and_health_of_a_run(run):
 
 
 def test_cost_by_hand(run):
-    """Pairs: 4 + 4 + 6 + 6 of prompts, 8 + 2 of responses = 30 tokens, 15 a pair. Rollouts: 20 · (4 + 6.5) = 210 tokens a round."""
+    """SFT: two epochs of 65 rows, whose second batch is one row. Pairs: 4 + 4 + 6 + 6 of prompts, 8 + 2 of responses = 30 tokens, 15 a
+    pair; 14 more were sampled of a pair that gold tied. Rollouts: 20 · (4 + 6.5) = 210 tokens a round."""
     view = view_of(run)
     flops, reasons = view.flops
     assert reasons == []
-    assert flops["SFT"] == 6 * 100 * 400 * 80 / 40
-    assert flops["pairs"] == 2 * 100 * 30
+    assert flops["SFT"] == 6 * 100 * 2 * 650
+    assert flops["pairs"] == 2 * 100 * 44
     assert flops["reward model, round 1"] == 6 * 50 * 15 * (2 * 3)
     # Policy: sampled, read, and read by the reference (in round 2 by π_SFT too); reward 50 and critic 50; two epochs over both.
     first = 210 * (2 * (3 * 100 + 50 + 50) + 6 * 150 * 2)
@@ -89,7 +90,14 @@ def test_cost_by_hand(run):
     assert share == pytest.approx(flops["corrections"] / (sum(flops.values()) - flops["evaluation"]))
     assert view.seconds == {"SFT": 8, "pairs": 2, "reward model, round 1": 4, "policies": 10, "corrections": 7, "evaluation": 3}
     assert costs.share_of_corrections(view.seconds) == 7 / 31
-    assert costs.rows_seen(10, 4, 4) == pytest.approx(40 / 3)  # three batches an epoch, of 4, 4 and 2
+    assert [costs.rows_seen(10, steps, 4) for steps in range(5)] == [0, 4, 8, 10, 14]  # three batches an epoch, of 4, 4 and 2
+
+
+def test_the_samplers_log_probs_save_a_pass_of_the_policy(run):
+    before = view_of(run).flops[0]["policies"]
+    for path in run.glob("stages/*-policy/stage.json"):
+        path.write_text(path.read_text().replace('"old_logp": "score"', '"old_logp": "sampler"'))
+    assert before - view_of(run).flops[0]["policies"] == 2 * 210 * 2 * 100
 
 
 def test_a_count_that_is_missing_is_no_zero(run):
@@ -276,7 +284,7 @@ WRONG = [
         {"result": {"episodes": "x", "prompt_length": 4}},
         "r1-policy: the folder&#x27;s counts",
     ),
-    ("stages/*-pairs/stage.json", {"result": {"train": 0, "sampled_from_sft": True}}, "counts cannot be used (division by zero)"),
+    ("stages/*-pairs/stage.json", {"result": {"train": 0, "sampled_tokens": 44}}, "counts cannot be used (division by zero)"),
     ("summary.json", {"notes": 5}, "notes is not a list"),
     ("summary.json", {"rounds": {"a": 1}}, "summary.json has no rounds of ours"),
     ("summary.json", {"seed": "x", "method": [1]}, "Samples"),

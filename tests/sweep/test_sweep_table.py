@@ -115,6 +115,9 @@ def test_episodes_that_differ_are_named_and_equal_ones_too():
 def test_a_proxy_that_rose_while_gold_fell_is_counted():
     runs = [done(seed, "a", 0.0, 2.0, last) for seed, last in enumerate((1.0, 1.5, 3.0))] + [done(0, "b", 0.0, 2.0, 1.0, proxy=(1.0, 0.5))]
     assert "In the last round the proxy rose while gold fell: a in 2 of 3 runs." in findings(a_sweep(*runs))
+    for run in runs:
+        run.rounds[-1]["policy_start"] = 0  # of gold 0, which no run fell below
+    assert not any("gold fell" in line for line in findings(a_sweep(*runs)))
 
 
 def test_failed_and_pending_runs_are_not_in_the_table_and_are_named():

@@ -169,6 +169,7 @@ class RunContext:
             if found is not None:
                 jax.tree.map(lambda x: x.delete(), state)  # as the first step would: going on needs no more memory than starting
                 state = sharding.uncommitted(found[0], self.mesh)
+                self.store.goes_on(folder, found[1])
             start = int(state.step)
             if start:
                 self.log.note(f"{name}: goes on from step {start} of {steps}")
@@ -191,7 +192,7 @@ class RunContext:
                         if kept is not None:
                             kept.wait()  # nor look at it
                         self.saving(folder)
-                        checkpoints.save(n, state)
+                        checkpoints.save(n, state, self.store.spent(folder))
             return with_best(state, kept, self.mesh)
 
 

@@ -71,7 +71,8 @@ def sampled_pairs(run: RunContext, folder: Path, sft: Loaded) -> dict[str, Any]:
     result = labelled(run, folder, TRAIN, sft, rows, read, **noisy)
     held_out = inputs.valid_prompts_of(config, tokenizer)
     valid = labelled(run, folder, VALID, sft, held_out, ReadReport(kept=len(held_out)), rule="strict", label_flip=0.0)
-    return {"train": result["kept"], "valid": valid["kept"], "identical": result["identical"], "gold_mean": result["gold_mean"]}
+    facts = {"train": result["kept"], "valid": valid["kept"], "identical": result["identical"], "gold_mean": result["gold_mean"]}
+    return facts | {"sampled_tokens": result["tokens"] + valid["tokens"]}  # of the pairs that are left out too
 
 
 def labelled(
@@ -95,7 +96,8 @@ def labelled(
     for number, fault in ((identical, "got the same text twice"), (len(rows) - identical - len(kept), "got two texts of equal gold")):
         if number:
             run.log.note(f"{what} pairs: {number} of {len(rows)} prompts {fault}; they say nothing and are left out")
-    return {"kept": len(kept), "identical": identical, "gold_mean": float(np.mean(np.concatenate(scores)))}
+    tokens = sum(int(np.sum(side.prompt_mask_BL) + np.sum(side.response_mask_BT)) for side in sides)
+    return {"kept": len(kept), "identical": identical, "gold_mean": float(np.mean(np.concatenate(scores))), "tokens": tokens}
 
 
 def two_responses(

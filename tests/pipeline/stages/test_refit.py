@@ -18,6 +18,7 @@ from jaxrlhf.pipeline.run import run
 from jaxrlhf.pipeline.stages import policy, refit
 from jaxrlhf.pipeline.stages.refit import MEASURES, THRESHOLDS, decision_text, ess_share
 from jaxrlhf.recipe import ConfigError, from_mapping
+from jaxrlhf.report.arms import collect
 from jaxrlhf.storage.record import read_record
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -223,6 +224,9 @@ def test_max_rounds_forces_and_the_measure_starts_over(run_with):
     assert [(r["policy"], r["fitted_for"]) for r in records] == [(policies[now], policies[then]) for now, then in ((1, 0), (2, 0), (3, 2))]
     assert read_record(found["r4-policy"])["inputs"]["reference"] == policies[2]  # the reference of the refit goes on too
     assert read_record(found["r4-policy"])["inputs"]["reward"] == found["r3-reward"].name
+    budget = collect([folder]).arms[0].first.budgets
+    kl = [row["penalty"] for row in budget]
+    assert [row["spent"] for row in budget] == pytest.approx([kl[0], kl[1], kl[1] + kl[2], kl[1] + kl[3]])  # round 3 is in round 4's KL
 
 
 @pytest.mark.parametrize(("module", "function", "share"), [(refit, "read_samples", 0.8), (loop, "update_stage", 0.9)])
