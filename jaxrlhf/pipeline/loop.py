@@ -46,6 +46,7 @@ def walk_through(run: RunContext, until: str | None) -> None:
     if until == "sft":
         return
     pairs = pairs_stage(run, tokenizer, sft)
+    summary.baselines = pairs.record["result"]["baselines"]
     track = Track([sft])
     if until is None:
         track.evaluations.append(evaluation_stage(run, 0, policy=sft, sft=sft, rewards=(), ensemble=None, before=None))

@@ -16,6 +16,7 @@ class Summary:
 
     def __init__(self, run: RunContext):
         self._run = run
+        self.baselines: dict[str, Any] = {}  # what a reward model has to beat: evaluation/baselines.py
         self.notes: list[str] = []
         self._rounds: list[dict[str, Any]] = []
         self._counted = 0  # stages whose seconds stand in a round already
@@ -56,7 +57,7 @@ class Summary:
         self._rounds.append(row)
         config = self._run.config
         body = {"method": config.method, "row": config.row, "seed": config.seed, "name": config.name}
-        body |= {"rounds": self._rounds, "baselines": self._pairs.record["result"]["baselines"], "notes": self.notes}
+        body |= {"rounds": self._rounds, "baselines": self.baselines, "notes": self.notes}
         if distributed.is_leader():
             write_whole(self._run.folder / "summary.json", json.dumps(body, indent=1) + "\n")
 
