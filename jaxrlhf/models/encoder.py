@@ -242,7 +242,7 @@ def _build(config: BertConfig, pooling: str, dtype: str) -> Bert:
 
 
 def _linear(key: Array, rows: int, columns: int) -> dict[str, Array]:
-    return {"kernel": 0.02 * jax.random.normal(key, (rows, columns)), "bias": jnp.zeros(columns)}
+    return {"kernel": 0.02 * jax.random.normal(key, (rows, columns), jnp.float32), "bias": jnp.zeros(columns, jnp.float32)}
 
 
 def _apply_linear(params: Params, x: Array) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxrlhf import sharding
+from jaxrlhf import rng, sharding
 from jaxrlhf.config import Config
 from jaxrlhf.data import toy
 from jaxrlhf.data.tokens import pad_id_of
@@ -175,4 +175,4 @@ def _has_layers(node: Any) -> bool:
 
 LAYER = "layers_"
 FIRST = f"{LAYER}0"
-KEY = jax.eval_shape(lambda: jax.random.key(0))
+KEY = jax.eval_shape(lambda: rng.root_key(0))

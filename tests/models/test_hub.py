@@ -14,7 +14,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxrlhf import models, sharding
+from jaxrlhf.data import toy
 from jaxrlhf.data.pairs import Demonstration
+from jaxrlhf.data.tokenizer import train_tokenizer
 from jaxrlhf.data.tokens import Limits, eos_ids_of, tokenize_demonstrations
 from jaxrlhf.models.hub import safetensors
 
@@ -351,6 +353,30 @@ def test_a_model_from_a_shape_describes_itself(family, tmp_path):
     again = models.load(tmp_path / "out")
     assert again.config == config
     assert_trees_equal(again.params, loaded.params)
+
+
+TEXT = "Human: it's 1234,\n\n  don't  you\tthink? Ünïcödé 日本 🙂"
+
+
+def test_a_tokenizer_gives_the_ids_of_the_one_that_was_saved(tmp_path):
+    """transformers goes by the family where it has a tokenizer of that name, and takes words apart in that family's way."""
+    for n, (tokenizer, text) in enumerate(((train_tokenizer([TEXT] * 3, 300), TEXT), (toy.toy_tokenizer(), " ".join(toy.VOCABULARY)))):
+        tokenizer.save_pretrained(str(tmp_path / str(n)))
+        for family in models.families.FAMILIES:
+            (tmp_path / str(n) / "config.json").write_text(json.dumps({"model_type": family}))
+            again = models.read_tokenizer(tmp_path / str(n))
+            assert again(text)["input_ids"] == tokenizer(text)["input_ids"] and len(again) == len(tokenizer), family
+
+
+def test_a_tokenizer_that_came_to_other_ids_is_refused(tmp_path):
+    """A folder says which ids its tokenizer gave when it was saved: another version of a library, or a file of another, is seen."""
+    folder = tmp_path / "out"
+    loaded = models.load(folder_of("qwen2", tmp_path))._replace(tokenizer=tokenizer_of(WORDS, eos_token="<end>", pad_token="w5"))
+    models.save(loaded, folder)
+    models.load(folder)
+    tokenizer_of(WORDS[::-1], eos_token="<end>", pad_token="w5").save_pretrained(str(folder))
+    with pytest.raises(ValueError, match=r"the tokenizer in .*out gives other ids than the one that was saved there: "):
+        models.load(folder)
 
 
 def test_shapes_that_cannot_be_are_refused():

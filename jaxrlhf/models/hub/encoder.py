@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxrlhf import rng
 from jaxrlhf.models.encoder import Bert, BertConfig, bert_config_from_hf, build_bert
 from jaxrlhf.models.hub.load import resolve
 from jaxrlhf.models.hub.read_params import check_names, read_params
@@ -277,7 +278,7 @@ def _read(folder: Path, config: BertConfig, mesh: Any) -> Params:
     unknown = {name for name in stored.keys() - wanted if not (_UNUSED.match(name) or _HEADS.match(name))}
     model = f"{config.family} {'classifier' if config.labels else 'encoder'}"
     check_names(folder, model, missing=wanted - stored.keys(), unknown=unknown)
-    shapes = jax.eval_shape(build_bert(config).init, jax.random.key(0))
+    shapes = jax.eval_shape(build_bert(config).init, rng.root_key(0))
     return read_params(read, entries, stored, shapes, mesh)
 
 

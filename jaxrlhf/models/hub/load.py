@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from jaxrlhf import sharding
+from jaxrlhf import rng, sharding
 from jaxrlhf.models.families import config_from_hf
 from jaxrlhf.models.heads import check_head, with_head
 from jaxrlhf.models.hub.loaded import Loaded
@@ -133,7 +133,7 @@ def _read_params(folder: Path, config: DecoderConfig, head: str, key: Array | No
     unknown = {name for name in stored.keys() - names if not is_ignored(name, config, head)}
     check_names(folder, f"{config.family} model", missing=names - stored.keys(), unknown=unknown)
     # Shapes of the model that the config describes, without computing anything.
-    wanted = jax.eval_shape(build_model(config, head=head).init, jax.random.key(0))
+    wanted = jax.eval_shape(build_model(config, head=head).init, rng.root_key(0))
     params = read_params(read, entries, stored, wanted, mesh)
     if not new_head:
         return params

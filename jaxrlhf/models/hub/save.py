@@ -13,6 +13,7 @@ from jaxrlhf.files import finished_folder
 from jaxrlhf.models.hub.loaded import Loaded, eos_ids, head_of, reward_bias
 from jaxrlhf.models.hub.safetensors import MAX_SHARD_BYTES, Tensor, shards_of, write_json, write_shards
 from jaxrlhf.models.hub.tensor_names import CLASSES, Entry, layout, leaf
+from jaxrlhf.models.hub.tokenizer import save_tokenizer
 from jaxrlhf.models.lora import merged
 from jaxrlhf.types import Params
 
@@ -55,7 +56,7 @@ def save(loaded: Loaded, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD
         if config.generation:
             write_json(dict(config.generation), work / "generation_config.json")
         if tokenizer is not None:
-            tokenizer.save_pretrained(str(work))
+            save_tokenizer(tokenizer, work)
         write_shards(shards, work)
 
 

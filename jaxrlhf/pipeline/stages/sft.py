@@ -16,7 +16,7 @@ from jaxrlhf.data.batches import batches
 from jaxrlhf.data.tokenizer import train_tokenizer
 from jaxrlhf.data.tokens import eos_ids_of, tokenize_demonstrations
 from jaxrlhf.models.families import config_from_shape
-from jaxrlhf.models.hub import Loaded, initialise, load, read_tokenizer, tokenizer_named, with_tokenizer
+from jaxrlhf.models.hub import Loaded, initialise, load, read_tokenizer, save_tokenizer, tokenizer_named, with_tokenizer
 from jaxrlhf.pipeline import inputs
 from jaxrlhf.pipeline.stages.context import RunContext, add_model, placed
 from jaxrlhf.steps.state import init_state
@@ -37,7 +37,7 @@ def tokenizer_stage(run: RunContext) -> Done:
         else:
             rows, _ = inputs.demonstrations_of(config)
             tokenizer = train_tokenizer((row.prompt + row.response for row in rows), config.tokenizer.vocab_size)
-        tokenizer.save_pretrained(str(folder))
+        save_tokenizer(tokenizer, folder)
         return {"vocabulary": len(tokenizer)}
 
     slice_ = {
