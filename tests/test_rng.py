@@ -61,9 +61,7 @@ def draws():
 
 def test_flags_of_the_process_change_no_draw_or_are_refused():
     usual = draws()
-    with jax.default_prng_impl("rbg"):
-        assert draws() == usual
-    with jax.enable_x64(True):
+    with jax.default_prng_impl("rbg"), jax.enable_x64(True):
         assert draws() == usual
     with jax.threefry_partitionable(False), pytest.raises(ValueError, match="JAX_THREEFRY_PARTITIONABLE"):
         draws()

@@ -94,8 +94,8 @@ class _Part(nn.Module):
     dtype: Any
 
     @property
-    def precision(self) -> jax.lax.Precision | None:
-        return jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
+    def precision(self) -> jax.lax.Precision:
+        return jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
     def dense(self, features: int) -> nn.Dense:
         init = nn.initializers.normal(0.02)

@@ -387,3 +387,41 @@ def test_shapes_that_cannot_be_are_refused():
         models.config_from_shape({**shape, "hidden_size": 32, "num_kv_heads": 2}, 10, max_positions=8)
     with pytest.raises(ValueError, match="family 'rwkv'"):
         models.config_from_shape({**shape, "family": "rwkv"}, 10, max_positions=8)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox-old-spelling", "llama"])
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_names_of_a_compiled_or_distributed_module_are_understood(name, wrapper, tmp_path):
+    folder = folder_of(name, tmp_path)
+    expected = reads(folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({wrapper + tensor: value for tensor, value in tensors.items()}, folder / "model.safetensors")
+    assert reads(folder) == expected
+
+
+def reads(folder, head="lm"):
+    """The bytes of the parameters of a folder, or why it is refused."""
+    try:
+        return [leaf.tobytes() for leaf in map(np.asarray, jax.tree.leaves(models.load(folder, head=head).params))]
+    except ValueError as error:
+        return str(error)
+
+
+def with_tensors(folder, *, drop=(), **config):
+    """The folder without some tensors, and with other fields in config.json."""
+    tensors = {name: value for name, value in load_file(folder / "model.safetensors").items() if name not in drop}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+    return folder
+
+
+def test_a_head_that_is_not_what_the_config_says_is_refused_by_its_reason(tmp_path):
+    lost = with_tensors(folder_of("llama", tmp_path), drop=["lm_head.weight"])
+    assert "no 'lm' head (lm_head.weight), and its config.json does not say tie_word_embeddings: true" in reads(lost)
+    both = with_tensors(folder_of("llama", tmp_path / "both"), tie_word_embeddings=True)
+    assert "an lm_head.weight that is not its embedding, and tie_word_embeddings: true" in reads(both)
+    for name in ("llama", "gpt2"):  # untied and tied
+        assert "is a reward model (score.weight), which writes no text" in reads(folder_of(name, tmp_path, "scalar")), name
+    two = folder_of("llama", tmp_path / "two", "scalar")
+    save_file(load_file(two / "model.safetensors") | {"score.weight": np.zeros((2, 24), np.float32)}, two / "model.safetensors")
+    assert "scores 2 labels, and a reward model one" in reads(two, "scalar")

@@ -13,7 +13,7 @@ from jaxrlhf.models.encoder import Bert, BertConfig, bert_config_from_hf, build_
 from jaxrlhf.models.hub.load import resolve
 from jaxrlhf.models.hub.read_params import check_names, read_params
 from jaxrlhf.models.hub.safetensors import TensorReader, read_json
-from jaxrlhf.models.hub.tensor_names import Entry, plain, transposed
+from jaxrlhf.models.hub.tensor_names import Entry, plain, plain_name, transposed
 from jaxrlhf.models.hub.tokenizer import check_vocabulary, read_tokenizer
 from jaxrlhf.types import Params
 
@@ -270,9 +270,10 @@ def _layout(config: BertConfig) -> Iterator[Entry]:
 def _read(folder: Path, config: BertConfig, mesh: Any) -> Params:
     """Parameters on the mesh. ValueError for tensors that are missing, unknown or of another shape."""
     read = TensorReader(folder)
-    prefix = next((prefix for prefix in _PREFIXES if prefix + _FIRST in read.files), "")
+    names = {plain_name(name): name for name in read.files}
+    prefix = next((prefix for prefix in _PREFIXES if prefix + _FIRST in names), "")
     # Old files call the two arrays of a norm gamma and beta.
-    stored = {_modern(name.removeprefix(prefix)): name for name in read.files}
+    stored = {_modern(name.removeprefix(prefix)): there for name, there in names.items()}
     entries = list(_layout(config))
     wanted = {entry.name for entry in entries}
     unknown = {name for name in stored.keys() - wanted if not (_UNUSED.match(name) or _HEADS.match(name))}

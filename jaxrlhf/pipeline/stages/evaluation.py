@@ -67,7 +67,7 @@ def evaluation_stage(
     sources |= {"before": before} if before is not None else {}
     slice_ |= {"spread_coef": spread_of(ensemble, config)} if rewards and ensemble else {}
     name = "sft-evaluation" if number == 0 else f"r{number}-evaluation"
-    return run.build(Stage(name, "data", "evaluation", slice_, sources, version=3, parent="policy"), build, round=number)
+    return run.build(Stage(name, "data", "evaluation", slice_, sources, version=4, parent="policy"), build, round=number)
 
 
 def sample_responses(run: RunContext, folder: Path, loaded: Loaded, gold: Scorer | None, round: int) -> Samples:

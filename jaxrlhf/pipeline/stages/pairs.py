@@ -41,7 +41,7 @@ def pairs_stage(run: RunContext, tokenizer_done: Done, sft: Done) -> Done:
         "seed": config.seed,
     }
     sources = {"tokenizer": tokenizer_done} | ({"sft": sft} if sampled else {})
-    return run.build(Stage("pairs", "data", "pairs", slice_, sources), build)
+    return run.build(Stage("pairs", "data", "pairs", slice_, sources, version=2), build)
 
 
 def stored_pairs(run: RunContext, folder: Path, tokenizer_done: Done) -> dict[str, Any]:

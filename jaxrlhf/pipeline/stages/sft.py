@@ -64,7 +64,7 @@ def base_model(run: RunContext, tokenizer: Any) -> Loaded:
     config = run.config
     if config.model.source is not None:
         return with_tokenizer(load(config.model.source, head="lm", **run.model_options), tokenizer)
-    longest = config.data.limits.max_prompt_length + max(config.data.limits.max_response_length, config.ppo.response_length)
+    longest = config.data.limits.max_prompt_length + inputs.longest_response(config)
     shape = {name: value for name, value in asdict(config.model.shape).items() if value is not None}
     decoder, _ = config_from_shape(
         shape,
@@ -113,7 +113,7 @@ def sft_stage(run: RunContext, tokenizer_done: Done) -> Done:
         "model": inputs.model_identity(config),
         "data": inputs.data_identity(config),
         "limits": asdict(config.data.limits),
-        "positions": config.ppo.response_length,
+        "positions": inputs.longest_response(config),
         "bucket": config.data.bucket,
     }
     return run.build(Stage("sft", "model", "sft", slice_, {"tokenizer": tokenizer_done}), build)
