@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrlhf.models.activations import ACTIVATIONS
-from jaxrlhf.models.families import read_activation
+from jaxrlhf.models.families import ONLY, check_only, read_activation
 from jaxrlhf.types import Params
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
@@ -53,9 +53,7 @@ def bert_config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
     family = hf.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is no encoder known here; known are {', '.join(FAMILIES)}.")
-    for name, wanted in {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}.items():
-        if hf.get(name) not in (None, wanted):
-            raise ValueError(f"an encoder with {name}={hf[name]!r} is not supported; it must be {wanted!r}.")
+    check_only(hf, ONLY | {"position_embedding_type": "absolute", "is_decoder": False})
     wanted = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
     absent = [name for name in wanted if hf.get(name) is None]
     if absent:

@@ -11,13 +11,14 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxrlhf import models, sharding
 from jaxrlhf.data import toy
 from jaxrlhf.data.pairs import Demonstration
 from jaxrlhf.data.tokenizer import train_tokenizer
 from jaxrlhf.data.tokens import Limits, eos_ids_of, tokenize_demonstrations
+from jaxrlhf.models import encoder
 from jaxrlhf.models.hub import safetensors
 
 GOLDEN = json.loads(tiny_models.GOLDEN.read_text())["models"]
@@ -425,3 +426,44 @@ def test_a_head_that_is_not_what_the_config_says_is_refused_by_its_reason(tmp_pa
     two = folder_of("llama", tmp_path / "two", "scalar")
     save_file(load_file(two / "model.safetensors") | {"score.weight": np.zeros((2, 24), np.float32)}, two / "model.safetensors")
     assert "scores 2 labels, and a reward model one" in reads(two, "scalar")
+
+
+class Recorder(dict):
+    """A config.json that notes which of its keys are asked for."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.asked = set()
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key):
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize("family", [*models.families.FAMILIES, *encoder.FAMILIES])
+def test_every_key_of_a_config_class_is_read_refused_or_known_to_change_nothing(family):
+    """A new key of transformers' classes is red here until somebody has said what it means."""
+    hf = Recorder(AutoConfig.for_model(family).to_dict())
+    hf |= {"use_sliding_window": True, "sliding_window": 4} if "use_sliding_window" in hf else {}
+    (encoder.bert_config_from_hf if family in encoder.FAMILIES else models.config_from_hf)(hf)
+    ignored = {key for keys in models.families.IGNORED.values() for key in keys}
+    assert hf.keys() - hf.asked - ignored == set()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2", "qwen3"])
+def test_a_factor_that_transformers_does_not_read_is_refused(name):
+    """Half rotated heads by config.json, whole ones by transformers: one of the two is not what was trained."""
+    hf = tiny_models.VARIANTS[name]
+    spellings = (
+        {"partial_rotary_factor": 0.5},
+        {"rotary_pct": 0.5},
+        {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+    )
+    for stated in spellings:
+        with pytest.raises(ValueError, match=r"partial_rotary_factor 0.5 .* rotates whole heads"):
+            models.config_from_hf({**hf, **stated})
+    assert models.config_from_hf({**hf, "partial_rotary_factor": 1.0}) == models.config_from_hf(hf)

@@ -315,3 +315,10 @@ def test_models_that_cannot_do_their_part_are_refused_before_anything_is_trained
     assert "is a reward model (score.weight), which writes no text" in refusal(model=scalar)
     short = real_folder(tmp_path / "short", "llama", labels=1, max_position_embeddings=39)
     assert "short has learned 39" in refusal(gold=short)
+
+
+def test_a_process_that_computes_in_other_widths_is_refused(tmp_path):
+    """The draws are the same under JAX_ENABLE_X64, the rest of a training is not, and no stage's hash would know."""
+    rows = lines(tmp_path / "t.jsonl", PAIR, PAIR | {"prompt": "q"})
+    with jax.enable_x64(True), pytest.raises(ConfigError, match="JAX_ENABLE_X64 is on"):
+        check(config(rows))

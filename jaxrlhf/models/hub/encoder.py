@@ -18,6 +18,7 @@ from jaxrlhf.models.hub.tokenizer import check_vocabulary, read_tokenizer
 from jaxrlhf.types import Params
 
 MODULES = "modules.json"
+_ELSE = "The backend sentence-transformers runs any of its models."
 _PREFIXES = ("", "bert.", "roberta.", "model.")
 _FIRST = "embeddings.word_embeddings.weight"
 # Buffers, and the heads of other tasks: language modelling, next sentence; pooler and classifier where they are not asked for.
@@ -134,16 +135,14 @@ def read_sentence_folder(folder: Path) -> SentenceFolder:
     modules = [(str(m["type"]).rsplit(".", 1)[-1], folder / m.get("path", "")) for m in listed]
     kinds = [kind for kind, _ in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
-        raise ValueError(
-            f"{folder} is a chain of {', '.join(kinds)}; supported is Transformer, Pooling and, at will, Normalize. "
-            "The backend sentence-transformers runs any of its models."
-        )
+        raise ValueError(f"{folder} is a chain of {', '.join(kinds)}; supported is Transformer, Pooling and, at will, Normalize. {_ELSE}")
     (_, transformer), (_, pooler) = modules[:2]
     found = (transformer / f"sentence_{family}_config.json" for family in _TRANSFORMER_SETTINGS)
     settings = next((read_json(path) for path in found if path.is_file()), {})
-    return SentenceFolder(
-        transformer, _read_pooling(pooler), settings.get("max_seq_length"), bool(settings.get("do_lower_case")), _read_prompt(folder)
-    )
+    prompt = _read_prompt(folder)
+    if prompt and read_json(pooler / "config.json").get("include_prompt") is False:
+        raise ValueError(f"{folder} pools without its default prompt {prompt!r} (include_prompt: false), which is not supported. {_ELSE}")
+    return SentenceFolder(transformer, _read_pooling(pooler), settings.get("max_seq_length"), bool(settings.get("do_lower_case")), prompt)
 
 
 def _read_pooling(folder: Path) -> str:
