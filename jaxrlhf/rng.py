@@ -17,7 +17,7 @@ def root_key(seed: int) -> jax.Array:
     """The key a run derives all others from, another for every seed. ValueError outside of 0..2⁶⁴ − 1 and under a flag that moves bits."""
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed {seed} must lie between 0 and 2⁶⁴ − 1.")
-    if not jax.config.jax_threefry_partitionable:
+    if not jax.config.jax_threefry_partitionable:  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError("JAX_THREEFRY_PARTITIONABLE is off, under which a seed draws other numbers; unset it.")
     # jax.random.key would keep the lower 32 bits alone; below 2³² these are its keys.
     return jax.random.wrap_key_data(jnp.array(divmod(seed, 2**32), jnp.uint32), impl=IMPL)

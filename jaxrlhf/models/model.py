@@ -113,17 +113,18 @@ def _build(
         chunk = _at_once(tokens_BL.shape[0], row_shards, config.vocab_size) if chunk is None else chunk
         return chunked_stats(params, states, tokens_BL[:, start:], temperature, chunk)
 
-    def exactly(function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, its products traced at this precision; those of its backward pass have that of the forward pass."""
+    return Model(init, *(_at_precision(precision, function) for function in (apply, prefill, decode, score_tokens)))
 
-        @functools.wraps(function)
-        def traced(*args: Any, **kwargs: Any) -> Any:
-            with jax.default_matmul_precision(precision):
-                return function(*args, **kwargs)
 
-        return traced
+def _at_precision(precision: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, its products traced at this precision; those of its backward pass have that of the forward pass."""
 
-    return Model(init, *map(exactly, (apply, prefill, decode, score_tokens)))
+    @functools.wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with jax.default_matmul_precision(precision):
+            return function(*args, **kwargs)
+
+    return traced
 
 
 def _at_once(rows: int, row_shards: int, vocab_size: int) -> int:

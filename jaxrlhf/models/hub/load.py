@@ -116,14 +116,16 @@ def check_weights(source: str | Path, *, head: str) -> DecoderConfig:
     """Raise what `load` would of a folder's config and tensors, from the headers of its files; the config."""
     folder = resolve(source)
     config = read_config(folder)
-    check_shapes(*_tensors(folder, config, head, None)[:4])
+    read, entries, stored, wanted, _ = _tensors(folder, config, head, None)
+    check_shapes(read, entries, stored, wanted)
+    read.close()
     return config
 
 
 def _read_params(folder: Path, config: DecoderConfig, head: str, key: Array | None, mesh: Any) -> Params:
     """The parameter tree from a folder's tensors, float32, on the mesh."""
-    *tensors, new_head = _tensors(folder, config, head, key)
-    params = read_params(*tensors, mesh)
+    read, entries, stored, wanted, new_head = _tensors(folder, config, head, key)
+    params = read_params(read, entries, stored, wanted, mesh)
     if not new_head:
         return params
     made = with_head(params, key, config, head)["head"]
