@@ -70,8 +70,7 @@ def _build(
     def hidden(params: Params, tokens: Array, mask: Array, cache: Cache | None = None, start: int = 0) -> tuple[Array, Cache]:
         if not 0 <= start < tokens.shape[1]:
             raise ValueError(f"start {start} must lie in the {tokens.shape[1]} positions given.")
-        out: Any = backbone.apply({"params": params["backbone"]}, tokens, mask.astype(bool), cache, start)
-        return out
+        return backbone.apply({"params": params["backbone"]}, tokens, mask.astype(bool), cache, start)  # pyright: ignore[reportReturnType]
 
     @jax.jit
     def init(key: Array) -> Params:
