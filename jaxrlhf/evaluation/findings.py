@@ -47,7 +47,10 @@ def _of_arm(rounds: Sequence[Row]) -> list[str]:
     changes = {row["round"]: found for row in trained if (found := from_fields(row, "gold_change"))}
     said = []
     if changes:
-        told = [f"{'rose' if one.direction > 0 else 'fell'} in round {n} ({one.spelled()})" for n, one in changes.items() if one.direction]
+        told = []
+        for word, way in (("rose", 1), ("fell", -1)):
+            rounds_so = [f"{n} ({one.spelled()})" for n, one in changes.items() if one.direction == way]
+            told += [f"{word} in round {', '.join(rounds_so)}"] if rounds_so else []
         rest = ", ".join(str(n) for n, one in changes.items() if not one.direction)
         told += [f"is within noise in round {rest} (n = {min(one.n for one in changes.values())})"] if rest else []
         said.append(f"gold {', '.join(told)}")
@@ -96,10 +99,13 @@ def _final_gold(alone: Mapping[str, Trial]) -> list[str]:
     golds = {arm: trial for arm, trial in alone.items() if trial.gold}
     if len(golds) < 2:
         return []
-    if len({trial.rounds[-1]["round"] for trial in golds.values()}) > 1:
-        reached = ", ".join(f"{arm} {trial.rounds[-1]['round']}" for arm, trial in golds.items())
-        return [f"The arms have not finished equally many rounds ({reached}), so their final gold is not compared."]
-    first, *others = golds
+    reached = {arm: trial.rounds[-1]["round"] for arm, trial in golds.items()}
+    first = next(iter(golds))
+    others = [arm for arm in golds if arm != first and reached[arm] == reached[first]]
+    apart = ", ".join(f"{arm} ({n})" for arm, n in reached.items() if n != reached[first])
+    left = [f"Final gold of {apart} is not compared with that of {first}: it is not of round {reached[first]}."] if apart else []
+    if not others:
+        return left
     found = {}
     for arm in others:
         both = [name for name in golds[arm].gold if name in golds[first].gold]
@@ -108,7 +114,7 @@ def _final_gold(alone: Mapping[str, Trial]) -> list[str]:
     noise = f"within noise (n = {min(one.n for one in found.values())})"
     lines = [f"Final gold against {first}, prompt by prompt: {_grouped(found, spelled, noise)}."]
     told = any(one.direction for one in found.values())
-    return lines + ([f"Chance alone puts 5 % of rows beyond their intervals: about {0.05 * len(found):.1f} of these {len(found)}."] * told)
+    return lines + ([f"Chance alone puts 5 % of rows beyond their intervals: about {0.05 * len(found):.1f} of these {len(found)}."] * told) + left
 
 
 def _grouped(found: Mapping[str, Interval], spelled: Mapping[str, str], noise: str) -> str:

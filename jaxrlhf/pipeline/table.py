@@ -110,15 +110,14 @@ def show(summaries: dict[str, Summary], console: Console | None = None) -> None:
 
 def _table(summaries: dict[str, Summary], columns: tuple[tuple[str, str], ...], intervals: tuple[str, ...]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
-    if len(summaries) > 1:
-        table.add_column("arm")
-    for _, title in columns:
-        table.add_column(title, justify="right", no_wrap=True)
+    for name, title in columns:
+        table.add_column(f"arm {title}" if name == "round" and len(summaries) > 1 else title, justify="right", no_wrap=True)
     for arm, summary in summaries.items():
         for row in summary["rounds"]:
             cells = [_cell(row, name, name in intervals) for name, _ in columns]
-            named = arm if row is summary["rounds"][0] else ""
-            table.add_row(*([named, *cells] if len(summaries) > 1 else cells), end_section=row is summary["rounds"][-1])
+            if len(summaries) > 1 and row is summary["rounds"][0]:
+                cells[0] = f"{arm}  {cells[0]}"
+            table.add_row(*cells, end_section=row is summary["rounds"][-1])
     return table
 
 
@@ -155,7 +154,7 @@ def _cell(row: dict[str, Any], name: str, interval: bool = False) -> str:
     if value is None:
         return "–"
     if name == "win_rate":
-        return f"{value:.2f} [{row['win_rate_low']:.2f}, {row['win_rate_high']:.2f}]"
+        return f"{value:.2f} [{row['win_rate_low']:.2f}, {row['win_rate_high']:.2f}]".replace("0.", ".")
     digits = 0 if name in ("ess", "pairs") else 3 if name.startswith("reward_accuracy") else 2
     text = f"{round(value, digits) + 0.0:.{digits}f}"  # and no -0.00
     found = from_fields(row, name) if interval else None

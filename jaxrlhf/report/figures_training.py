@@ -10,7 +10,7 @@ from jaxrlhf.report.drawing import DATA, INK, by_round, dashed_style, label_of, 
 
 
 def kl_budget_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
-    drawn = by_round(axes, arms, lambda view: view.by_round("kl_sft"))
+    drawn = by_round(axes, arms, lambda view: view.intervals("kl_sft"))
     path = {"linestyle": (0, (3, 1.5)), "markerfacecolor": "none", "linewidth": 1.2}
     drawn |= by_round(axes, arms, lambda view: [0.0, *(row["spent"] for row in view.budgets)] if view.budgets else [], style=path)
     axes.plot([], [], color=INK, **path, label="let pass by the penalty, added up")

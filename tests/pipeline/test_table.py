@@ -84,7 +84,8 @@ def test_final_gold_is_compared_on_the_same_prompts_by_arms_that_came_equally_fa
     assert "Chance alone puts 5 % of rows beyond their intervals: about 0.1 of these 1." in text
     longer = b | {"rounds": [*b["rounds"], moved(2, 9.0, 1.0, 40)]}
     text = said(a=a, b=longer)
-    assert "Final gold" not in text and "not finished equally many rounds (a 1, b 2), so their final gold is not compared" in text
+    assert "Final gold against" not in text and "Final gold of b (2) is not compared with that of a: it is not of round 1." in text
+    assert "above: c +0.60" in said(a=a, b=longer, c=b)
     assert "inal gold" not in said(a=a)
 
 
@@ -128,8 +129,19 @@ def test_the_table_shows_what_there_is():
     rows = row(0, 1.234), row(1, 2.0, 0.5, 0.75, 0.625, ess=17.4, win_rate=0.5, win_rate_low=0.25, win_rate_high=0.75)
     show({"mine": summary(*rows), "other": summary(*rows)}, Console(file=file, width=200))
     text = file.getvalue()
-    for cell in ("mine", "other", "SFT", "1.23", "0.625", "17", "0.50 [0.25, 0.75]", "–", "gold: true reward of the policy"):
+    for cell in ("mine", "other", "SFT", "1.23", "0.625", "17", ".50 [.25, .75]", "–", "gold: true reward of the policy"):
         assert cell in text, cell
+
+
+def test_the_table_has_as_many_intervals_as_fit():
+    arms = {arm: summary(row(0, 1.0), moved(1, 0.5, 1.0, 40, accuracy=0.6) | as_fields("gold", Interval(1.5, 1.2, 1.8, 40)) | as_fields("kl_sft", Interval(2.0, 1.5, 2.5, 40))) for arm in ("ppo", "retrain")}
+    printed = {}
+    for width in (60, 80, 120):
+        show(arms, Console(file=(file := io.StringIO()), width=width))
+        printed[width] = file.getvalue()
+        assert max(map(len, printed[width].splitlines())) <= width
+    assert "1.50 ±.30" in printed[80] and "over n = 40 prompts" in " ".join(printed[80].split())
+    assert all(cell in printed[120] for cell in ("1.50 ±.30", "2.00 ±.50", "0.600 ±.145")) and "±" not in printed[60].split("gold: true")[0]
 
 
 def test_without_gold_the_table_shows_the_accuracy_on_held_out_pairs():
