@@ -145,9 +145,12 @@ def _ece(view: View) -> float | None:
     return view.reliabilities[max(view.reliabilities)].get("ece") if view.reliabilities else None
 
 
-def _gap_by_prompt(view: View) -> Interval | None:
-    gap = view.prompts.gap
-    return None if gap is None else mean_interval(np.asarray(gap))
+def _gap_and_lost(view: View) -> dict[str, Interval | None]:
+    """Of every prompt: what the curve says of their means."""
+    gap, peak, golds = view.prompts.gap, view.curve.peak, {p.round: p.gold for p in view.prompts.points}
+    ends = [] if peak is None else [golds.get(peak.round), view.prompts.points[-1].gold]
+    lost = np.subtract(*ends) if ends and all(one is not None for one in ends) else None
+    return {name: None if one is None else mean_interval(np.asarray(one)) for name, one in (("gap", gap), ("lost", lost))}
 
 
 def _agreement(view: View) -> float | None:
@@ -202,16 +205,17 @@ def table(arms: Sequence[Arm]) -> tuple[list[Column], list[dict[str, Any]]]:
             both = [name for name in own if name in other]
             if row["difference"] is not None and row["difference"].se is None and both:
                 row["intervals"]["difference"] = mean_interval(np.array([own[name] - other[name] for name in both]))
+        row["intervals"] = {key: one for key, one in row["intervals"].items() if one is not None and not math.isnan(one.low)}
         rows.append(row)
     return [column for column in columns if any(row[column.key] is not None for row in rows)], rows
 
 
-def _over_prompts(view: View, columns: Sequence[Column]) -> dict[str, Interval]:
-    found = {"gap": _gap_by_prompt(view)}
+def _over_prompts(view: View, columns: Sequence[Column]) -> dict[str, Interval | None]:
+    found = _gap_and_lost(view)
     for column in (one for one in columns if one.interval):
         known = [one for one in view.intervals(column.interval or "") if one is not None]
         found[column.key] = known[-1].scaled(100 if column.key == "win_rate" else 1) if known else None
-    return {key: one for key, one in found.items() if one is not None and not math.isnan(one.low)}
+    return found
 
 
 def _by_seed(arm: Arm, column: Column) -> dict[int | None, float | None]:
