@@ -1,8 +1,8 @@
 """The command line: exit status, one clear message, and nothing compiled or written before a recipe is known to be sound."""
 
-import re
 import importlib
 import json
+import re
 from pathlib import Path
 
 import jax

@@ -119,9 +119,7 @@ def _gold(
         }
 
 
-def _judge(
-    judged: Judged, figures: dict[str, Any], rows: list[dict[str, Any]], difference: np.ndarray, bins: int
-) -> None:
+def _judge(judged: Judged, figures: dict[str, Any], rows: list[dict[str, Any]], difference: np.ndarray, bins: int) -> None:
     for row, verdict in zip(rows, judged.verdicts, strict=True):
         row |= {"judge_outcome": verdict.outcome, "judge_orders": verdict.orders, "judge_answers": verdict.keys}
     kept = [i for i, verdict in enumerate(judged.verdicts) if verdict.outcome is not None]

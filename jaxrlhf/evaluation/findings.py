@@ -25,7 +25,7 @@ class Trial(NamedTuple):
 
 
 def findings(trials: Sequence[Trial]) -> list[str]:
-    """Of one seed: what each round changed, by intervals over prompts, and how the arms differ on the same prompts. Of several: over seeds."""
+    """Of one seed: what each round changed and how the arms differ, by intervals over prompts. Of several: over seeds."""
     arms: dict[str, list[Trial]] = {}
     for trial in trials:
         if trial.rounds:
@@ -37,7 +37,9 @@ def findings(trials: Sequence[Trial]) -> list[str]:
     lines += _final_gold(alone)
     seeds = {trial.seed for trial in alone.values()}
     if len(seeds) == 1:
-        lines.append(f"This is one seed ({seeds.pop()}): intervals are over prompts, and another seed may differ by more than they are wide.")
+        lines.append(
+            f"This is one seed ({seeds.pop()}): intervals are over prompts, and another seed may differ by more than they are wide."
+        )
     return lines
 
 
@@ -58,7 +60,9 @@ def _of_arm(rounds: Sequence[Row]) -> list[str]:
         if proxy_alone_rose(row):
             said.append(f"in round {row['round']} its reward model liked the new policy better ({_change(row, 'proxy_change')})")
         elif _direction(row, "proxy_change") < 0:
-            said.append(f"in round {row['round']} the proxy fell ({_change(row, 'proxy_change')}): the policy did not learn what it was asked")
+            said.append(
+                f"in round {row['round']} the proxy fell ({_change(row, 'proxy_change')}): the policy did not learn what it was asked"
+            )
     known = [(row["round"], found) for row in trained if (found := from_fields(row, "reward_accuracy")) and found.n]
     if len(known) > 1:
         (first, start), (last, end) = known[0], known[-1]
@@ -114,7 +118,11 @@ def _final_gold(alone: Mapping[str, Trial]) -> list[str]:
     noise = f"within noise (n = {min(one.n for one in found.values())})"
     lines = [f"Final gold against {first}, prompt by prompt: {_grouped(found, spelled, noise)}."]
     told = any(one.direction for one in found.values())
-    return lines + ([f"Chance alone puts 5 % of rows beyond their intervals: about {0.05 * len(found):.1f} of these {len(found)}."] * told) + left
+    return (
+        lines
+        + ([f"Chance alone puts 5 % of rows beyond their intervals: about {0.05 * len(found):.1f} of these {len(found)}."] * told)
+        + left
+    )
 
 
 def _grouped(found: Mapping[str, Interval], spelled: Mapping[str, str], noise: str) -> str:
@@ -137,7 +145,9 @@ def _over_seeds(arms: Mapping[str, Sequence[Trial]]) -> list[str]:
     lines += beyond_two_errors("Reward-model accuracy on the policy's own text, last round less first", accuracy, 3)
     if lines:
         lines.insert(0, "Differences smaller than 2 standard errors are not differences.")
-    return lines + ([f"In the last round the proxy rose while gold fell, both beyond their intervals: {', '.join(counts)}."] if counts else [])
+    return lines + (
+        [f"In the last round the proxy rose while gold fell, both beyond their intervals: {', '.join(counts)}."] if counts else []
+    )
 
 
 def difference_to(first: Mapping[Any, float | None], own: Mapping[Any, float | None]) -> Estimate | None:

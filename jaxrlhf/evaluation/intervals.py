@@ -68,7 +68,7 @@ def mean_interval(values_N: np.ndarray) -> Interval:
 
 
 def unpaired_difference(after: Interval, before: Interval) -> Interval:
-    """after − before of two independent figures, from their intervals. Newcombe (1998), method 10: Wilson's in, where these are proportions.
+    """after − before of two independent figures, from their intervals: Newcombe (1998), method 10, where these are Wilson's.
 
     Of figures of the same prompts it is wider than a paired one would be. n is the smaller of the two.
     """
@@ -95,4 +95,4 @@ def from_fields(row: Mapping[str, Any], name: str) -> Interval | None:
     value, low, high, n = (row.get(key) for key in (name, f"{name}_low", f"{name}_high", f"{name}_n"))
     if value is None:
         return None
-    return Interval(value, *(math.nan if end is None else end for end in (low, high)), int(n or 0))
+    return Interval(value, math.nan if low is None else low, math.nan if high is None else high, int(n or 0))

@@ -93,9 +93,7 @@ def paired_difference(values_N: np.ndarray, other_N: np.ndarray) -> Difference:
     return Difference(found.value, found.low, found.high, chance_beyond(found.n, abs(t)), found.n)
 
 
-def length_controlled(
-    outcomes_N: np.ndarray, difference_N: np.ndarray, *, ridge: float = 0.01, z: float = Z
-) -> LengthControlled | None:
+def length_controlled(outcomes_N: np.ndarray, difference_N: np.ndarray, *, ridge: float = 0.01, z: float = Z) -> LengthControlled | None:
     """What the score would be if both responses were equally long; None where the lengths say nothing about it.
 
         P(win_i) = σ(θ + φ · d_i / sd(d))        score at d = 0: σ(θ̂)

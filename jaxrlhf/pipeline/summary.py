@@ -11,9 +11,8 @@ from jaxrlhf.pipeline.stages.context import RunContext
 from jaxrlhf.pipeline.stages.reward_update import report_of
 from jaxrlhf.storage.stage import Done
 
-
-# Each stands in a row with its 95 % interval over prompts (name_low, name_high) and their number (name_n); a change is that of the round, on
-# the same prompts.
+# Each stands in a row with its 95 % interval over prompts (name_low, name_high) and their number (name_n); a change is that of the round,
+# on the same prompts.
 INTERVALS = ("gold", "gold_change", "proxy_start", "proxy", "proxy_change", "kl_sft", "reward_accuracy", "ece", "win_rate")
 
 

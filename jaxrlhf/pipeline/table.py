@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +157,9 @@ def _cell(row: dict[str, Any], name: str, interval: bool = False) -> str:
     digits = 0 if name in ("ess", "pairs") else 3 if name.startswith("reward_accuracy") else 2
     text = f"{round(value, digits) + 0.0:.{digits}f}"  # and no -0.00
     found = from_fields(row, name) if interval else None
-    known = found is not None and not math.isnan(found.low)
-    return text + (f" ±{(found.high - found.low) / 2:.{digits}f}".replace("±0.", "±.") if known else "")
+    if found is None or math.isnan(found.low):
+        return text
+    return text + f" ±{(found.high - found.low) / 2:.{digits}f}".replace("±0.", "±.")
 
 
 def findings(summaries: dict[str, Summary]) -> list[str]:

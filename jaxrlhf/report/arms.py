@@ -46,8 +46,9 @@ class View(NamedTuple):
 def view_of(run: RunRead) -> View:
     """Everything is read here, so that `run.missing` is complete afterwards."""
     return View(
-        run, *reading.curves(run), reading.last_gold(run), reading.reliabilities(run), reading.drifts(run), reading.budgets(run), reading.weights(run),
-        reading.filters(run), seconds_by_part(run), flops_by_part(run), reading.training(run, TRAINING), reading.lineage_lines(run),
+        run, *reading.curves(run), reading.last_gold(run), reading.reliabilities(run), reading.drifts(run),
+        reading.budgets(run), reading.weights(run), reading.filters(run), seconds_by_part(run),
+        flops_by_part(run), reading.training(run, TRAINING), reading.lineage_lines(run),
     )  # fmt: skip
 
 
@@ -118,8 +119,8 @@ def _arms(found: Sequence[tuple[Path, RunRead]]) -> list[Arm]:
 
 
 class Column(NamedTuple):
-    """A column of the summary table: its key, title, unit or meaning, digits, and how it is taken of a run. `interval`: of one seed it has an
-    interval over prompts under this name of summary.json, in the last round that has it."""
+    """A column of the summary table: its key, title, unit or meaning, digits, and how it is taken of a run. `interval`: of one seed it
+    has an interval over prompts under this name of summary.json, in the last round that has it."""
 
     key: str
     title: str
@@ -147,9 +148,9 @@ def _ece(view: View) -> float | None:
 
 def _gap_and_lost(view: View) -> dict[str, Interval | None]:
     """Of every prompt: what the curve says of their means."""
-    gap, peak, golds = view.prompts.gap, view.curve.peak, {p.round: p.gold for p in view.prompts.points}
-    ends = [] if peak is None else [golds.get(peak.round), view.prompts.points[-1].gold]
-    lost = np.subtract(*ends) if ends and all(one is not None for one in ends) else None
+    gap, peak, last = view.prompts.gap, view.curve.peak, view.prompts.points[-1:]
+    highest: Any = next((p.gold for p in view.prompts.points if peak is not None and p.round == peak.round), None)
+    lost = highest - last[0].gold if highest is not None and last[0].gold is not None else None
     return {name: None if one is None else mean_interval(np.asarray(one)) for name, one in (("gap", gap), ("lost", lost))}
 
 
@@ -187,7 +188,9 @@ COLUMNS = (
 
 
 def difference_column(arms: Sequence[Arm]) -> Column:
-    return Column("difference", f"gold − {arms[0].name}", "at the end, on the same seeds, or prompts where there is one seed", 3, lambda _: None)
+    return Column(
+        "difference", f"gold − {arms[0].name}", "at the end, on the same seeds, or prompts where there is one seed", 3, lambda _: None
+    )
 
 
 def table(arms: Sequence[Arm]) -> tuple[list[Column], list[dict[str, Any]]]:

@@ -89,9 +89,7 @@ def bands_of(arms: Sequence[Arm], arm: Arm, of: Quantity) -> list[Interval | Non
     return [None if m is None or r is None else Interval(m.mean, m.mean - r, m.mean + r, m.n) for m, r in zip(means, reach, strict=True)]
 
 
-def line_of(
-    axes: Any, x: Sequence[Interval | None], y: Sequence[Interval | None], style: dict[str, Any], label: str | None = None
-) -> bool:
+def line_of(axes: Any, x: Sequence[Interval | None], y: Sequence[Interval | None], style: dict[str, Any], label: str | None = None) -> bool:
     """A line through the values with a band of y and a bar of x; False where no point has both coordinates."""
     points = [(at, one) for at, one in zip(x, y, strict=False) if at is not None and one is not None]
     if not points:
@@ -123,8 +121,12 @@ def against_kl(axes: Any, arms: Sequence[Arm], of: Quantity, *, style: dict[str,
 
 def root_kl(view: View) -> list[Interval | None]:
     """√KL by round, its interval's ends too; an estimate just under 0 is 0."""
-    roots = [None if one is None else [math.sqrt(max(x, 0.0)) if x == x else x for x in one[:3]] for one in view.intervals("kl_sft")]
-    return [None if found is None else Interval(*found, 1) for found in roots]
+
+    def root(x: float) -> float:
+        return x if math.isnan(x) else math.sqrt(max(x, 0.0))
+
+    found = view.intervals("kl_sft")
+    return [None if one is None else Interval(root(one.value), root(one.low), root(one.high), one.n) for one in found]
 
 
 def by_round(axes: Any, arms: Sequence[Arm], of: Quantity, *, style: dict[str, Any] | None = None) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxrlhf.evaluation.intervals import Interval
 from jaxrlhf.evaluation.plotting import BLUE, GREEN, ORANGE, SKY, VERMILION
 from jaxrlhf.report.arms import Arm, View
 from jaxrlhf.report.costs import PARTS
@@ -19,7 +20,7 @@ def kl_budget_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
 
 
 def weights_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
-    def of(view: View) -> list[float | None]:
+    def of(view: View) -> Sequence[Interval | float | None]:
         found = {number: body.get("ess_fraction") for number, body in view.weights.items()}
         return percents([found.get(number) for number in range(max(found, default=-1) + 1)])
 

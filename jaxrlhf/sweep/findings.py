@@ -1,14 +1,13 @@
 """What the figures of a sweep say."""
 
-from jaxrlhf.evaluation.findings import Trial
-from jaxrlhf.evaluation.findings import findings as said
+from jaxrlhf.evaluation import findings as sentences
 from jaxrlhf.sweep.statistics import Sweep
 
 
 def findings(sweep: Sweep) -> list[str]:
     """Sentences computed from the figures; every one holds whichever way they came out."""
-    trials = [Trial(run.arm, run.seed, run.rounds) for arm in sweep.settings for run in sweep.finished(arm)]
-    return [*_missing(sweep), *_shared(sweep), *said(trials), *_equal(sweep), *_notes(sweep)]
+    trials = [sentences.Trial(run.arm, run.seed, run.rounds) for arm in sweep.settings for run in sweep.finished(arm)]
+    return [*_missing(sweep), *_shared(sweep), *sentences.findings(trials), *_equal(sweep), *_notes(sweep)]
 
 
 def _missing(sweep: Sweep) -> list[str]:

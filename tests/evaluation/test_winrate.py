@@ -85,7 +85,7 @@ def test_the_interval_of_a_mean_of_few_covers():
     """Of fifteen prompts: where the percentile bootstrap, which stood here, covers about 92 %."""
     random = np.random.default_rng(7)
     ends = np.array([mean_interval(random.normal(1, 2, 15))[1:3] for _ in range(2000)])
-    assert 0.94 < ((ends[:, 0] <= 1) & (1 <= ends[:, 1])).mean() < 0.96
+    assert 0.94 < ((ends[:, 0] <= 1) & (ends[:, 1] >= 1)).mean() < 0.96
 
 
 def test_the_difference_of_two_proportions_is_newcombes():

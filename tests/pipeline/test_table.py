@@ -19,7 +19,9 @@ def row(number, gold=None, start=None, end=None, accuracy=None, **more):
 def moved(number, gold, proxy, n, *, half=0.1, accuracy=None):
     """A round that changed gold and the proxy by so much, each ± `half`, over n prompts; the accuracy is of n pairs."""
     changes = {"gold_change": gold, "proxy_change": proxy}
-    fields = {key: x for name, value in changes.items() for key, x in as_fields(name, Interval(value, value - half, value + half, n)).items()}
+    fields = {
+        key: x for name, value in changes.items() for key, x in as_fields(name, Interval(value, value - half, value + half, n)).items()
+    }
     fields |= as_fields("reward_accuracy", None if accuracy is None else proportion(accuracy * n, n))
     return row(number, 1 + gold, 0.0, proxy, accuracy) | fields
 
@@ -56,7 +58,9 @@ def test_the_words_need_the_intervals():
 
 def test_a_proxy_that_fell():
     text = said(a=summary(row(0, 1.0), moved(1, 0.0, -0.5, 100)))
-    assert "a: gold is within noise in round 1 (n = 100); in round 1 the proxy fell (-0.50 [-0.60, -0.40]): the policy did not learn" in text
+    assert (
+        "a: gold is within noise in round 1 (n = 100); in round 1 the proxy fell (-0.50 [-0.60, -0.40]): the policy did not learn" in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,7 +82,10 @@ def test_accuracy_is_told_of_the_rounds_that_have_one():
 
 def test_final_gold_is_compared_on_the_same_prompts_by_arms_that_came_equally_far():
     prompt = {str(i): float(i) for i in range(40)}  # easy and hard: unpaired, nothing could be told
-    a, b = (summary(row(0, 1.0), moved(1, 0.5, 1.0, 40)) | {"last_gold": gold} for gold in (prompt, {k: v + 0.5 + 0.1 * (v % 3) for k, v in prompt.items()}))
+    a, b = (
+        summary(row(0, 1.0), moved(1, 0.5, 1.0, 40)) | {"last_gold": gold}
+        for gold in (prompt, {k: v + 0.5 + 0.1 * (v % 3) for k, v in prompt.items()})
+    )
     text = said(a=a, b=b)
     assert "Final gold against a, prompt by prompt: above: b +0.60 [0.57, 0.62]." in text, text
     assert "Chance alone puts 5 % of rows beyond their intervals: about 0.1 of these 1." in text
@@ -134,7 +141,15 @@ def test_the_table_shows_what_there_is():
 
 
 def test_the_table_has_as_many_intervals_as_fit():
-    arms = {arm: summary(row(0, 1.0), moved(1, 0.5, 1.0, 40, accuracy=0.6) | as_fields("gold", Interval(1.5, 1.2, 1.8, 40)) | as_fields("kl_sft", Interval(2.0, 1.5, 2.5, 40))) for arm in ("ppo", "retrain")}
+    arms = {
+        arm: summary(
+            row(0, 1.0),
+            moved(1, 0.5, 1.0, 40, accuracy=0.6)
+            | as_fields("gold", Interval(1.5, 1.2, 1.8, 40))
+            | as_fields("kl_sft", Interval(2.0, 1.5, 2.5, 40)),
+        )
+        for arm in ("ppo", "retrain")
+    }
     printed = {}
     for width in (60, 80, 120):
         show(arms, Console(file=(file := io.StringIO()), width=width))

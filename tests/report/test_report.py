@@ -208,7 +208,11 @@ def test_the_page_says_what_the_terminal_says(two_arms, tmp_path, undrawn):
     html = report([home]).html
     assert said and all(escape(line) in html for line in said), said
     assert "ppo: gold is within noise in round 2 (n = 15)" in html
-    assert not [word for word in ("rose", " fell", "liked", "highest", "larger", "smaller") if word in html.split("<footer>")[0].split("findings")[-1].split("</ul>")[0]]
+    assert not [
+        word
+        for word in ("rose", " fell", "liked", "highest", "larger", "smaller")
+        if word in html.split("<footer>")[0].split("findings")[-1].split("</ul>")[0]
+    ]
 
 
 def test_intervals_stand_in_the_table_and_under_the_figures(make_run, tmp_path):
@@ -231,7 +235,9 @@ def test_intervals_stand_in_the_table_and_under_the_figures(make_run, tmp_path):
 def test_the_header_says_of_what_and_with_what(run, undrawn):
     config = yaml.safe_load((run / "config.yaml").read_text())
     shape = {"family": "llama", "num_layers": 2, "hidden_size": 48}
-    (run / "config.yaml").write_text(yaml.safe_dump(config | {"data": {"train": ["a/pairs.jsonl"]}, "model": {"source": None, "shape": shape}}))
+    (run / "config.yaml").write_text(
+        yaml.safe_dump(config | {"data": {"train": ["a/pairs.jsonl"]}, "model": {"source": None, "shape": shape}})
+    )
     for path in run.glob("stages/*/stage.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"versions": {"jaxrlhf": "0.1.0", "jax": "0.10.2"}}))
     said = "data: pairs.jsonl · model: llama from scratch, 2 layers of 48 · jaxrlhf 0.1.0 · jax 0.10.2 · last stage finished 2026-01-01"

@@ -24,7 +24,11 @@ def address(two_arms, tmp_path_factory):
 def browser():
     with sync_api.sync_playwright() as play:
         # Root has no sandbox of its own in a container; the page is ours, and asks the network for nothing.
-        chromium = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"], ignore_default_args=["--hide-scrollbars"])
+        chromium = play.chromium.launch(
+            executable_path=BROWSER,
+            args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"],
+            ignore_default_args=["--hide-scrollbars"],
+        )
         yield chromium
         chromium.close()
 

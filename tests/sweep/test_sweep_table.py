@@ -9,9 +9,9 @@ from rich.console import Console
 from scipy import stats
 
 from jaxrlhf.evaluation.curves import estimate
+from jaxrlhf.evaluation.intervals import Interval, as_fields, chance_beyond
 from jaxrlhf.formatting import with_numbers
 from jaxrlhf.sweep.findings import findings
-from jaxrlhf.evaluation.intervals import Interval, as_fields, chance_beyond
 from jaxrlhf.sweep.statistics import Run, Sweep
 from jaxrlhf.sweep.table import as_json, as_markdown, columns_of, show
 

@@ -81,7 +81,11 @@ def sample_responses(run: RunContext, folder: Path, loaded: Loaded, gold: Scorer
     run.report_rows(folder, "prompts", ReadReport(kept=len(rows)), cut)
     rows = [rows[i] for i in cut.rows]
     asked = config.evaluation.num_prompts
-    few = "" if len(rows) >= asked else f" (warning: evaluation.num_prompts asks for {asked}, and no more are held out; intervals are as wide)"
+    few = (
+        ""
+        if len(rows) >= asked
+        else f" (warning: evaluation.num_prompts asks for {asked}, and no more are held out; intervals are as wide)"
+    )
     run.log.note(f"{'SFT' if round == 0 else f'round {round}'} evaluation on {len(rows)} prompts{few}")
     key = rng.stream(rng.root_key(config.text_seed), "evaluation")  # π_SFT is evaluated once for all seeds that share it
     how = {"first": 0, "temperature": config.evaluation.temperature, "batch_size": config.evaluation.batch_size}
