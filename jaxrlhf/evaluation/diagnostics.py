@@ -59,16 +59,18 @@ def reliability(scores_2N: tuple[np.ndarray, np.ndarray], gold_2N: tuple[np.ndar
     return {**_bin(confidence, right), **as_fields("ece", ece_interval(gaps) if len(right) else None), "bins": rows}
 
 
-def ece_interval(gaps_NB: np.ndarray, *, resamples: int = 1000) -> Interval:
+def ece_interval(gaps_NB: np.ndarray, *, draws: int = 2000) -> Interval:
     """ECE of N pairs whose (right − confidence) stands in the column of their bin, with an interval of at least 95 %: ece ± q.
 
-    |ece − truth| is at most Σ_b |gap_b − its truth|, the gaps being sums over N, and q is that sum's .95 quantile over a bootstrap. A
-    percentile interval would be wrong: chance alone puts bins off the diagonal, so few pairs have too high an ECE, and resamples a higher.
+    |ece − truth| is at most Σ_b |gap_b − its truth|, the gaps being sums over N, and q is that sum's .95 quantile where the
+    gaps vary as a normal distribution of their covariance. A bootstrap's percentiles would be wrong: chance alone puts bins off the
+    diagonal, so few pairs have too high an ECE, and resamples a higher.
     """
     n = len(gaps_NB)
     gaps_B = gaps_NB.sum(axis=0)
-    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), resamples)
-    value, q = np.abs(gaps_B).sum() / n, np.quantile(np.abs(counts @ gaps_NB - gaps_B).sum(axis=1) / n, 0.95)
+    covariance = gaps_NB.T @ gaps_NB - np.outer(gaps_B, gaps_B) / n
+    errors = np.random.default_rng(0).multivariate_normal(np.zeros_like(gaps_B), covariance, draws, method="eigh")
+    value, q = np.abs(gaps_B).sum() / n, np.quantile(np.abs(errors).sum(axis=1) / n, 0.95)
     return Interval(float(value), max(0.0, float(value - q)), min(1.0, float(value + q)), n)
 
 

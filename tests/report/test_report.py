@@ -215,7 +215,8 @@ def test_the_page_says_what_the_terminal_says(two_arms, tmp_path, undrawn):
     ]
 
 
-def test_intervals_stand_in_the_table_and_under_the_figures(make_run, tmp_path):
+def test_intervals_stand_in_the_table_and_under_the_figures(make_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxrlhf.report.figures.DRAWINGS", [one for one in DRAWINGS if one.name in ("gold_kl", "win_rate", "cost_seconds")])
     home = tmp_path / "demo"
     for arm, accuracy in (("ppo", 0.6), ("ocrm", 0.7)):
         with_intervals(make_run(home / arm, arm=arm, refits=arm == "ocrm"), reward_accuracy=accuracy)
