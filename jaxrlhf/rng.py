@@ -23,6 +23,12 @@ def root_key(seed: int) -> jax.Array:
     return jax.random.wrap_key_data(jnp.array(divmod(seed, 2**32), jnp.uint32), impl=IMPL)
 
 
+def check_widths() -> None:
+    """ValueError where the process computes in 64 bits: draws are the same under that flag, the rest is not, and no hash would know."""
+    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError("JAX_ENABLE_X64 is on, under which the same command has other bits; unset it.")
+
+
 def stream(root: jax.Array, name: str, step: int | jax.Array = 0) -> jax.Array:
     """The key of stream `name` at `step`; the same (root, name, step) is always the same key.
 

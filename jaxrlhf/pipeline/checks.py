@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-import jax
-
-from jaxrlhf import distributed, sharding
+from jaxrlhf import distributed, rng, sharding
 from jaxrlhf.algorithms.rounds import PREFERENCE, method_of, reward_update_named
 from jaxrlhf.config import Config
 from jaxrlhf.pipeline import inputs
@@ -28,8 +26,7 @@ def check(config: Config) -> None:
     from jaxrlhf.algorithms.preference import REFERENCE, preference_loss
     from jaxrlhf.algorithms.reward import called, check_columns, reward_loss
 
-    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
-        raise ConfigError("JAX_ENABLE_X64 is on, under which a run of the same config has other bits; unset it.")
+    rng.check_widths()
     method = method_of(config.method, config.row, plugin)
     if method.reward_update is not None:
         reward_update_named(method.reward_update, plugin)

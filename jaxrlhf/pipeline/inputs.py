@@ -144,13 +144,16 @@ def demonstrations_of(config: Config, tokenizer: Any = None) -> tuple[list[Demon
 
 
 def held_out_demonstrations_of(config: Config, tokenizer: Any = None) -> list[Demonstration]:
-    """Demonstrations that SFT does not see: those of `data.valid`, else those to held-out prompts; of the toy task `pairs.num_valid`."""
+    """Demonstrations that SFT does not see: those of `data.valid`, else those to held-out prompts; of the toy task `pairs.num_valid`.
+    DataError where there are none."""
     data = config.data
     if data.train == TOY:
         return toy.demonstrations(data.toy, config.pairs.num_valid, config.text_seed, "valid")
     rows, _ = read_demonstrations(data.valid or data.demonstrations or data.train, **_options(config, tokenizer))
     held = None if data.valid is not None else {row.prompt for row in held_out_of(config, tokenizer)}
-    return [row for row in rows if held is None or row.prompt in held]
+    if found := [row for row in rows if held is None or row.prompt in held]:
+        return found
+    raise DataError("sft.eval_steps asks for looks at held-out rows, and there are none: name data.valid, or leave it out.")
 
 
 def without_held_out(rows: list[T], report: ReadReport, held_out: list[Prompt], name: str) -> tuple[list[T], ReadReport]:

@@ -66,12 +66,10 @@ def reward_model_scorer(source: str, *, batch_size: int, limits: Limits, dtype: 
 
 
 def limits_within(model: DecoderConfig, prompt: int, response: int, *, times: int = 1) -> Limits:
-    """Limits at which text is cut: `times` the tokens of a prompt and of a response, less where there is a table of fewer positions; a text
-    of no more than `prompt` and `response` tokens is whole if that has room for it."""
-    longest, most = times * response, model.max_positions
-    if model.positions != "learned":
-        return Limits(times * prompt, longest, "truncate", "truncate")
-    longest = min(longest, most - prompt if prompt + response <= most else most // 2)
+    """Limits at which text is cut: `times` the tokens of a prompt and of a response, less where the model has learned fewer positions. A
+    text of no more than `prompt` and `response` tokens is whole, unless a table of positions has no room for it."""
+    most = model.longest_text if model.positions == "learned" else max(model.longest_text, prompt + response)
+    longest = min(times * response, most - prompt if prompt + response <= most else most // 2)
     return Limits(min(times * prompt, most - longest), longest, "truncate", "truncate")
 
 

@@ -133,6 +133,7 @@ class Store:
                     self._costs[partial] = _Cost(time.monotonic(), compiled)
                     result = fn(partial)
                 record = record_of(stage, result, resumed, **self.spent(partial))
+                del self._costs[partial]
                 _finish(partial, self.root / hash, record)
             except BaseException as error:
                 error.add_note(_resume_hint(stage, partial, error))

@@ -14,7 +14,7 @@ from jaxrlhf.cli import main
 from jaxrlhf.data.read_report import DataError
 from jaxrlhf.data.tokenizer import train_tokenizer
 from jaxrlhf.models import build_model, config_from_hf, config_from_shape
-from jaxrlhf.models.hub import Loaded, read_config, save
+from jaxrlhf.models.hub import Loaded, load, read_config, save
 from jaxrlhf.pipeline import inputs
 from jaxrlhf.pipeline.checks import check
 from jaxrlhf.pipeline.stages.sft import sft_stage, tokenizer_stage
@@ -292,6 +292,10 @@ def test_gold_reads_all_that_the_policy_may_write(tmp_path):
     model = read_config(Path(real_folder(tmp_path / "m", n_positions=400)))
     sections = {"data": {"limits": {"max_prompt_length": 16, "max_response_length": 8}}, "ppo": {"response_length": 53}}
     assert inputs.gold_limits(from_mapping(SAMPLED | sections), model).max_response_length == 106
+    # Twice as much, for its tokens are others, but no further than it has learned positions; what the policy's tokens count is whole.
+    turned = read_config(Path(real_folder(tmp_path / "r", "llama", max_position_embeddings=80)))
+    kept = inputs.gold_limits(from_mapping(SAMPLED | sections), turned)
+    assert (kept.max_prompt_length, kept.max_response_length) == (16, 64)
 
 
 def test_models_that_cannot_do_their_part_are_refused_before_anything_is_trained(tmp_path):
@@ -320,5 +324,15 @@ def test_models_that_cannot_do_their_part_are_refused_before_anything_is_trained
 def test_a_process_that_computes_in_other_widths_is_refused(tmp_path):
     """The draws are the same under JAX_ENABLE_X64, the rest of a training is not, and no stage's hash would know."""
     rows = lines(tmp_path / "t.jsonl", PAIR, PAIR | {"prompt": "q"})
-    with jax.enable_x64(True), pytest.raises(ConfigError, match="JAX_ENABLE_X64 is on"):
+    with jax.enable_x64(True), pytest.raises(ValueError, match="JAX_ENABLE_X64 is on"):
         check(config(rows))
+    with jax.enable_x64(True), pytest.raises(ValueError, match="JAX_ENABLE_X64 is on"):
+        load(real_folder(tmp_path / "model", "llama"), head="lm")  # what evaluate, generate and embed begin with
+
+
+def test_looks_at_demonstrations_that_nobody_held_out_are_refused_by_name(tmp_path):
+    """Those to held-out prompts are looked at, and another file of demonstrations may have none of them."""
+    own = lines(tmp_path / "d.jsonl", {"prompt": "other", "completion": " c"})
+    rows = lines(tmp_path / "t.jsonl", *(PAIR | {"prompt": f"q{n}"} for n in range(9)))
+    with pytest.raises(DataError, match=r"sft\.eval_steps asks for looks at held-out rows, and there are none: name data.valid"):
+        inputs.held_out_demonstrations_of(config(rows, data={"demonstrations": own}))
