@@ -29,7 +29,7 @@ from scipy.sparse import csr_matrix
 
 from jaxrlhf.data.pairs import Pair, read_pairs, split_by_prompt
 from jaxrlhf.evaluation.diagnostics import pair_accuracy
-from jaxrlhf.evaluation.winrate import wilson_interval
+from jaxrlhf.evaluation.intervals import wilson_interval
 from jaxrlhf.pipeline.run import run
 from jaxrlhf.recipe import load_config
 

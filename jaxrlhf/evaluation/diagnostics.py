@@ -1,13 +1,14 @@
 """Numbers that tell whether a reward model can still be trusted."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxrlhf.evaluation.intervals import Interval, as_fields, proportion
+from jaxrlhf.evaluation.intervals import Interval, Z, as_fields, proportion
 from jaxrlhf.files import write_whole
 
 RELIABILITY = "reliability.json"  # in the folder of a round's evaluation
@@ -44,34 +45,42 @@ def reliability(scores_2N: tuple[np.ndarray, np.ndarray], gold_2N: tuple[np.ndar
     scores are half right, pairs that gold ties are left out. Folding at ½ makes the figure the same whichever response comes first.
     {"pairs", "ece", "accuracy", "confidence", "bins": [{"low", "high", "pairs", "confidence", "accuracy"}, …]}, where
     ece = Σ_b n_b / N · |accuracy_b − confidence_b| (Guo et al. 2017, eq. 3) over equally wide bins; null where there are no pairs.
-    ece_low, ece_high, ece_n: its 95 % interval (`ece_interval`).
+    ece_low, ece_high, ece_n: its 95 % interval (`ece_interval`). No pairs count where a score is not finite: the model has diverged.
     """
     (a, b), (gold_a, gold_b) = [[np.asarray(x, np.float64) for x in side] for side in (scores_2N, gold_2N)]
-    keep = gold_a != gold_b
+    keep = (gold_a != gold_b) & np.isfinite((a, b)).all()
     difference, first = (a - b)[keep], (gold_a > gold_b)[keep]
     confidence = 1 / (1 + np.exp(-np.abs(difference)))
     right = np.where(difference == 0, 0.5, (difference > 0) == first)
     edges = np.linspace(0.5, 1, bins + 1)
     index = np.clip(np.digitize(confidence, edges) - 1, 0, bins - 1)
     rows = [{"low": float(edges[i]), "high": float(edges[i + 1]), **_bin(confidence[index == i], right[index == i])} for i in range(bins)]
-    gaps = np.zeros((len(right), bins))
-    gaps[np.arange(len(right)), index] = right - confidence
-    return {**_bin(confidence, right), **as_fields("ece", ece_interval(gaps) if len(right) else None), "bins": rows}
+    ece = ece_interval(right, confidence, index) if len(right) else None
+    return {**_bin(confidence, right), **as_fields("ece", ece), "bins": rows}
 
 
-def ece_interval(gaps_NB: np.ndarray, *, draws: int = 2000) -> Interval:
-    """ECE of N pairs whose (right − confidence) stands in the column of their bin, with an interval of at least 95 %: ece ± q.
+def ece_interval(right_N: np.ndarray, confidence_N: np.ndarray, bin_N: np.ndarray, *, draws: int = 2000) -> Interval:
+    """ECE of N ≥ 1 pairs that were right (1, ½ or 0) with such confidence, by bin, and an interval made to be too wide: ece ± q.
 
-    |ece − truth| is at most Σ_b |gap_b − its truth|, the gaps being sums over N, and q is that sum's .95 quantile where the
-    gaps vary as a normal distribution of their covariance. A bootstrap's percentiles would be wrong: chance alone puts bins off the
-    diagonal, so few pairs have too high an ECE, and resamples a higher.
+    |ece − truth| is at most Σ_b |gap_b − its truth|, the gaps being sums of right − confidence over N, and q is that sum's .95
+    quantile where the gaps vary as a normal distribution of their covariance, each at least as much as Wilson's interval of the bin's
+    `right` is wide to its longer side: pairs that are all right vary not at all, and tell the truth not exactly. A bootstrap's
+    percentiles would be wrong: chance alone puts bins off the diagonal, so few pairs have too high an ECE, and resamples a higher.
+    No ends of one pair.
     """
-    n = len(gaps_NB)
+    n, filled = len(right_N), np.unique(bin_N)
+    gaps_NB = np.where(bin_N[:, None] == filled, (right_N - confidence_N)[:, None], 0.0)
     gaps_B = gaps_NB.sum(axis=0)
+    value = float(np.abs(gaps_B).sum() / n)
+    if n < 2:
+        return Interval(value, math.nan, math.nan, n)
     covariance = gaps_NB.T @ gaps_NB - np.outer(gaps_B, gaps_B) / n
+    wilson = [proportion(float(right_N[bin_N == one].sum()), int((bin_N == one).sum())) for one in filled]
+    least = [(one.n * max(one.value - one.low, one.high - one.value) / Z) ** 2 for one in wilson]
+    np.fill_diagonal(covariance, np.maximum(covariance.diagonal(), least))
     errors = np.random.default_rng(0).multivariate_normal(np.zeros_like(gaps_B), covariance, draws, method="eigh")
-    value, q = np.abs(gaps_B).sum() / n, np.quantile(np.abs(errors).sum(axis=1) / n, 0.95)
-    return Interval(float(value), max(0.0, float(value - q)), min(1.0, float(value + q)), n)
+    q = float(np.quantile(np.abs(errors).sum(axis=1) / n, 0.95))
+    return Interval(value, max(0.0, value - q), min(1.0, value + q), n)
 
 
 def _bin(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from jaxrlhf.evaluation.curves import Curve, Point, curve_of, estimate, over_seeds
 from jaxrlhf.evaluation.diagnostics import agreement_with_gold, drift, kl_budget, reliability
@@ -60,6 +61,28 @@ def test_the_interval_of_the_ece_covers(sharpness, n):
     ends = [(one["ece_low"], one["ece_high"]) for one in (found(n) for _ in range(100))]
     assert sum(low <= truth <= high for low, high in ends) >= 92
     assert n < 500 or sharpness == 1 or sum(low > 0 for low, _ in ends) >= 80  # five hundred tell a model that is too sure
+
+
+def sure(n, right, confidence):
+    """n pairs of one confidence, of which so many are right."""
+    gold = (np.arange(n) < right).astype(float)
+    return reliability((np.full(n, logit(confidence)), np.zeros(n)), (gold, 1 - gold))
+
+
+def test_pairs_that_are_all_right_tell_no_exact_ece():
+    found = sure(20, 20, 1 / (1 + math.exp(-3)))
+    assert found["ece"] == pytest.approx(0.0474, abs=1e-4)
+    assert (found["ece_low"], found["ece_high"]) == (0.0, pytest.approx(0.0474 + 0.161, abs=0.01))  # Wilson's of 20 of 20 is .839
+    alone = sure(1, 1, 0.9)
+    assert (alone["ece_low"], alone["ece_high"], alone["ece_n"]) == (None, None, 1)
+
+
+@pytest.mark.parametrize(("n", "confidence", "truth"), [(20, 0.97, 0.9), (20, 0.95, 0.95), (50, 0.99, 0.95), (100, 0.99, 0.97)])
+def test_the_interval_of_few_and_sure_pairs_covers(n, confidence, truth):
+    """Exactly: the chance of every number of right pairs, and whether the interval made of it holds |truth − confidence|."""
+    ends = [(one["ece_low"], one["ece_high"]) for one in (sure(n, right, confidence) for right in range(n + 1))]
+    holds = np.array([low <= abs(truth - confidence) <= high for low, high in ends])
+    assert binom.pmf(np.arange(n + 1), n, truth) @ holds >= 0.95
 
 
 def test_reliability_of_extremes_and_of_nothing():
