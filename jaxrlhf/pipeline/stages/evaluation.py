@@ -44,7 +44,7 @@ def evaluation_stage(
         samples = sample_responses(run, folder, loaded, gold, number)
         kl = np.zeros(len(samples.rows), np.float32) if policy.hash == sft.hash else kl_to(run, loaded, sft, samples.tables[0], number)
         earlier = read_samples(before.folder, pad_id_of(loaded.tokenizer)) if before is not None else samples
-        result = {**gold_figures(samples, gold), **gold_change(samples, earlier), **as_fields("kl_sft", mean_interval(kl))}
+        result = {**gold_figures(samples, gold), **gold_change(samples, earlier), **as_fields("kl_sft", mean_if_finite(kl))}
         result |= length_figures(samples, loaded)
         proxy, start = None, None
         if rewards:
@@ -79,13 +79,8 @@ def sample_responses(run: RunContext, folder: Path, loaded: Loaded, gold: Scorer
     rows = inputs.evaluation_prompts_of(config, loaded.tokenizer)
     table, cut = tokenize_prompts(rows, loaded.tokenizer, inputs.limits_of(config))
     run.report_rows(folder, "prompts", ReadReport(kept=len(rows)), cut)
+    few = too_few(config.evaluation.num_prompts, len(rows), len(cut.dropped))
     rows = [rows[i] for i in cut.rows]
-    asked = config.evaluation.num_prompts
-    few = (
-        ""
-        if len(rows) >= asked
-        else f" (warning: evaluation.num_prompts asks for {asked}, and no more are held out; intervals are as wide)"
-    )
     run.log.note(f"{'SFT' if round == 0 else f'round {round}'} evaluation on {len(rows)} prompts{few}")
     key = rng.stream(rng.root_key(config.text_seed), "evaluation")  # π_SFT is evaluated once for all seeds that share it
     how = {"first": 0, "temperature": config.evaluation.temperature, "batch_size": config.evaluation.batch_size}
@@ -93,6 +88,20 @@ def sample_responses(run: RunContext, folder: Path, loaded: Loaded, gold: Scorer
     prompts = [row.prompt for row in rows]
     scores = None if gold is None else tuple(gold(prompts, text) for text in texts)
     return Samples(rows, tables, texts, scores)  # type: ignore[arg-type]
+
+
+def too_few(asked: int, held_out: int, too_long: int) -> str:
+    """Why an evaluation has fewer prompts than were asked for; of those held out no more than `asked` were read."""
+    if held_out - too_long >= asked:
+        return ""
+    long = f"{too_long} of {'them' if held_out < asked else 'those held out are'} too long" if too_long else ""
+    why = ", ".join([f"{held_out} are held out"] * (held_out < asked) + [long] * bool(long))
+    return f" (warning: evaluation.num_prompts asks for {asked}, {why}; intervals are wider for it)"
+
+
+def mean_if_finite(values_N: np.ndarray) -> Interval:
+    """`mean_interval`; nan where a value is not finite: a policy or reward model that diverged is a finding, and the run goes on."""
+    return mean_interval(values_N) if np.isfinite(values_N).all() else Interval(np.nan, np.nan, np.nan, len(values_N))
 
 
 def gold_figures(samples: Samples, gold: Scorer | None) -> dict[str, Any]:
@@ -154,11 +163,12 @@ def proxy_figures(
     tables = (samples.tables[0], *earlier.tables)
     scores, spreads = reward_scores(run, rewards, spread_coef, tables)
     proxy, start = scores[0], (scores[1], scores[2])
-    accuracy = None if earlier.gold is None else agreement_with_gold(start, earlier.gold)
+    accuracy = None if earlier.gold is None or not np.isfinite(start).all() else agreement_with_gold(start, earlier.gold)
     change = proxy.astype(np.float64) - start[0]
     values = {"proxy": proxy, "proxy_start": start[0], "proxy_change": change}  # the change is paired: the prompts are the same
-    figures = {key: x for name, one in values.items() for key, x in as_fields(name, mean_interval(one)).items()}
+    figures = {key: x for name, one in values.items() for key, x in as_fields(name, mean_if_finite(one)).items()}
     figures |= as_fields("reward_accuracy", earlier.gold and accuracy_interval(accuracy, earlier.gold))
     if spread_coef is not None:
-        figures |= {"proxy_spread": float(spreads[0].mean()), "proxy_start_spread": float(spreads[1].mean())}
+        means = {"proxy_spread": spreads[0].mean(), "proxy_start_spread": spreads[1].mean()}
+        figures |= {name: float(mean) if np.isfinite(mean) else None for name, mean in means.items()}
     return figures, proxy, start

@@ -1,5 +1,6 @@
 """What an evaluation says where gold, or every reference, is missing, and of an ensemble."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,10 +9,14 @@ import pytest
 
 from jaxrlhf.config import Config
 from jaxrlhf.data.pairs import Prompt
+from jaxrlhf.data.read_report import ReadReport
+from jaxrlhf.evaluation.diagnostics import reliability, write_reliability
+from jaxrlhf.evaluation.intervals import Interval, as_fields
 from jaxrlhf.evaluation.samples import Samples
 from jaxrlhf.pipeline.stages import ensemble
 from jaxrlhf.pipeline.stages.ensemble import reward_inputs, spread_of
 from jaxrlhf.pipeline.stages.evaluation import gold_change, gold_figures, proxy_figures
+from jaxrlhf.pipeline.summary import Summary
 from jaxrlhf.storage.stage import Done
 
 
@@ -108,34 +113,84 @@ def test_members_are_inputs_by_number_and_the_mean_has_no_coefficient():
     assert [spread_of(kind, Config()) for kind in (None, "mean", "mean-minus-spread")] == [None, 0.0, Config().reward.spread_coef]
 
 
-def test_the_note_says_how_many_prompts_there_are(tmp_path, tiny_config, monkeypatch):
-    """Fifteen were held out of data that was asked for 150: the note says 15, and that they are few."""
+class Stop(Exception):
+    pass
+
+
+def evaluated(monkeypatch, config, folder, *, held_out, kept, policy="a", figures=None):
+    """The stage of a policy whose texts are given; without `figures` it stops once the responses are there. (Its result, what it noted.)"""
     from jaxrlhf.pipeline.stages import evaluation
 
     said: list[str] = []
-    prompts = [Prompt(str(i), f"p{i}", "", None) for i in range(15)]
-    table = SimpleNamespace(rows=list(range(15)))
+    prompts = [Prompt(str(i), f"p{i}", "", None) for i in range(held_out)]
+    cut = ReadReport(kept=kept, rows=list(range(kept)), dropped=[("there", "prompt is 9 tokens of 8")] * (held_out - kept))
     monkeypatch.setattr(evaluation.inputs, "evaluation_prompts_of", lambda config, tokenizer: prompts)
-    monkeypatch.setattr(evaluation, "tokenize_prompts", lambda rows, tokenizer, limits: (None, table))
-    monkeypatch.setattr(evaluation, "two_responses", lambda *given, **how: ((), (["x"] * 15, ["y"] * 15)))
+    monkeypatch.setattr(evaluation, "tokenize_prompts", lambda rows, tokenizer, limits: (None, cut))
+    monkeypatch.setattr(evaluation, "two_responses", lambda *given, **how: ((None, None), (["x"] * kept, ["y"] * kept)))
+    monkeypatch.setattr(evaluation.inputs, "gold_of", lambda config, mesh: None)
+    monkeypatch.setattr(evaluation, "write_samples", lambda *given, **more: None)
+    monkeypatch.setattr(evaluation, "eos_ids", lambda loaded: (0,))
+
+    def length_figures(*given):
+        if figures is None:
+            raise Stop
+        return {}
+
+    monkeypatch.setattr(evaluation, "length_figures", length_figures)
+    monkeypatch.setattr(evaluation, "kl_to", lambda *given: np.array(figures, np.float32))
     run = SimpleNamespace(
-        config=tiny_config(tmp_path, evaluation__num_prompts=150),
+        config=config,
         log=SimpleNamespace(note=said.append),
         report_rows=lambda *given: None,
-        build=lambda stage, fn, round: fn(tmp_path),
+        build=lambda stage, fn, round: fn(folder),
         load=lambda done, head: SimpleNamespace(tokenizer=None),
         mesh=None,
     )
+    given = {"sft": Done("a", folder, "a", {}), "rewards": (), "ensemble": None, "before": None}
+    try:
+        return evaluation.evaluation_stage(run, 0, policy=Done(policy, folder, policy, {}), **given), said  # type: ignore[arg-type]
+    except Stop:
+        return None, said
 
-    class Stop(Exception):
-        pass
 
-    def stop(*given):
-        raise Stop
+@pytest.mark.parametrize(
+    ("held_out", "kept", "why"),
+    [
+        (15, 15, "15 are held out"),
+        (17, 15, "17 are held out, 2 of them too long"),
+        (150, 140, "10 of those held out are too long"),
+    ],
+)
+def test_the_note_says_how_many_prompts_there_are(held_out, kept, why, tmp_path, tiny_config, monkeypatch):
+    """Of data that was asked for 150: the note says the real number, that they are few, and why."""
+    _, said = evaluated(monkeypatch, tiny_config(tmp_path, evaluation__num_prompts=150), tmp_path, held_out=held_out, kept=kept)
+    expected = f"SFT evaluation on {kept} prompts (warning: evaluation.num_prompts asks for 150, {why}; intervals are wider for it)"
+    assert said[0] == expected, said
 
-    monkeypatch.setattr(evaluation, "gold_figures", stop)
-    monkeypatch.setattr(evaluation.inputs, "gold_of", lambda config, mesh: None)
-    done = Done("a", tmp_path, "a", {})
-    with pytest.raises(Stop):
-        evaluation.evaluation_stage(run, 0, policy=done, sft=done, rewards=(), ensemble=None, before=None)  # type: ignore[arg-type]
-    assert said[0].startswith("SFT evaluation on 15 prompts") and "evaluation.num_prompts asks for 150" in said[0], said
+
+def test_a_policy_that_diverged_has_no_kl_and_the_run_goes_on(tmp_path, tiny_config, monkeypatch):
+    config = tiny_config(tmp_path, evaluation__num_prompts=3)
+    result, _ = evaluated(monkeypatch, config, tmp_path, held_out=3, kept=3, policy="b", figures=[1.0, np.nan, 2.0])
+    assert {name: result[name] for name in result if "kl" in name} == {
+        "kl_sft": None, "kl_sft_low": None, "kl_sft_high": None, "kl_sft_n": 3,
+    }  # fmt: skip
+
+
+def test_a_reward_model_that_diverged_has_no_figures(setting, monkeypatch, tmp_path):
+    monkeypatch.setitem(SAYS, "a", {"late": [np.nan, 3.0], "first": [0.0, np.nan], "second": [1.0, 1.0]})
+    figures, proxy, start = proxies(setting, MEMBERS[:1], None)
+    assert [figures[name] for name in ("proxy", "proxy_start", "proxy_change", "reward_accuracy")] == [None] * 4
+    assert (figures["proxy_n"], figures["proxy_change_n"]) == (2, 2) and np.isnan(proxy[0])
+    diagram = reliability(start, (np.array([1.0, 0.0]), np.array([0.0, 1.0])))
+    write_reliability(tmp_path, diagram)
+    assert (diagram["pairs"], diagram["ece"]) == (0, None)
+
+
+def test_the_summary_names_the_figures_that_are_not_finite(tmp_path):
+    run = SimpleNamespace(stages=[], config=Config(), folder=tmp_path, log=SimpleNamespace(note=lambda text: None))
+    summary = Summary(run, 1)  # type: ignore[arg-type]
+    figures = as_fields("gold", Interval(1.0, 0.5, 1.5, 20)) | as_fields("kl_sft", Interval(np.nan, np.nan, np.nan, 20))
+    summary.add(None, Done("e", tmp_path, "e", {"result": figures}))
+    said = "not finite on every prompt, and so without a value: kl_sft; the policy or its reward model has diverged."
+    assert summary.notes == [f"round 0: {said}"]
+    assert json.loads((tmp_path / "summary.json").read_text())["finished"] is False
