@@ -16,12 +16,23 @@ Row = Mapping[str, Any]  # of summary.json: a round
 
 
 class Trial(NamedTuple):
-    """One arm at one seed; `gold` is that of its last responses by prompt, where that is known: arms are then compared prompt by prompt."""
+    """One arm at one seed; `gold` is that of its last responses by prompt, where that is known: arms are then compared prompt by prompt.
+    `finished`: it has all the rounds of its recipe, as far as is known."""
 
     arm: str
     seed: int | None
     rounds: Sequence[Row]
     gold: Mapping[str, float] = {}
+    finished: bool = False
+
+
+def equally_far(one: Trial, other: Trial) -> bool:
+    """Whether they reached the same round, or both their ends: one more round is more training, not a better method."""
+    return (one.finished and other.finished) or _reached(one) == _reached(other)
+
+
+def _reached(trial: Trial) -> int | None:
+    return trial.rounds[-1]["round"] if trial.rounds else None
 
 
 def findings(trials: Sequence[Trial]) -> list[str]:
@@ -34,6 +45,7 @@ def findings(trials: Sequence[Trial]) -> list[str]:
         return _over_seeds(arms)
     alone = {arm: seeds[0] for arm, seeds in arms.items()}
     lines = [f"{arm}: {'; '.join(said)}." for arm, trial in alone.items() if (said := _of_arm(trial.rounds))]
+    lines += _by_chance("changes", [one for trial in alone.values() for one in _tested(trial.rounds)])
     lines += _final_gold(alone)
     seeds = {trial.seed for trial in alone.values()}
     if len(seeds) == 1:
@@ -63,10 +75,8 @@ def _of_arm(rounds: Sequence[Row]) -> list[str]:
             said.append(
                 f"in round {row['round']} the proxy fell ({_change(row, 'proxy_change')}): the policy did not learn what it was asked"
             )
-    known = [(row["round"], found) for row in trained if (found := from_fields(row, "reward_accuracy")) and found.n]
-    if len(known) > 1:
-        (first, start), (last, end) = known[0], known[-1]
-        change = unpaired_difference(end, start)
+    if accuracy := _accuracies(rounds):
+        (first, start), (last, end), change = accuracy
         said.append(
             f"reward-model accuracy on the policy's own text {'fell' if change.direction < 0 else 'rose'} from {start.value:.3f} (round "
             f"{first}) to {end.value:.3f} (round {last}; {change.spelled(3)})"
@@ -74,6 +84,26 @@ def _of_arm(rounds: Sequence[Row]) -> list[str]:
             else f"the change of reward-model accuracy from round {first} to {last} is within noise (n = {change.n})"
         )
     return said
+
+
+def _accuracies(rounds: Sequence[Row]) -> tuple[tuple[int, Interval], tuple[int, Interval], Interval] | None:
+    """(first, last, their difference) of the reward model's accuracy by round, where two rounds have one."""
+    known = [(row["round"], found) for row in rounds if row["round"] and (found := from_fields(row, "reward_accuracy")) and found.n]
+    return (known[0], known[-1], unpaired_difference(known[-1][1], known[0][1])) if len(known) > 1 else None
+
+
+def _tested(rounds: Sequence[Row]) -> list[int]:
+    """Of every change that `_of_arm` looks at whether it is told: its direction, else 0. A proxy that rose is told where gold fell."""
+    rows = [row for row in rounds if row["round"]]
+    told = [_direction(row, "gold_change") for row in rows if row.get("gold_change") is not None]
+    told += [_direction(row, "proxy_change") < 0 or bool(proxy_alone_rose(row)) for row in rows if row.get("proxy_change") is not None]
+    return told + ([accuracy[2].direction] if (accuracy := _accuracies(rounds)) else [])
+
+
+def _by_chance(what: str, told: Sequence[int]) -> list[str]:
+    """How many of so many 95 % intervals leave out zero by chance; nothing where none does."""
+    n = len(told)
+    return [f"Chance alone puts 5 % of {what} beyond their intervals: about {0.05 * n:.1f} of these {n}."] if any(told) else []
 
 
 def _direction(row: Row, name: str) -> int:
@@ -99,30 +129,31 @@ def accuracy_change(rounds: Sequence[Row]) -> float | None:
 
 
 def _final_gold(alone: Mapping[str, Trial]) -> list[str]:
-    """Against the first arm, where all have come equally far: one more round is more training, not a better method."""
-    golds = {arm: trial for arm, trial in alone.items() if trial.gold}
+    """Against the first arm; an arm of which some gold is not finite is left out, as in the report."""
+    golds = {arm: trial for arm, trial in alone.items() if trial.gold and np.isfinite(list(trial.gold.values())).all()}
     if len(golds) < 2:
         return []
-    reached = {arm: trial.rounds[-1]["round"] for arm, trial in golds.items()}
-    first = next(iter(golds))
-    others = [arm for arm in golds if arm != first and reached[arm] == reached[first]]
-    apart = ", ".join(f"{arm} ({n})" for arm, n in reached.items() if n != reached[first])
-    left = [f"Final gold of {apart} is not compared with that of {first}: it is not of round {reached[first]}."] if apart else []
-    if not others:
-        return left
+    first, *others = golds
     found = {}
     for arm in others:
-        both = [name for name in golds[arm].gold if name in golds[first].gold]
-        found[arm] = mean_interval(np.array([golds[arm].gold[name] - golds[first].gold[name] for name in both]))
+        if equally_far(golds[first], golds[arm]):
+            both = [name for name in golds[arm].gold if name in golds[first].gold]
+            found[arm] = mean_interval(np.array([golds[arm].gold[name] - golds[first].gold[name] for name in both]))
+    left = _apart(golds)
+    if not found:
+        return left
     spelled = {arm: one.spelled() for arm, one in found.items()}
     noise = f"within noise (n = {min(one.n for one in found.values())})"
     lines = [f"Final gold against {first}, prompt by prompt: {_grouped(found, spelled, noise)}."]
-    told = any(one.direction for one in found.values())
-    return (
-        lines
-        + ([f"Chance alone puts 5 % of rows beyond their intervals: about {0.05 * len(found):.1f} of these {len(found)}."] * told)
-        + left
-    )
+    return lines + _by_chance("rows", [one.direction for one in found.values()]) + left
+
+
+def _apart(arms: Mapping[str, Trial]) -> list[str]:
+    """The arms that are not compared with the first, for they have not come equally far."""
+    first = next(iter(arms))
+    apart = ", ".join(f"{arm} ({_reached(one)})" for arm, one in arms.items() if not equally_far(arms[first], one))
+    why = f"is not compared with that of {first}: it is not of round {_reached(arms[first])}."
+    return [f"Final gold of {apart} {why}"] if apart else []
 
 
 def _grouped(found: Mapping[str, Interval], spelled: Mapping[str, str], noise: str) -> str:
@@ -135,7 +166,8 @@ def _grouped(found: Mapping[str, Interval], spelled: Mapping[str, str], noise: s
 def _over_seeds(arms: Mapping[str, Sequence[Trial]]) -> list[str]:
     first = next(iter(arms))
     last = {arm: {trial.seed: trial.rounds[-1].get("gold") for trial in seeds} for arm, seeds in arms.items()}
-    gold = {arm: difference_to(last[first], values) for arm, values in last.items() if arm != first}
+    one = {arm: seeds[0] for arm, seeds in arms.items()}
+    gold = {arm: difference_to(last[first], values) for arm, values in last.items() if arm != first and equally_far(one[first], one[arm])}
     accuracy = {arm: estimate([accuracy_change(trial.rounds) for trial in seeds]) for arm, seeds in arms.items()}
     counts = []
     for arm, seeds in arms.items():
@@ -145,6 +177,8 @@ def _over_seeds(arms: Mapping[str, Sequence[Trial]]) -> list[str]:
     lines += beyond_two_errors("Reward-model accuracy on the policy's own text, last round less first", accuracy, 3)
     if lines:
         lines.insert(0, "Differences smaller than 2 standard errors are not differences.")
+    known_gold = {arm: trial for arm, trial in one.items() if any(value is not None for value in last[arm].values())}
+    lines += _apart(known_gold) if first in known_gold else []
     return lines + (
         [f"In the last round the proxy rose while gold fell, both beyond their intervals: {', '.join(counts)}."] if counts else []
     )

@@ -18,6 +18,7 @@ from jaxrlhf.pipeline.summary import Summary, update_report
 from jaxrlhf.plugins import plugin
 from jaxrlhf.storage.stage import Done
 
+GREEDY = "greedy text (evaluation.temperature 0) under the policy at temperature 1"  # it has no density of its own
 HEURISTIC = "the importance weights are a heuristic here, not the density ratio of the pairs"
 
 
@@ -37,7 +38,9 @@ class Track:
 def walk_through(run: RunContext, until: str | None) -> None:
     """The stages of one method, in order. What a round needs is one row of the table; nothing here knows a method's name."""
     config = run.config
-    method, summary = method_of(config.method, config.row, plugin), Summary(run)
+    method = method_of(config.method, config.row, plugin)
+    rounds = num_rounds(method, config.rounds)
+    summary = Summary(run, rounds)
     samples = until in (None, "ppo") and method.policy_update not in PREFERENCE
     if samples and config.ppo.total_episodes % config.ppo.batch_size:
         summary.note(not_whole(config.ppo.total_episodes, config.ppo.batch_size))
@@ -51,11 +54,11 @@ def walk_through(run: RunContext, until: str | None) -> None:
     if until is None:
         track.evaluations.append(evaluation_stage(run, 0, policy=sft, sft=sft, rewards=(), ensemble=None, before=None))
         summary.add(None, track.evaluations[0])
-    if num_rounds(method, config.rounds) < config.rounds:
+    if rounds < config.rounds:
         summary.note(f"{config.method} has one round: a second one, from π_SFT on the same pairs, would repeat it.")
     if method.policy_update not in PREFERENCE and (other := other_temperature(config)):
         summary.note(other)
-    for number in range(1, num_rounds(method, config.rounds) + 1):
+    for number in range(1, rounds + 1):
         round = _next_round(run, method, track, number, pairs)
         if track.decision is not None and not track.decision.record["result"]["due"]:
             summary.note(not_due(number, track.decision.record["result"], adapters=config.lora.r > 0))
@@ -134,12 +137,13 @@ def _policy(run: RunContext, method: Method, round: Round, track: Track, pairs: 
 
 def other_temperature(config: Config) -> str | None:
     """Why the rollouts' KL is not the evaluation's: a policy has one distribution, and so one KL, at each temperature."""
-    trained, evaluated = config.ppo.temperature, config.evaluation.temperature or 1.0
+    trained, evaluated = config.ppo.temperature, config.evaluation.temperature
     if trained == evaluated:
         return None
+    what = f"the policy at evaluation.temperature {evaluated:g}" if evaluated else GREEDY
     return (
-        f"KL to SFT of an evaluation is that of the policy at evaluation.temperature {evaluated:g}, and KL of a rollout that at "
-        f"ppo.temperature {trained:g}: they are two numbers of one policy, and differ."
+        f"KL to SFT of an evaluation is that of {what}, and KL of a rollout that at ppo.temperature {trained:g}: they are two numbers of "
+        "one policy, and differ."
     )
 
 

@@ -17,10 +17,10 @@ INTERVALS = ("gold", "gold_change", "proxy_start", "proxy", "proxy_change", "kl_
 
 
 class Summary:
-    """summary.json, rewritten after every round so that a stopped run has one too."""
+    """summary.json, rewritten after every round so that a stopped run has one too; `finished` after the last of `rounds`."""
 
-    def __init__(self, run: RunContext):
-        self._run = run
+    def __init__(self, run: RunContext, rounds: int):
+        self._run, self._of = run, rounds
         self.baselines: dict[str, Any] = {}  # what a reward model has to beat: evaluation/baselines.py
         self.notes: list[str] = []
         self._rounds: list[dict[str, Any]] = []
@@ -55,6 +55,10 @@ class Summary:
             "refit_value": decision.record["result"]["value"] if decision else None,
         }
         row |= {name: figures.get(name) for name in ("tie_rate", "length", "eos_rate")}
+        diverged = [name for name in INTERVALS if row[name] is None and row[f"{name}_n"]]
+        if diverged:
+            why = "the policy or its reward model has diverged"
+            self.note(f"round {row['round']}: not finite on every prompt, and so without a value: {', '.join(diverged)}; {why}.")
         done = self._run.stages[self._counted :]  # a reward model that is kept was paid for before
         self._counted = len(self._run.stages)
         row["seconds"] = round(sum(stage.record["seconds"] for stage in done), 3)
@@ -62,6 +66,7 @@ class Summary:
         config = self._run.config
         body = {"method": config.method, "row": config.row, "seed": config.seed, "name": config.name}
         body |= {"rounds": self._rounds, "baselines": self.baselines, "notes": self.notes}
+        body["finished"] = row["round"] >= self._of
         if distributed.is_leader():
             write_whole(self._run.folder / "summary.json", json.dumps(body, indent=1) + "\n")
 

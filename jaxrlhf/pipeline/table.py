@@ -164,6 +164,8 @@ def _cell(row: dict[str, Any], name: str, interval: bool = False) -> str:
 
 def findings(summaries: dict[str, Summary]) -> list[str]:
     """What the figures say beyond their intervals, and what the runs note."""
-    trials = [Trial(arm, one["seed"], one["rounds"], one.get("last_gold") or {}) for arm, one in summaries.items()]
+    trials = [
+        Trial(arm, one["seed"], one["rounds"], one.get("last_gold") or {}, bool(one.get("finished"))) for arm, one in summaries.items()
+    ]
     compared = beside({arm: (one["rounds"], one.get("baselines")) for arm, one in summaries.items()})
     return said(trials) + compared + sorted({note for one in summaries.values() for note in one.get("notes", [])})

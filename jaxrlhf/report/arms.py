@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrlhf.evaluation.curves import Curve, Estimate, estimate
-from jaxrlhf.evaluation.findings import Trial, difference_to
+from jaxrlhf.evaluation.findings import Trial, difference_to, equally_far
 from jaxrlhf.evaluation.intervals import Interval, from_fields, mean_interval
 from jaxrlhf.report import diagnoses as reading
 from jaxrlhf.report.costs import flops_by_part, seconds_by_part, share_of_corrections
@@ -67,6 +67,11 @@ class Arm(NamedTuple):
         """The seeds that means are taken of: those with the most finished rounds. One that is behind would mix rounds with one another."""
         furthest = max(len(view.run.rounds) for view in self.views)
         return [view for view in self.views if len(view.run.rounds) == furthest]
+
+    @property
+    def trials(self) -> list[Trial]:
+        """`compared`, as sentences are made of them."""
+        return [Trial(self.name, view.run.seed, view.run.rounds, view.last_gold, view.run.finished) for view in self.compared]
 
 
 class Collected(NamedTuple):
@@ -202,7 +207,7 @@ def table(arms: Sequence[Arm]) -> tuple[list[Column], list[dict[str, Any]]]:
         row: dict[str, Any] = {"arm": arm.name, "seeds": len(arm.compared), "state": state_of(arm)}
         row |= {column.key: estimate([column.of(view) for view in arm.compared]) for column in columns}
         row["intervals"] = _over_prompts(arm.compared[0], columns) if row["seeds"] == 1 else {}
-        if arm is not arms[0] and len(arm.compared[0].run.rounds) == len(arms[0].compared[0].run.rounds):
+        if arm is not arms[0] and equally_far(arm.trials[0], arms[0].trials[0]):
             row["difference"] = difference_to(_by_seed(arms[0], COLUMNS[1]), _by_seed(arm, COLUMNS[1]))
             own, other = arm.compared[0].last_gold, arms[0].compared[0].last_gold
             both = [name for name in own if name in other]
@@ -226,17 +231,14 @@ def _by_seed(arm: Arm, column: Column) -> dict[int | None, float | None]:
 
 
 def best_of(arms: Sequence[Arm], column: Column) -> str | None:
-    """The arm that lies more than two standard errors above every other, seed by seed; None of one seed, which has no error."""
+    """The arm that lies more than two standard errors above every other, seed by seed; None of one seed, which has no error, and where
+    another has not come equally far."""
     for arm in arms:
-        against = [difference_to(_by_seed(other, column), _by_seed(arm, column)) for other in arms if other is not arm]
+        fair = [other for other in arms if other is not arm and equally_far(arm.trials[0], other.trials[0])]
+        against = [difference_to(_by_seed(other, column), _by_seed(arm, column)) for other in fair] if len(fair) == len(arms) - 1 else []
         if against and all(one is not None and one.interval.direction > 0 for one in against):
             return arm.name
     return None
-
-
-def trials(arms: Sequence[Arm]) -> list[Trial]:
-    """The runs that means are taken of, as sentences are made of them."""
-    return [Trial(arm.name, view.run.seed, view.run.rounds, view.last_gold) for arm in arms for view in arm.compared]
 
 
 def origin(arms: Sequence[Arm]) -> str:

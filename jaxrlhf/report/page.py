@@ -13,8 +13,9 @@ from typing import Any
 
 from jaxrlhf.evaluation.baselines import beside
 from jaxrlhf.evaluation.findings import findings as said_of
+from jaxrlhf.evaluation.intervals import chance_beyond
 from jaxrlhf.formatting import escape_markdown, markdown_table
-from jaxrlhf.report.arms import Arm, Column, as_text, best_of, origin, table, trials
+from jaxrlhf.report.arms import Arm, Column, as_text, best_of, origin, table
 from jaxrlhf.report.costs import PARTS
 from jaxrlhf.report.drawing import Figure
 
@@ -93,6 +94,7 @@ def missing_by_text(arms: Sequence[Arm]) -> list[tuple[str, str]]:
 def _results(arms: Sequence[Arm]) -> str:
     columns, rows = table(arms)
     several = any(len(arm.views) > 1 for arm in arms)
+    errors = errors_said(arms, columns, rows)
     columns, alike = varying(columns, rows)
     head = [_th("arm", "text", "name", "ascending")] + ([_th("seeds", "", "of which the means are")] if several else [])
     states = any(row["state"] != "finished" for row in rows)
@@ -109,19 +111,26 @@ def _results(arms: Sequence[Arm]) -> str:
     legend = "; ".join(f"<b>{escape(column.title)}</b>: {escape(column.meaning)}" for column in columns)
     said = "".join(f"<li>{escape(line)}</li>" for line in findings(arms))
     return (
-        f'<section id="results"><h2>Results</h2><p>A click on a heading sorts. {escape(errors_said(arms))}{escape(alike)}</p>'
+        f'<section id="results"><h2>Results</h2><p>A click on a heading sorts. {escape(f"{errors} {alike}".strip())}</p>'
         f'<div class="box"><table id="summary"><thead><tr>{"".join(head)}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
         f'<ul class="findings">{said}</ul><details><summary>What the columns mean</summary><p>{legend}.</p></details></section>'
     )
 
 
-def errors_said(arms: Sequence[Arm]) -> str:
+def errors_said(arms: Sequence[Arm], columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> str:
     """What stands beside a figure of the table, and what is highlighted in it."""
-    n = sorted({one.n for arm in arms for view in arm.views for one in view.intervals("kl_sft") if one and one.n})
-    prompts = f"Brackets: 95 % over prompts (n = {', '.join(map(str, n))}; accuracy and ECE: over the pairs that gold decides)."
-    seeds = "±: one standard error over seeds. Coloured: more than two above every other arm, seed by seed."
-    several, alone = (any(test(len(arm.compared)) for arm in arms) for test in (lambda k: k > 1, lambda k: k == 1))
-    return " ".join([seeds] * several + [prompts] * bool(alone and n))
+    over: dict[str, list[str]] = {}
+    for column in columns:
+        n = sorted({row["intervals"][column.key].n for row in rows if column.key in row["intervals"]})
+        if n:
+            over.setdefault(f"n = {', '.join(map(str, n))}" if all(n) else "n not kept", []).append(column.title)
+    which = "; ".join(f"{n}: {', '.join(titles)}" for n, titles in over.items())
+    said = [f"Brackets: 95 % over prompts, of accuracy and ECE over the pairs that gold decides ({which})."] if over else []
+    several = [len(arm.compared) for arm in arms if len(arm.compared) > 1]
+    if several:
+        chance = f"with n = {min(several)} seeds one comparison is beyond by chance in {100 * chance_beyond(min(several)):.0f} % of cases"
+        said.insert(0, f"±: one standard error over seeds. Coloured: more than two above every other arm, seed by seed; {chance}.")
+    return " ".join(said)
 
 
 def varying(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> tuple[list[Column], str]:
@@ -129,7 +138,7 @@ def varying(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> tuple[
     texts = {column.key: {cell_text(row, column) for row in rows} for column in columns}
     kept = [column for column in columns if len(rows) == 1 or len(texts[column.key]) > 1 or column.key in BEST]
     alike = [f"{column.title} {' '.join(next(iter(texts[column.key]))).strip()}" for column in columns if column not in kept]
-    return kept, f" The same in all arms: {', '.join(alike)}." if alike else ""
+    return kept, f"The same in all arms: {', '.join(alike)}." if alike else ""
 
 
 def cell_text(row: dict[str, Any], column: Column) -> tuple[str, str]:
@@ -155,7 +164,7 @@ def _cell(row: dict[str, Any], column: Column, best: bool) -> str:
 
 def findings(arms: Sequence[Arm]) -> list[str]:
     """What the figures say beyond their intervals, and what the runs note."""
-    lines = said_of(trials(arms))
+    lines = said_of([trial for arm in arms for trial in arm.trials])
     named = {f"{arm.name} (seed {arm.first.run.seed})" if len(arm.views) > 1 else arm.name: arm.first.run for arm in arms}
     lines += beside({name: (run.rounds, run.baselines) for name, run in named.items()})
     behind = [arm for arm in arms if len(arm.compared) < len(arm.views)]
@@ -238,6 +247,8 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def markdown(title: str, arms: Sequence[Arm], problems: Sequence[str]) -> str:
     """The summary table for a paper, what its columns mean, and what is missing."""
     columns, rows = table(arms)
+    errors = errors_said(arms, columns, rows)
+    columns, alike = varying(columns, rows)
     several = any(len(arm.views) > 1 for arm in arms)
     head = ["arm", *(["seeds"] if several else []), *(column.title for column in columns)]
     body = [
@@ -246,7 +257,7 @@ def markdown(title: str, arms: Sequence[Arm], problems: Sequence[str]) -> str:
     ]
     lines = [f"# {escape_markdown(title)}", "", markdown_table(head, body, ":--", "--:"), ""]
     lines += [f"- {column.title}: {column.meaning}." for column in columns]
-    lines += [f"- {errors_said(arms)}"] if arms else []
+    lines += [f"- {escape_markdown(line)}" for line in (errors, alike) if line]
     lines += ["", *(f"- {escape_markdown(line)}" for line in findings(arms))]
     lines += [f"- Missing: {escape_markdown(f'{names}: {said}')}" for said, names in missing_by_text(arms)]
     lines += [f"- Missing: {escape_markdown(problem)}" for problem in problems]

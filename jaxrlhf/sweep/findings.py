@@ -6,7 +6,7 @@ from jaxrlhf.sweep.statistics import Sweep
 
 def findings(sweep: Sweep) -> list[str]:
     """Sentences computed from the figures; every one holds whichever way they came out."""
-    trials = [sentences.Trial(run.arm, run.seed, run.rounds) for arm in sweep.settings for run in sweep.finished(arm)]
+    trials = [sentences.Trial(run.arm, run.seed, run.rounds, finished=True) for arm in sweep.settings for run in sweep.finished(arm)]
     return [*_missing(sweep), *_shared(sweep), *sentences.findings(trials), *_equal(sweep), *_notes(sweep)]
 
 

@@ -2,12 +2,14 @@
 
 import io
 import json
+import math
 
 import pytest
 import yaml
 from rich.console import Console
 
 from jaxrlhf.evaluation.intervals import Interval, as_fields, proportion
+from jaxrlhf.pipeline.loop import other_temperature
 from jaxrlhf.pipeline.table import findings, read_summaries, show, subset_table
 
 
@@ -186,3 +188,35 @@ def test_filtered_against_random_round_by_round():
     assert str(found.title).endswith("equal budget")
     assert "NOT the same number" in str(subset_table(summaries | {"near": rows("nearest", 11)}).title)  # type: ignore[union-attr]
     assert subset_table({"near": summaries["near"], "all": summaries["all"]}) is None
+
+
+@pytest.mark.parametrize(
+    ("trained", "evaluated", "words"),
+    [
+        (1.0, 1.0, None),
+        (0.7, 1.0, "the policy at evaluation.temperature 1, and KL of a rollout that at ppo.temperature 0.7"),
+        (
+            1.0,
+            0.0,
+            "greedy text (evaluation.temperature 0) under the policy at temperature 1, and KL of a rollout that at ppo.temperature 1",
+        ),
+    ],
+)
+def test_the_temperatures_of_the_kls_are_the_config_s(trained, evaluated, words, tiny_config, tmp_path):
+    said = other_temperature(tiny_config(tmp_path, ppo__temperature=trained, evaluation__temperature=evaluated))
+    assert said is None if words is None else words in (said or ""), said
+
+
+def test_gold_that_is_not_finite_is_compared_with_nothing():
+    """The report leaves it out too."""
+    golds = {"a": {"0": 1.0, "1": 2.0}, "b": {"0": 1.0, "1": math.nan}, "c": {"0": 2.0, "1": 3.5}}
+    text = said(**{arm: summary(row(0, 1.0), row(1, 1.0)) | {"last_gold": gold} for arm, gold in golds.items()})
+    assert "c +1.25" in text and "b " not in text
+
+
+def test_chance_stands_beside_rounds_that_are_told():
+    """Six changes are looked at: gold's of two rounds in both arms, and the proxy's in the one where it is known."""
+    told = summary(row(0, 1.0), moved(1, 0.5, 1.0, 500), moved(2, 0.05, 1.5, 500))
+    noise = summary(row(0, 1.0), *({k: v for k, v in moved(n, 0.05, 1.0, 500).items() if "proxy" not in k} for n in (1, 2)))
+    assert "Chance alone puts 5 % of changes beyond their intervals: about 0.3 of these 6." in said(a=told, b=noise)
+    assert "hance" not in said(a=noise)

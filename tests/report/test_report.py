@@ -163,9 +163,10 @@ def test_runs_side_by_side_keep_their_names_apart(make_run, tmp_path, undrawn):
 def test_the_table_for_papers(composed):
     text = composed.markdown
     head, rule, *rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert head.startswith("| arm | rounds | gold | gold − ppo | peak gold |") and len(rows) == 2
+    assert head.startswith("| arm | gold | gold − ppo | peak gold |") and len(rows) == 2
+    assert "\n- The same in all arms: rounds 2, " in text and "length" not in head
     assert {line.count("|") for line in (head, rule, *rows)} == {head.count("|")}
-    assert rows[1].startswith("| ocrm | 2 | 2.500 | +1.000 | 2.500 | 1 | 0.000 |")
+    assert rows[1].startswith("| ocrm | 2.500 | +1.000 | 2.500 |")
 
 
 def with_intervals(folder, half=0.2, **values):
@@ -179,6 +180,11 @@ def with_intervals(folder, half=0.2, **values):
                 row |= as_fields(name, Interval(row[name], row[name] - half, row[name] + half, 15))
     path.write_text(json.dumps(body))
     return folder
+
+
+def test_brackets_of_old_folders_are_explained(composed):
+    """Their summary.json has the ends of the win rate, and no interval of the KL."""
+    assert "[10.0, 30.0]" in composed.html and "over the pairs that gold decides (n not kept: win rate %)." in composed.html
 
 
 def best(html):
@@ -197,6 +203,17 @@ def test_nothing_is_highlighted_that_is_not_two_errors_above_every_other(make_ru
     assert "Chance alone puts 18 % of rows beyond: about 0.2 of these 1." in html and "than two above every other arm" in html
     unclear = report([tmp_path / "unclear"]).html  # 1 ± 2.3
     assert best(unclear) == [] and "within noise (n = 3 seeds): ppo" in unclear
+
+
+def test_an_arm_that_is_behind_is_compared_with_nothing(make_run, tmp_path, undrawn):
+    """ocrm, after its first of two rounds, is above what ppo ended at: in colour it would be called better."""
+    for seed in (0, 1):
+        make_run(tmp_path / f"seed-{seed}" / "ppo", arm="ppo", seed=seed)
+        make_run(tmp_path / f"seed-{seed}" / "ocrm", arm="ocrm", seed=seed, rounds=1, gold_shift=5 + 0.1 * seed)
+    html = report([tmp_path]).html
+    assert best(html) == []
+    assert "Final gold of ppo (2) is not compared with that of ocrm: it is not of round 1." in html
+    assert "with n = 2 seeds one comparison is beyond by chance in 30 % of cases" in html
 
 
 def test_the_page_says_what_the_terminal_says(two_arms, tmp_path, undrawn):
@@ -223,7 +240,9 @@ def test_intervals_stand_in_the_table_and_under_the_figures(make_run, tmp_path, 
     done = report([home])
     assert '1.500<span class="soft">[1.300, 1.700]</span>' in done.html
     assert '0.700<span class="soft">[0.500, 0.900]</span>' in done.html and "KL to SFT 4.00 [3.80, 4.20]" in done.html  # the same in both
-    assert "Brackets: 95 % over prompts (n = 15;" in done.html and "one standard error" not in done.html
+    said = re.findall(r"Brackets: .*?\)\.", done.html)[0]
+    assert said.startswith("Brackets: 95 % over prompts, of accuracy and ECE over the pairs that gold decides (n = 15: gold, ")
+    assert said.endswith("; n not kept: win rate %).") and "one standard error" not in done.html  # a win rate from before n was kept
     captions = {figure.name: figure.caption for figure in done.figures}
     assert captions["gold_kl"].endswith("Bands and bars: 95 % intervals over prompts.") and "Bands" not in captions["cost_seconds"]
     assert "length 6.0" in re.findall(r"The same in all arms: (.*?)\.</p>", done.html)[0]

@@ -9,6 +9,8 @@ from rich.console import Console
 from scipy import stats
 
 from jaxrlhf.evaluation.curves import estimate
+from jaxrlhf.evaluation.findings import Trial
+from jaxrlhf.evaluation.findings import findings as findings_of
 from jaxrlhf.evaluation.intervals import Interval, as_fields, chance_beyond
 from jaxrlhf.formatting import with_numbers
 from jaxrlhf.sweep.findings import findings
@@ -131,6 +133,18 @@ def test_accuracy_that_falls_over_seeds_is_said():
         run.rounds[1]["reward_accuracy"] = 0.7 + (0.01 * n if run.arm == "a" else 0.2 * (n % 3))
     text = " ".join(findings(a_sweep(*runs)))
     assert "last round less first: below: a -0.210 ± 0.006, b -0.400 ± 0.115. Chance alone puts 18 % of rows beyond" in text
+
+
+def test_arms_that_have_come_unequally_far_are_not_compared():
+    """As a report reads a sweep that is going on. Finished runs of fewer rounds (DPO, one round with all the episodes) are compared."""
+    rows = {"a": (0.0, 1.0, 2.0), "b": (0.0, 5.0), "c": (0.0, 1.0, 9.0)}
+    trials = [
+        Trial(arm, seed, rounds(*golds[:-1], golds[-1] + 0.1 * seed * (arm != "a"))) for arm, golds in rows.items() for seed in (0, 1)
+    ]
+    text = " ".join(findings_of(trials))
+    assert "above: c +7.05" in text and "b +3" not in text, text
+    assert "Final gold of b (1) is not compared with that of a: it is not of round 2." in text
+    assert "c +7.05 ± 0.05, b" not in text and "b +3.05" in " ".join(findings_of([one._replace(finished=True) for one in trials]))
 
 
 def test_failed_and_pending_runs_are_not_in_the_table_and_are_named():
