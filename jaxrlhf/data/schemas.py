@@ -22,6 +22,7 @@ from jaxrlhf.data.chat import (
     special_strings,
 )
 from jaxrlhf.data.read_report import DataError
+from jaxrlhf.data.sources import plain
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and a plan needs none of it
     from transformers import PreTrainedTokenizerBase
@@ -102,7 +103,7 @@ class Reading:
             raise BadRow(f"mistyped field: chat_template_kwargs sets {taken[0]}, which is the reader's to set")
         if isinstance(tools, str) and tools:
             try:
-                tools = json.loads(tools)
+                tools = plain(json.loads(tools))
             except (ValueError, RecursionError) as error:
                 raise BadRow(f"mistyped field: tools is text and not JSON: {error}") from None
         check_strings([options, tools], "tools or chat_template_kwargs", self.specials)

@@ -159,7 +159,7 @@ def test_tool_calls_stand_beside_no_content(tokenizers, tmp_path):
         for c, tools in (({"content": None}, TOOLS), ({}, json.dumps(TOOLS)), ({"content": ""}, TOOLS))
     ]
     read, report = read_demonstrations(lines(tmp_path / "a.jsonl", rows), tokenizer=tokenizers["thinking"])
-    call = '<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call>'
+    call = '<call>{"arguments": {"city": "Oslo"}, "name": "weather"}</call>'
     assert report.dropped == []
     assert (
         {row.prompt.count(call) for row in read} == {1}
@@ -175,6 +175,27 @@ def test_tool_calls_stand_beside_no_content(tokenizers, tmp_path):
     )
     with pytest.raises(DataError, match="chat template changed the reply"):
         read_pairs(tmp_path / "b.jsonl", tokenizer=other)
+
+
+def test_a_call_and_the_content_beside_it_are_both_looked_for(tokenizers, tmp_path):
+    """Templates that write one of the two lose the other; one that writes both may have a reply of both."""
+    both, writes = called(content="Let me look."), tokenizers["thinking"].chat_template
+    pair = {"prompt": both[:1], "chosen": both[1:2], "rejected": say("No.", roles=("assistant",))}
+    call = '<call>{"arguments": {"city": "Oslo"}, "name": "weather"}</call>'
+    for template, lost in (
+        (writes, None),
+        (writes.replace("{{ m.content }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}"), "content"),
+        (writes.replace("for c in m.tool_calls", "for c in []"), "tool_calls"),
+    ):
+        tokenizer = copy.deepcopy(tokenizers["thinking"])
+        tokenizer.chat_template = template
+        for read, row in ((read_demonstrations, {"messages": both}), (read_pairs, pair)):
+            path = lines(tmp_path / "a.jsonl", [row, {"prompt": "p", "chosen": "c", "rejected": "r"}])
+            rows, report = read(path, tokenizer=tokenizer)
+            reasons = [reason.partition(";")[0] for _, reason in report.dropped]
+            assert reasons == ([f"lost in the chat template: it writes nothing of the {lost} of role 'assistant'"] if lost else []), template
+            written = getattr(rows[0], "chosen" if read is read_pairs else "prompt")
+            assert lost or f"Let me look.{call}" in written, written
 
 
 def test_content_parts_of_text_are_joined_and_others_named(tokenizers, tmp_path):
