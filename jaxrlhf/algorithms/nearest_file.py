@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.algorithms.frft import RANDOM, Filter
-from jaxrlhf.config import FilterConfig
+from jaxrlhf.config import DataConfig, FilterConfig
 from jaxrlhf.data.columns import ColumnError, read_header, write_columns
 from jaxrlhf.data.pairs import Pair, dataset_hash, read_pairs, write_pairs
 from jaxrlhf.data.read_report import DataError
@@ -42,6 +42,8 @@ def nearest_file(
     tokenizer: str | None = None,
     split: str = "train",
     limit: int | None = None,
+    implicit_prompt: Any = DataConfig.implicit_prompt,
+    template_date: str = DataConfig.template_date,
     show: Show = lambda what: nullcontext(),
     **encoder: Any,
 ) -> dict[str, Any]:
@@ -57,7 +59,8 @@ def nearest_file(
     on, and the filter report. Raises FileExistsError where `output` holds anything but the same columns, unless `overwrite`; DataError for
     a pair whose prompt has no generation; otherwise what the parts raise.
     """
-    pairs, report = read_pairs(data, split=split, limit=limit, tokenizer=tokenizer_named(tokenizer))
+    reading: dict[str, Any] = {"implicit_prompt": implicit_prompt, "template_date": template_date}
+    pairs, report = read_pairs(data, split=split, limit=limit, tokenizer=tokenizer_named(tokenizer), **reading)
     report.say()
     answers = read_generations(generations)
     if section.compare == "own" and section.k != 1:

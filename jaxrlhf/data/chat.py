@@ -102,8 +102,8 @@ def require_template(tokenizer: PreTrainedTokenizerBase | None, source: str) -> 
         return tokenizer  # type: ignore[return-value]
     lack = "which needs a tokenizer" if tokenizer is None else "but the tokenizer has no chat template"
     raise DataError(
-        f"{source}: the row is a conversation, {lack}; name a tokenizer with a chat template (tokenizer.source, --tokenizer, or "
-        "pass tokenizer=), or set tokenizer.chat_template to a Jinja template."
+        f"{source}: the row is a conversation, {lack}; name one that has: in a config tokenizer.source, or a template in a config "
+        "tokenizer.chat_template; of a command --tokenizer (`generate`: the policy's own); in Python tokenizer=."
     )
 
 
@@ -112,10 +112,16 @@ def at_date(template: str, date: str) -> str:
     """The template with a `strftime_now` that is at `date` (ISO 8601) and not today, or a row would read otherwise tomorrow."""
     if "strftime_now" not in template:
         return template
-    print(f"jaxrlhf: the chat template asks for the date, and is given {date} (data.template_date).", file=sys.stderr)
     directives = [f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters if letter != "s"]  # %s is of the time zone
     written = {each: datetime.fromisoformat(date).strftime(each) for each in directives}
     return _AT_DATE.replace("WRITTEN", json.dumps(written)) + template
+
+
+@cache
+def _say_date(template: str, date: str) -> None:
+    """Once; not where a template is only looked at for its end."""
+    if "strftime_now" in template:
+        print(f"jaxrlhf: the chat template asks for the date, and is given {date} (data.template_date).", file=sys.stderr)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, options: dict[str, Any], **fixed: bool) -> str:
@@ -132,6 +138,7 @@ def _render_all(tokenizer: PreTrainedTokenizerBase, messages: Messages, options:
     """The rendered messages; BadRow where a call, the content beside one or another role's, from message `start` on, does not change
     the text."""
     text = _render(tokenizer, messages, options, **fixed)
+    _say_date(tokenizer.get_chat_template(tools=options.get("tools")), options.get("template_date", DataConfig.template_date))
     for n, message in enumerate(messages[start:], start):
         holds = {"tool_calls": message.get("tool_calls"), "content": message.get("content", "").strip()}
         parts = [what for what, value in holds.items() if value] or ["content"]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxrlhf.config import DataConfig
 from jaxrlhf.data.pairs import Demonstration, Pair, read_demonstrations, read_pairs
 from jaxrlhf.models.hub import tokenizer_named
 from jaxrlhf.offline.vectors import embed_cached
@@ -20,6 +21,8 @@ def embed_file(
     tokenizer: str | None = None,
     split: str = "train",
     limit: int | None = None,
+    implicit_prompt: str = DataConfig.implicit_prompt,
+    template_date: str = DataConfig.template_date,
     **embedding: Any,
 ) -> dict[str, Any]:
     """Embed the texts of some fields of every row into `output`, which keeps what it has: a second call embeds nothing.
@@ -36,6 +39,7 @@ def embed_file(
         what = f"fields {', '.join(fields)}" if fields else "no field"
         raise ValueError(f"{what}: embed some of {', '.join(PAIR_FIELDS)} of pairs, or of {', '.join(RESPONSE_FIELDS)} of responses.")
     options: dict[str, Any] = {"split": split, "limit": limit, "tokenizer": tokenizer_named(tokenizer)}
+    options |= {"implicit_prompt": implicit_prompt, "template_date": template_date}
     rows: Sequence[Pair | Demonstration]
     rows, report = read_demonstrations(source, **options) if known is RESPONSE_FIELDS else read_pairs(source, **options)
     report.say()

@@ -103,7 +103,11 @@ def test_a_row_does_not_depend_on_the_rows_before_it(tmp_path):
 
 def test_a_whole_number_is_spelled_alike_in_every_format(tmp_path):
     """A column that holds a fraction has floats only, in Parquet; an id is one too. What a double cannot hold stays as it is."""
-    rows = [{"id": 7, "prompt": "p", "x": {"n": 1}}, {"id": 0.5, "prompt": "q", "x": {"n": 2.5}}, {"id": 8.0, "prompt": "r", "x": {"n": -3.0}}]
+    rows = [
+        {"id": 7, "prompt": "p", "x": {"n": 1}},
+        {"id": 0.5, "prompt": "q", "x": {"n": 2.5}},
+        {"id": 8.0, "prompt": "r", "x": {"n": -3.0}},
+    ]
     jsonl, parquet = tmp_path / "a.jsonl", tmp_path / "a.parquet"
     jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
     pq.write_table(table(rows), parquet)

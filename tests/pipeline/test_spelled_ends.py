@@ -122,7 +122,7 @@ def test_every_schema_loses_it_once_and_says_so(tmp_path):
 
 
 def test_a_tag_that_the_text_opened_is_no_end(tmp_path):
-    """`<s>` is HTML for what is struck through. The same in training data, in references and in stored responses, whatever the tokenizer."""
+    """`<s>` is HTML for what is struck through. The same in training data and in stored responses, whatever the tokenizer."""
     tokenizer = train_tokenizer([], 258)
     tokenizer.add_special_tokens({"eos_token": "</s>", "bos_token": "<s>"})
     for text, bare in (
