@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jaxrlhf import sharding
-from jaxrlhf.commands.recipe_arguments import add_reading_arguments
+from jaxrlhf.commands.recipe_arguments import add_reading_arguments, reading_of
 from jaxrlhf.monitoring.progress import shown
 from jaxrlhf.offline.embed_file import embed_file
 from jaxrlhf.offline.encoder_identity import BACKENDS, encoder_identity
@@ -50,6 +50,7 @@ def main(options: argparse.Namespace) -> int:
     cache_compilations()
     settings = vars(options)
     mesh = encoder_mesh(settings)
+    settings["reading"] = reading_of(settings)
     with shown("embed") as progress:
         done = embed_file(settings.pop("data"), **settings, mesh=mesh, progress=progress)
     print(f"{done['rows']} rows, {done['texts']} different texts, {done['embedded']} embedded now ({done['dimension']} dimensions)")

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import yaml
 
@@ -57,3 +58,8 @@ def add_reading_arguments(parser: argparse._ActionsContainer) -> None:
     rules, default = ("assistant", "common_prefix"), DataConfig.implicit_prompt
     parser.add_argument("--implicit_prompt", choices=rules, default=default, help="how text pairs without a prompt are cut")
     parser.add_argument("--template_date", default=DataConfig.template_date, help="for chat templates that ask (default: %(default)s)")
+
+
+def reading_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those options, as keywords of the readers; taken out of `settings`."""
+    return {name: settings.pop(name) for name in ("implicit_prompt", "template_date")}

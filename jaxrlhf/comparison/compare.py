@@ -71,8 +71,7 @@ def evaluate(
     if a == b:
         raise ValueError(f"both sides are {a}; name two different ones.")
     sides = read_candidate(a), read_candidate(b)
-    reading = {"implicit_prompt": implicit_prompt, "template_date": template_date}
-    asked = prompts_of(sides, prompts, toy_prompts, limit, seed, tokenizer, **reading)
+    asked = prompts_of(sides, prompts, toy_prompts, limit, seed, tokenizer, implicit_prompt=implicit_prompt, template_date=template_date)
     new_tokens, notes = new_tokens_of(sides, max_new_tokens)
     writing = GenerationSettings(new_tokens, max_prompt_length, temperature, batch_size, seed, dtype, template_date)
     scorer = None if gold is None else gold_scorer(gold, writing, longest(sides, asked, writing))

@@ -103,7 +103,7 @@ def require_template(tokenizer: PreTrainedTokenizerBase | None, source: str) -> 
     lack = "which needs a tokenizer" if tokenizer is None else "but the tokenizer has no chat template"
     raise DataError(
         f"{source}: the row is a conversation, {lack}; name one that has: in a config tokenizer.source, or a template in a config "
-        "tokenizer.chat_template; of a command --tokenizer (`generate`: the policy's own); in Python tokenizer=."
+        "tokenizer.chat_template; of a command --tokenizer (`generate`: the policy's own); in Python pass tokenizer=."
     )
 
 

@@ -220,7 +220,7 @@ def cut_prompt(chosen: str, rejected: str, rule: str = "assistant") -> tuple[str
         if at < 0:
             raise BadRow(
                 f"no prompt: chosen and rejected share no {ASSISTANT!r}; add a prompt field, or cut wherever they part, as TRL does, by "
-                "common_prefix: in a config data.implicit_prompt, of a command --implicit_prompt, in Python implicit_prompt="
+                "common_prefix: in a config data.implicit_prompt, of a command --implicit_prompt, in Python pass implicit_prompt="
             )
         at += len(ASSISTANT)
     else:

@@ -44,13 +44,7 @@ def score_responses(
 
 
 def reward_model_scorer(
-    source: str,
-    *,
-    batch_size: int,
-    limits: Limits,
-    dtype: str = "float32",
-    template_date: str = DataConfig.template_date,
-    mesh: Any = None,
+    source: str, *, batch_size: int, limits: Limits, dtype: str = "float32", template_date: str = DataConfig.template_date, mesh: Any = None
 ) -> Scorer:
     """The model in `source` as a scorer of text: its own tokenizer, its chat template where it has one, its `reward_bias` subtracted.
 

@@ -299,7 +299,7 @@ def test_a_message_advises_what_there_is_where_it_is_read(tmp_path):
         ("conversation", "tokenizer.chat_template", "--tokenizer", "tokenizer="),
         ("no prompt", "data.implicit_prompt", "--implicit_prompt", "implicit_prompt="),
     ):
-        assert f"in a config {key}" in said[name] and f"of a command {option}" in said[name] and f"in Python {argument}" in said[name]
+        assert f"in a config {key}" in said[name] and f"of a command {option}" in said[name] and f"in Python pass {argument}" in said[name]
     for command in (evaluate, embed, nearest, generate):
         parser = argparse.ArgumentParser()
         command.add_arguments(parser)
