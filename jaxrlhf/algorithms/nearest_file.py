@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,12 +43,13 @@ def nearest_file(
     tokenizer: str | None = None,
     split: str = "train",
     limit: int | None = None,
+    reading: Mapping[str, Any] = MappingProxyType({}),
     show: Show = lambda what: nullcontext(),
     **encoder: Any,
 ) -> dict[str, Any]:
     """Compare every pair with the policy's text, select, and write it all to `output`; the filter report.
 
-    data: pairs, as `read_pairs` takes them. generations: rows of a prompt and a response, as `jaxrlhf generate` writes them.
+    data, reading: as `read_pairs` takes them. generations: rows of a prompt and a response, as `jaxrlhf generate` writes them.
     embeddings: the folder of vectors of `jaxrlhf embed`; what is missing there is embedded now.
     section: how to compare and select; its rule is one of `select`'s, or "random" for the control, drawn by `seed`. With `compare: own` a
     response meets the policy's first text for the pair's own prompt.
@@ -57,7 +59,7 @@ def nearest_file(
     on, and the filter report. Raises FileExistsError where `output` holds anything but the same columns, unless `overwrite`; DataError for
     a pair whose prompt has no generation; otherwise what the parts raise.
     """
-    pairs, report = read_pairs(data, split=split, limit=limit, tokenizer=tokenizer_named(tokenizer))
+    pairs, report = read_pairs(data, split=split, limit=limit, tokenizer=tokenizer_named(tokenizer), **reading)
     report.say()
     answers = read_generations(generations)
     if section.compare == "own" and section.k != 1:

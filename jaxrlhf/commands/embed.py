@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from jaxrlhf import sharding
+from jaxrlhf.commands.recipe_arguments import add_reading_arguments, reading_of
 from jaxrlhf.monitoring.progress import shown
 from jaxrlhf.offline.embed_file import embed_file
 from jaxrlhf.offline.encoder_identity import BACKENDS, encoder_identity
@@ -33,6 +34,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the encoder; flax only")
     parser.add_argument("--batch_size", type=int, default=64, help="of the encoder")
     parser.add_argument("--tokenizer", help="a folder whose chat template renders conversations")
+    add_reading_arguments(parser)
     parser.add_argument("--split", default="train", help="of hub ids")
     parser.add_argument("--limit", type=int, help="read at most this many rows")
 
@@ -48,6 +50,7 @@ def main(options: argparse.Namespace) -> int:
     cache_compilations()
     settings = vars(options)
     mesh = encoder_mesh(settings)
+    settings["reading"] = reading_of(settings)
     with shown("embed") as progress:
         done = embed_file(settings.pop("data"), **settings, mesh=mesh, progress=progress)
     print(f"{done['rows']} rows, {done['texts']} different texts, {done['embedded']} embedded now ({done['dimension']} dimensions)")

@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from jaxrlhf.commands.recipe_arguments import add_reading_arguments
 from jaxrlhf.comparison.candidates import REFERENCE
 from jaxrlhf.comparison.compare import evaluate, show
 from jaxrlhf.comparison.figures import MEASURES, TABLE
@@ -13,7 +14,7 @@ from jaxrlhf.sharding.compile_cache import cache_compilations
 
 # Options that are arguments of `evaluate`, and with --judge_ before them fields of Judge.
 COMPARISON_OPTIONS = ("gold", "prompts", "limit", "max_new_tokens", "max_prompt_length", "temperature", "batch_size", "dtype", "seed",
-                      "length", "bins", "tokenizer", "overwrite")  # fmt: skip
+                      "length", "bins", "tokenizer", "implicit_prompt", "template_date", "overwrite")  # fmt: skip
 JUDGE_OPTIONS = ("base_url", "concurrency", "timeout", "attempts", "asks", "keep_going", "price_in", "price_out")
 
 
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--toy", type=int, metavar="N", help="N evaluation prompts of the built-in task")
     group.add_argument("--limit", type=int, help="read at most this many prompts")
     group.add_argument("--tokenizer", help="a folder whose chat template renders conversations (default: that of the first policy)")
+    add_reading_arguments(group)
     group = parser.add_argument_group("policies")
     group.add_argument("--max_new_tokens", type=int, help="for both sides (default: what their stages say, else 128)")
     group.add_argument("--max_prompt_length", type=int, default=GenerationSettings.max_prompt_length)

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 
+from jaxrlhf.commands.recipe_arguments import add_reading_arguments
 from jaxrlhf.files import write_lines
 
 
@@ -13,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a Hugging Face model folder, such as a policy stage of a run")
     parser.add_argument("prompts", nargs="*", help="prompts as arguments; none and no --file: one prompt a line from standard input")
     parser.add_argument("--file", help="prompts from JSONL(.gz) or Parquet with a prompt field")
+    add_reading_arguments(parser)
     parser.add_argument("--output", help="write JSON lines here instead of printing them")
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--max_prompt_length", type=int, default=512)

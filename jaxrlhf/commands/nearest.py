@@ -6,6 +6,7 @@ from pathlib import Path
 from jaxrlhf.algorithms.frft import RANDOM
 from jaxrlhf.algorithms.nearest_file import KEPT, nearest_file
 from jaxrlhf.commands.embed import add_encoder_arguments, encoder_mesh
+from jaxrlhf.commands.recipe_arguments import reading_of
 from jaxrlhf.config import FilterConfig
 from jaxrlhf.monitoring.progress import shown
 from jaxrlhf.offline.select import RULES
@@ -48,7 +49,7 @@ def main(options: argparse.Namespace) -> int:
     settings = vars(options)
     how = {name: settings.pop(name) for name in ("rule", "n", "threshold", "compare", "k", "embed")}
     section = FilterConfig(**how, dedupe=not settings.pop("keep_duplicates"))
-    report = nearest_file(**settings, section=section, mesh=encoder_mesh(settings), show=shown)
+    report = nearest_file(reading=reading_of(settings), **settings, section=section, mesh=encoder_mesh(settings), show=shown)
     means = [f"{side} {report['similarity'][side]['mean_kept']:.3f}" for side in ("chosen", "rejected")]
     drawn = [f"{report['similarity'][side]['mean_at_random']:.3f}" for side in ("chosen", "rejected")]
     print(f"{report['kept']} of {report['pairs']} pairs kept; mean similarity {', '.join(means)} (a random draw: {', '.join(drawn)})")

@@ -1,11 +1,13 @@
-"""Build the config of a command line: CONFIG.yaml with the overrides --section.key VALUE."""
+"""Build the config of a command line: CONFIG.yaml with the overrides --section.key VALUE; and what commands without one take of it."""
 
+import argparse
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import yaml
 
-from jaxrlhf.config import Config
+from jaxrlhf.config import Config, DataConfig
 from jaxrlhf.config.checks import contradictions
 from jaxrlhf.recipe import ConfigError, load_config
 
@@ -49,3 +51,15 @@ def _overruled(config: Config, overrides: list[str]) -> Iterator[str]:
                 f"--{key} would do nothing: {'arms' if several else 'arm'} {', '.join(arms)} {'set' if several else 'sets'} {key} already; "
                 f"change it in the recipe, under arms, or run a copy of the recipe without arms."
             )
+
+
+def add_reading_arguments(parser: argparse._ActionsContainer) -> None:
+    """What `data.implicit_prompt` and `data.template_date` are in a config."""
+    rules, default = ("assistant", "common_prefix"), DataConfig.implicit_prompt
+    parser.add_argument("--implicit_prompt", choices=rules, default=default, help="how text pairs without a prompt are cut")
+    parser.add_argument("--template_date", default=DataConfig.template_date, help="for chat templates that ask (default: %(default)s)")
+
+
+def reading_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those options, as keywords of the readers; taken out of `settings`."""
+    return {name: settings.pop(name) for name in ("implicit_prompt", "template_date")}

@@ -16,6 +16,7 @@ from jaxrlhf.comparison.judge_client import Judge
 from jaxrlhf.comparison.prompts import Prompts, prompts_identity, prompts_of
 from jaxrlhf.comparison.responses import GenerationSettings, candidate_identity, matched, new_tokens_of, responses_of
 from jaxrlhf.comparison.tables import judge_line, main_table, reference_table, write_comparison
+from jaxrlhf.config import DataConfig
 from jaxrlhf.files import write_whole
 from jaxrlhf.models.hub import read_config, resolve
 from jaxrlhf.models.hub.identity import folder_identity
@@ -50,6 +51,8 @@ def evaluate(
     length: str = "characters",
     bins: int = 5,
     tokenizer: str | None = None,
+    implicit_prompt: str = DataConfig.implicit_prompt,
+    template_date: str = DataConfig.template_date,
     overwrite: bool = False,
     show: Callable[[str], Any] = shown,
 ) -> Comparison:
@@ -68,9 +71,9 @@ def evaluate(
     if a == b:
         raise ValueError(f"both sides are {a}; name two different ones.")
     sides = read_candidate(a), read_candidate(b)
-    asked = prompts_of(sides, prompts, toy_prompts, limit, seed, tokenizer)
+    asked = prompts_of(sides, prompts, toy_prompts, limit, seed, tokenizer, implicit_prompt=implicit_prompt, template_date=template_date)
     new_tokens, notes = new_tokens_of(sides, max_new_tokens)
-    writing = GenerationSettings(new_tokens, max_prompt_length, temperature, batch_size, seed, dtype)
+    writing = GenerationSettings(new_tokens, max_prompt_length, temperature, batch_size, seed, dtype, template_date)
     scorer = None if gold is None else gold_scorer(gold, writing, longest(sides, asked, writing))
     try_gold(scorer, asked.rows[:2])
     settings = settings_of(sides, asked, writing, gold, judge, {"length": length, "bins": bins})
@@ -113,7 +116,8 @@ def gold_scorer(gold: str, writing: GenerationSettings, limits: tuple[int, int])
         check_model(path, gold, head="scalar")
     folder = resolve(gold)
     within = limits_within(read_config(folder), *limits)
-    return reward_model_scorer(str(folder), batch_size=writing.batch_size, limits=within, dtype=writing.dtype or "float32")
+    how: dict[str, Any] = {"batch_size": writing.batch_size, "dtype": writing.dtype or "float32", "template_date": writing.template_date}
+    return reward_model_scorer(str(folder), limits=within, **how)
 
 
 def settings_of(
@@ -152,7 +156,7 @@ def check_output(folder: Path, settings: dict[str, Any], overwrite: bool) -> Non
         found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None
-    if not isinstance(found, dict) or not settings.keys() <= found.keys():  # other programs have a settings.json too
+    if not isinstance(found, dict) or not {"a", "b", "prompts"} <= found.keys():  # other programs have a settings.json too
         raise FileExistsError(f"{folder} exists and holds no comparison; give another --output.")
     changed = sorted(name for name in settings if found.get(name) != settings[name])
     if changed and not overwrite:

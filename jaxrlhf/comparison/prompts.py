@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,21 @@ from jaxrlhf.models.hub import tokenizer_named
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a comparison; `file` is where they can be read again with another tokenizer, for conversations."""
+    """The prompts of a comparison; `file` is where they can be read again as `reading` says with another tokenizer, for conversations."""
 
     rows: list[Prompt]
     file: str | None = None
+    reading: dict[str, Any] = field(default_factory=dict)  # keywords of `read_prompts`
 
 
 def prompts_of(
-    sides: tuple[Candidate, Candidate], prompts: str | None, toy_prompts: int | None, limit: int | None, seed: int, tokenizer: str | None
+    sides: tuple[Candidate, Candidate],
+    prompts: str | None,
+    toy_prompts: int | None,
+    limit: int | None,
+    seed: int,
+    tokenizer: str | None,
+    **reading: Any,
 ) -> Prompts:
     """The prompts that both sides answer, each once."""
     if prompts is not None and toy_prompts is not None:
@@ -35,7 +42,7 @@ def prompts_of(
     if toy_prompts is not None:
         rows = toy.prompts(ToyTask(), toy_prompts, seed, "evaluation")
     elif prompts is not None:
-        rows, file = _read_asked(prompts, sides, tokenizer)
+        rows, file = _read_asked(prompts, sides, tokenizer, reading)
     elif stored is not None:
         rows = [Prompt(row.id, row.prompt, row.source, row.reference, row.templated) for row in stored.rows]
         further = {row.prompt: row.reference for side in sides for row in side.rows if row.reference is not None}
@@ -47,17 +54,19 @@ def prompts_of(
             "no prompt has a reference response to compare with; give prompts with one (a field completion, response or chosen), "
             "or name a side B."
         )
-    return Prompts(rows[:limit], file)
+    return Prompts(rows[:limit], file, reading)
 
 
-def _read_asked(given: str, sides: tuple[Candidate, Candidate], tokenizer: str | None) -> tuple[list[Prompt], str | None]:
+def _read_asked(
+    given: str, sides: tuple[Candidate, Candidate], tokenizer: str | None, reading: dict[str, Any]
+) -> tuple[list[Prompt], str | None]:
     path = Path(given).expanduser()
     if path.is_dir() and (path / SAMPLES).is_file():
         path = path / SAMPLES
     if path.name == SAMPLES:
         return [Prompt(row.id, row.prompt, row.source, row.reference, row.templated) for row in read_stored(path)[0]], None
     source = tokenizer or next((str(side.folder) for side in sides if side.kind == "policy"), None)
-    rows, report = read_prompts(given, unique=True, tokenizer=tokenizer_named(source))
+    rows, report = read_prompts(given, unique=True, tokenizer=tokenizer_named(source), **reading)
     report.say()
     return rows, given
 

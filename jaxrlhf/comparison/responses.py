@@ -12,7 +12,7 @@ from jaxrlhf import rng
 from jaxrlhf.comparison.candidates import REFERENCE, Candidate
 from jaxrlhf.comparison.figures import Texts
 from jaxrlhf.comparison.prompts import Prompts, fingerprint, prompts_identity
-from jaxrlhf.config import EvaluationConfig
+from jaxrlhf.config import DataConfig, EvaluationConfig
 from jaxrlhf.data.pairs import Prompt, read_prompts
 from jaxrlhf.data.read_report import DataError
 from jaxrlhf.data.tokens import Limits
@@ -26,7 +26,8 @@ NEW_TOKENS = 128  # where no stage says how long its responses may be
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How policies write, the same for both sides: same row, same random numbers. `max_new_tokens` includes EOS."""
+    """How policies write, the same for both sides: same row, same random numbers. `max_new_tokens` includes EOS. `template_date` is
+    gold's too."""
 
     max_new_tokens: int
     max_prompt_length: int = 512
@@ -34,6 +35,7 @@ class GenerationSettings:
     batch_size: int = EvaluationConfig.batch_size
     seed: int = 0
     dtype: str | None = None
+    template_date: str = DataConfig.template_date
 
     def identity(self) -> dict[str, Any]:
         """What the texts depend on: all but how many are written at a time."""
@@ -113,7 +115,7 @@ def _rendered(asked: Prompts, tokenizer: Any) -> list[Prompt]:
     """The prompts as this policy reads them: conversations through its own chat template, text as it is."""
     if asked.file is None or not any(row.templated for row in asked.rows):
         return asked.rows
-    own = {row.source: row for row in read_prompts(asked.file, tokenizer=tokenizer)[0]}
+    own = {row.source: row for row in read_prompts(asked.file, tokenizer=tokenizer, **asked.reading)[0]}
     return [own.get(row.source, row) for row in asked.rows]
 
 

@@ -102,8 +102,8 @@ def require_template(tokenizer: PreTrainedTokenizerBase | None, source: str) -> 
         return tokenizer  # type: ignore[return-value]
     lack = "which needs a tokenizer" if tokenizer is None else "but the tokenizer has no chat template"
     raise DataError(
-        f"{source}: the row is a conversation, {lack}; name a tokenizer with a chat template (tokenizer.source, --tokenizer, or "
-        "pass tokenizer=), or set tokenizer.chat_template to a Jinja template."
+        f"{source}: the row is a conversation, {lack}; name one that has: in a config tokenizer.source, or a template in a config "
+        "tokenizer.chat_template; of a command --tokenizer (`generate`: the policy's own); in Python pass tokenizer=."
     )
 
 
@@ -112,10 +112,16 @@ def at_date(template: str, date: str) -> str:
     """The template with a `strftime_now` that is at `date` (ISO 8601) and not today, or a row would read otherwise tomorrow."""
     if "strftime_now" not in template:
         return template
-    print(f"jaxrlhf: the chat template asks for the date, and is given {date} (data.template_date).", file=sys.stderr)
     directives = [f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters if letter != "s"]  # %s is of the time zone
     written = {each: datetime.fromisoformat(date).strftime(each) for each in directives}
     return _AT_DATE.replace("WRITTEN", json.dumps(written)) + template
+
+
+@cache
+def _say_date(template: str, date: str) -> None:
+    """Once; not where a template is only looked at for its end."""
+    if "strftime_now" in template:
+        print(f"jaxrlhf: the chat template asks for the date, and is given {date} (data.template_date).", file=sys.stderr)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, options: dict[str, Any], **fixed: bool) -> str:
@@ -129,22 +135,26 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, options: dic
 
 
 def _render_all(tokenizer: PreTrainedTokenizerBase, messages: Messages, options: dict[str, Any], *, start: int = 0, **fixed: bool) -> str:
-    """The rendered messages; BadRow where a call or another role's content from message `start` on does not change the text."""
+    """The rendered messages; BadRow where a call, the content beside one or another role's, from message `start` on, does not change
+    the text."""
     text = _render(tokenizer, messages, options, **fixed)
+    _say_date(tokenizer.get_chat_template(tools=options.get("tools")), options.get("template_date", DataConfig.template_date))
     for n, message in enumerate(messages[start:], start):
-        what = "tool_calls" if message.get("tool_calls") else "content"
-        if what == "content" and message["role"] in ("user", "assistant"):
+        holds = {"tool_calls": message.get("tool_calls"), "content": message.get("content", "").strip()}
+        parts = [what for what, value in holds.items() if value] or ["content"]
+        if parts == ["content"] and message["role"] in ("user", "assistant"):
             continue  # what every template is for
-        other = message | {what: [] if what == "tool_calls" else PROBE}
-        try:
-            lost = _render(tokenizer, [*messages[:n], other, *messages[n + 1 :]], options, **fixed) == text
-        except BadRow:
-            continue  # it was read
-        if lost:
-            raise BadRow(
-                f"lost in the chat template: it writes nothing of the {what} of role {message['role']!r}; give a template that does "
-                "(tokenizer.chat_template), or the message another role"
-            )
+        for what in parts:
+            other = message | {what: [] if what == "tool_calls" else PROBE}
+            try:
+                lost = _render(tokenizer, [*messages[:n], other, *messages[n + 1 :]], options, **fixed) == text
+            except BadRow:
+                continue  # it was read
+            if lost:
+                raise BadRow(
+                    f"lost in the chat template: it writes nothing of the {what} of role {message['role']!r}; give a template that does "
+                    "(tokenizer.chat_template), or the message another role"
+                )
     return text
 
 
@@ -186,8 +196,9 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, *replies: Messa
         if not full.startswith(head):
             raise BadRow("chat template is not a prefix: the rendered conversation does not start with the generation prompt")
         rest = full[len(head) :]
-        text = rest.removesuffix(tail)
-        if not rest.endswith(tail) or not text.rstrip().endswith(reply[0].get("content", "").strip()):  # many templates strip
+        text, content = rest.removesuffix(tail), reply[0].get("content", "").strip()  # many templates strip
+        there = content in text if reply[0].get("tool_calls") else text.rstrip().endswith(content)  # calls stand behind it
+        if not rest.endswith(tail) or not there:
             raise BadRow("chat template changed the reply: its text is not where the template writes replies")
         texts.append(text)
     return tuple(texts)

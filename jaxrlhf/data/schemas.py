@@ -22,13 +22,13 @@ from jaxrlhf.data.chat import (
     special_strings,
 )
 from jaxrlhf.data.read_report import DataError
+from jaxrlhf.data.sources import Row, plain
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and a plan needs none of it
     from transformers import PreTrainedTokenizerBase
 
 ASSISTANT = "\n\nAssistant:"
 _RESPONSES = ("completion", "response")
-Row = dict[str, Any]
 # EOS and PAD as data sets and programs spell them: TL;DR's references end in the first.
 _ENDS = (
     "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eot|>", "<|end|>", "<|eos|>", "<|pad|>", "<end_of_turn>", "<eos>",
@@ -102,7 +102,7 @@ class Reading:
             raise BadRow(f"mistyped field: chat_template_kwargs sets {taken[0]}, which is the reader's to set")
         if isinstance(tools, str) and tools:
             try:
-                tools = json.loads(tools)
+                tools = plain(json.loads(tools))
             except (ValueError, RecursionError) as error:
                 raise BadRow(f"mistyped field: tools is text and not JSON: {error}") from None
         check_strings([options, tools], "tools or chat_template_kwargs", self.specials)
@@ -129,14 +129,19 @@ def _reply(text: str, field: str) -> str:
 def without_end(text: str, own: tuple[str, ...] = ()) -> str:
     """`text` without EOS and PAD spelled at its end, a tokenizer's `own` among them, and one space that joined them to it.
 
+    `</s>` stays where the text has an `<s>` before it that is still open: HTML for what is struck through.
     The one place where that is done (T25): training, gold, judge, lengths and vectors all see what this leaves.
     """
-    return _trailing(own).sub("", text)
+    while found := _trailing(own).search(text):
+        if found[1] == "</s>" and text.count("<s>", 0, found.start()) > text.count("</s>", 0, found.start()):
+            break
+        text = text[: found.start()]
+    return text
 
 
 @cache
 def _trailing(own: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile(rf" ?(?:(?:{'|'.join(map(re.escape, _ENDS + own))})\s*)+\Z")
+    return re.compile(rf" ?({'|'.join(map(re.escape, _ENDS + own))})\s*\Z")
 
 
 def _has(row: Row, *fields: str) -> bool:
@@ -214,8 +219,8 @@ def cut_prompt(chosen: str, rejected: str, rule: str = "assistant") -> tuple[str
         at = prefix.rfind(ASSISTANT)
         if at < 0:
             raise BadRow(
-                f"no prompt: chosen and rejected share no {ASSISTANT!r}; add a prompt field, or set data.implicit_prompt (in Python "
-                "implicit_prompt=) to common_prefix to cut wherever they part, as TRL does"
+                f"no prompt: chosen and rejected share no {ASSISTANT!r}; add a prompt field, or cut wherever they part, as TRL does, by "
+                "common_prefix: in a config data.implicit_prompt, of a command --implicit_prompt, in Python pass implicit_prompt="
             )
         at += len(ASSISTANT)
     else:
@@ -291,8 +296,5 @@ def prompt_fields(row: Row, reading: Reading) -> dict[str, Any]:
     found = demonstration_fields({k: v for k, v in row.items() if k != "label"}, reading)
     if not found["prompt"].strip():
         raise BadRow("empty prompt: nothing to answer")
-    return {
-        "prompt": found["prompt"],
-        "reference": None if _labelled_false(row) else found["response"],
-        "templated": found["templated"],
-    }
+    response = found.pop("response")
+    return found | {"reference": None if _labelled_false(row) else response}

@@ -3,8 +3,9 @@
 A row that cannot be read is yielded as a `Fault` in its place, so that the caller decides between dropping and stopping, and no row
 disappears between two others. Local paths never touch the network.
 
-A row means the same in every format. A table has one set of keys for the objects of a column, in the order of their first appearance, and
-null where a row has none; so a null inside of a column is an absent key, and keys stand in that order, in rows of JSON too.
+A row means the same in every format, whatever rows stand beside it. A table has one set of keys for the objects of a column, in one order
+and null where a row has none, and one type for its numbers; so a null inside of a column is an absent key, keys inside of a column are
+sorted, and a whole number is an integer, in rows of JSON too.
 """
 
 import glob
@@ -38,7 +39,7 @@ class Fault:
 
 Row = dict[str, Any]
 Located = tuple[str, Row | Fault]  # ("file:line", row); lines and rows are numbered from 1
-Places = dict[tuple[str, ...], dict[str, int]]  # path of an object in a row -> its keys, numbered as they came
+_INT64 = 2.0**63  # what a table's integers end before
 
 
 def iter_rows(source: Source | Sequence[Source], *, split: str = "train", subset: str | None = None) -> Iterator[Located]:
@@ -46,13 +47,12 @@ def iter_rows(source: Source | Sequence[Source], *, split: str = "train", subset
 
     Raises FileNotFoundError for a missing file and DataError for a source that is neither a file nor looks like a hub id.
     """
-    places: Places = {}
     for one in [source] if isinstance(source, str | Path) else source:
         files = source_files(one)
         for found in [_iter_hub(str(one), split, subset)] if files is None else map(_iter_file, files):
             for where, row in found:
                 try:
-                    yield where, row if isinstance(row, Fault) else {name: _in_order(value, (name,), places) for name, value in row.items()}
+                    yield where, row if isinstance(row, Fault) else {name: plain(value) for name, value in row.items()}
                 except RecursionError:
                     yield where, Fault("nested too deeply")
 
@@ -65,16 +65,13 @@ def source_identity(source: Source) -> str:
     return hashlib.sha256(b"".join(digests(files))).hexdigest()[:20]
 
 
-def _in_order(value: Any, path: tuple[str, ...], places: Places) -> Any:
-    """`value` without null keys, its keys in the order in which the objects at this path had them first."""
+def plain(value: Any) -> Any:
+    """`value` as every format can say it: keys sorted, none of them null, whole numbers as integers."""
     if isinstance(value, list):
-        return [_in_order(one, path, places) for one in value]
-    if not isinstance(value, dict):
-        return value
-    place = places.setdefault(path, {})
-    for key in value:
-        place.setdefault(key, len(place))
-    return {key: _in_order(value[key], (*path, key), places) for key in sorted(value, key=place.__getitem__) if value[key] is not None}
+        return [plain(one) for one in value]
+    if isinstance(value, dict):
+        return {key: plain(value[key]) for key in sorted(value) if value[key] is not None}
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < _INT64 else value
 
 
 def source_files(source: Source) -> list[Path] | None:

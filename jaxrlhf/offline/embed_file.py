@@ -1,7 +1,8 @@
 """The vectors of a file of pairs or responses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jaxrlhf.data.pairs import Demonstration, Pair, read_demonstrations, read_pairs
@@ -20,13 +21,14 @@ def embed_file(
     tokenizer: str | None = None,
     split: str = "train",
     limit: int | None = None,
+    reading: Mapping[str, Any] = MappingProxyType({}),
     **embedding: Any,
 ) -> dict[str, Any]:
     """Embed the texts of some fields of every row into `output`, which keeps what it has: a second call embeds nothing.
 
     source: files, folders or hub ids of preference pairs; with `fields` ("response",) anything that has a prompt and a response, such as
-    what `jaxrlhf generate` writes. `tokenizer` renders conversations. `embedding`: keywords of `embed_cached`. Rows that cannot be used
-    are named on standard error.
+    what `jaxrlhf generate` writes. `tokenizer` renders conversations. `reading`, `embedding`: keywords of the readers and of
+    `embed_cached`. Rows that cannot be used are named on standard error.
 
     Returns {"folder", "backend", "encoder" (its key), "rows", "texts" (distinct), "embedded" (now), "dimension"}.
     """
@@ -35,7 +37,7 @@ def embed_file(
     if unknown or not fields:
         what = f"fields {', '.join(fields)}" if fields else "no field"
         raise ValueError(f"{what}: embed some of {', '.join(PAIR_FIELDS)} of pairs, or of {', '.join(RESPONSE_FIELDS)} of responses.")
-    options: dict[str, Any] = {"split": split, "limit": limit, "tokenizer": tokenizer_named(tokenizer)}
+    options: dict[str, Any] = {"split": split, "limit": limit, "tokenizer": tokenizer_named(tokenizer), **reading}
     rows: Sequence[Pair | Demonstration]
     rows, report = read_demonstrations(source, **options) if known is RESPONSE_FIELDS else read_pairs(source, **options)
     report.say()

@@ -95,7 +95,8 @@ def gold_of(config: Config, mesh: Any = None) -> Scorer | None:
         return scored_by_leader(function_scorer(gold.source or ""))
     if gold.kind == "model":
         limits = gold_limits(config, read_config(resolve(gold.source or "")))
-        return reward_model_scorer(gold.source or "", batch_size=gold.batch_size, limits=limits, dtype=gold.dtype, mesh=mesh)
+        how: dict[str, Any] = {"batch_size": gold.batch_size, "dtype": gold.dtype, "template_date": config.data.template_date}
+        return reward_model_scorer(gold.source or "", limits=limits, mesh=mesh, **how)
     return None
 
 
@@ -265,5 +266,6 @@ def gold_identity(config: Config) -> dict[str, Any]:
     if gold.source and gold.kind == "function":
         content = source_of(gold.source)
     elif gold.source and gold.kind == "model":
-        section["source"], content = None, folder_identity(gold.source)
+        section |= {"source": None, "template_date": config.data.template_date}
+        content = folder_identity(gold.source)
     return section | {"content": content}

@@ -30,8 +30,10 @@ def generate_texts(
     num_samples: int,
     batch_size: int,
     seed: int,
+    **reading: Any,
 ) -> Iterator[dict[str, Any]]:
-    """{"id", "prompt", "response", "sample", "finished"} a sample. Prompts over the limit are named on standard error and left out."""
+    """{"id", "prompt", "response", "sample", "finished"} a sample. Prompts over the limit are named on standard error and left out.
+    `reading`: keywords of `read_prompts`."""
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; at least 1 response a prompt is needed.")
     classes = _classes(folder)
@@ -40,7 +42,7 @@ def generate_texts(
             f"{folder} holds a reward model ({classes[0]}), which writes no text; name a policy folder, such as a stage …-policy."
         )
     loaded = policy_named(folder)
-    rows = _prompts(prompts, file, loaded.tokenizer)
+    rows = _prompts(prompts, file, tokenizer=loaded.tokenizer, **reading)
     table, kept = tokens_of(loaded, rows, Limits(max_prompt_length, max_new_tokens))
     sampling = Sampling.of(loaded, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     key = rng.stream(rng.root_key(seed), "generate")
@@ -78,9 +80,9 @@ def _classes(folder: str) -> list[str]:
     return list(json.loads(path.read_text(encoding="utf-8")).get("architectures") or []) if path.is_file() else []
 
 
-def _prompts(prompts: list[str], file: str | None, tokenizer: Any) -> list[Prompt]:
+def _prompts(prompts: list[str], file: str | None, **reading: Any) -> list[Prompt]:
     if file is not None:
-        rows, report = read_prompts(file, tokenizer=tokenizer)
+        rows, report = read_prompts(file, **reading)
         report.say()
         return rows
     lines = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]

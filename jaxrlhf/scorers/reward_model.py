@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrlhf import sharding
+from jaxrlhf.config import DataConfig
 from jaxrlhf.data.batches import evaluation_batches
 from jaxrlhf.data.chat import around, render, special_strings
 from jaxrlhf.data.tokens import Limits, eos_ids_of, retokenize_responses
@@ -42,22 +43,25 @@ def score_responses(
     return np.concatenate([np.asarray(sharding.gather(part)) for part in parts])[:n]
 
 
-def reward_model_scorer(source: str, *, batch_size: int, limits: Limits, dtype: str = "float32", mesh: Any = None) -> Scorer:
+def reward_model_scorer(
+    source: str, *, batch_size: int, limits: Limits, dtype: str = "float32", template_date: str = DataConfig.template_date, mesh: Any = None
+) -> Scorer:
     """The model in `source` as a scorer of text: its own tokenizer, its chat template where it has one, its `reward_bias` subtracted.
 
     With a template, a prompt becomes one user turn, unless it came out of that very template already (`Frame.wrote`). A conversation that
-    another template rendered cannot be told from text: it becomes one user turn, its control tokens spelled out.
+    another template rendered cannot be told from text: it becomes one user turn, its control tokens spelled out. `template_date`: what a
+    template that asks for the date is given.
     Prompts and responses over `limits` are cut (prompts on the left), because a scorer must answer for every row.
     """
     loaded = load(source, head="scalar", dtype=dtype, mesh=mesh)
     tokenizer, bias = loaded.tokenizer, reward_bias(loaded)
     chat = bool(getattr(tokenizer, "chat_template", None))
-    frame = frame_of(tokenizer) if chat else None
+    frame = frame_of(tokenizer, template_date) if chat else None
 
     def score(prompts: Sequence[str], responses: Sequence[str], /) -> np.ndarray:
         heads, bodies = list(prompts), list(responses)
         if frame is not None:
-            pairs = [_turn(tokenizer, frame, *row) for row in zip(heads, bodies, strict=True)]
+            pairs = [_turn(tokenizer, frame, template_date, *row) for row in zip(heads, bodies, strict=True)]
             heads, bodies = [head for head, _ in pairs], [body for _, body in pairs]
         texts, _ = retokenize_responses(heads, bodies, tokenizer, limits, eos_ids=eos_ids_of(tokenizer), templated=chat)
         return score_responses(loaded.model, loaded.params, texts, batch_size=batch_size, mesh=mesh, bias=bias, bucket=64)
@@ -84,14 +88,15 @@ class Frame(NamedTuple):
         return bool(self.end.strip()) and prompt.startswith(self.start) and prompt.endswith(self.end)
 
 
-def frame_of(tokenizer: Any) -> Frame:
-    before, after = around(tokenizer, [{"role": "user"}], {}, add_generation_prompt=True)
+def frame_of(tokenizer: Any, date: str = DataConfig.template_date) -> Frame:
+    before, after = around(tokenizer, [{"role": "user"}], {"template_date": date}, add_generation_prompt=True)
     return Frame(next((token for token in special_strings(tokenizer) if before.startswith(token)), before), after)
 
 
-def _turn(tokenizer: Any, frame: Frame, prompt: str, response: str) -> tuple[str, str]:
+def _turn(tokenizer: Any, frame: Frame, date: str, prompt: str, response: str) -> tuple[str, str]:
     """(prompt, response) as the tokenizer's chat template writes them."""
     if frame.wrote(prompt):
         return prompt, response
-    head, text = render(tokenizer, [{"role": "user", "content": prompt}], [{"role": "assistant", "content": response}])
+    turns = {"role": "user", "content": prompt}, {"role": "assistant", "content": response}
+    head, text = render(tokenizer, [turns[0]], [turns[1]], template_date=date)
     return head, text

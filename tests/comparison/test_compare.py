@@ -351,6 +351,29 @@ def test_conversations_go_through_each_policys_own_template(run, tmp_path, monke
     assert [seen[0], seen[1]] == [ids([name, "well", "<eos>", name]) for name in ("hello", "thanks")]
 
 
+def test_the_command_reads_prompts_as_a_run_does(run, tmp_path, monkeypatch):
+    """By the rule for prompts inside of pairs, and at the date that templates are given, gold's too."""
+    parser, gold, by_length = argparse.ArgumentParser(), {}, lambda prompts, said: np.array([len(text) for text in said], np.float32)
+    evaluate_command.add_arguments(parser)
+    loaded = load(run / "stages" / "01-sft")
+    loaded.tokenizer.chat_template = "{% for m in messages %}{{ strftime_now('%Y') }} {{ m['content'] }}.{% endfor %}"
+    sides = [str(tmp_path / "dated"), str(tmp_path / "same")]
+    for side in sides:
+        save(loaded, side)
+    turn = {"role": "user", "content": "well"}
+    file = lines(tmp_path / "p.jsonl", [{"chosen": "hello well", "rejected": "hello thanks"}, {"prompt": [turn]}])
+    monkeypatch.setattr("jaxrlhf.comparison.compare.reward_model_scorer", lambda folder, **options: gold.update(options) or by_length)
+    given = ["--gold", str(run / "stages" / "03-r1-reward"), "--prompts", file, "--output", str(tmp_path / "out"), "--max_new_tokens", "2"]
+    asked = ["--implicit_prompt", "common_prefix", "--template_date", "2031-02-03"]
+    options, unknown = parser.parse_known_args([*sides, *given, *asked])
+    assert unknown == []
+    evaluate_command.main(options)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "comparison.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["hello", "2031 well."] and gold["template_date"] == "2031-02-03"
+    with pytest.raises(FileExistsError, match="another prompts, template_date; "):
+        evaluate_command.main(parser.parse_args([*sides, *given, *asked[:2]]))
+
+
 def test_lengths():
     def sides(*limits):
         return tuple(Candidate(kind, f"s{n}", response_length=limit) for n, (kind, limit) in enumerate(limits))

@@ -1,5 +1,6 @@
 """Conversations become text: the user's own to the letter, every schema of TRL's, and nothing of a row lost in silence."""
 
+import argparse
 import copy
 import datetime
 import json
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jaxrlhf.commands import embed, evaluate, generate, nearest
 from jaxrlhf.data.pairs import DataError, read_demonstrations, read_pairs, read_prompts, text_id
 from jaxrlhf.data.stored_responses import read_generations
 from jaxrlhf.data.tokenizer import train_tokenizer
@@ -159,7 +161,7 @@ def test_tool_calls_stand_beside_no_content(tokenizers, tmp_path):
         for c, tools in (({"content": None}, TOOLS), ({}, json.dumps(TOOLS)), ({"content": ""}, TOOLS))
     ]
     read, report = read_demonstrations(lines(tmp_path / "a.jsonl", rows), tokenizer=tokenizers["thinking"])
-    call = '<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call>'
+    call = '<call>{"arguments": {"city": "Oslo"}, "name": "weather"}</call>'
     assert report.dropped == []
     assert (
         {row.prompt.count(call) for row in read} == {1}
@@ -175,6 +177,29 @@ def test_tool_calls_stand_beside_no_content(tokenizers, tmp_path):
     )
     with pytest.raises(DataError, match="chat template changed the reply"):
         read_pairs(tmp_path / "b.jsonl", tokenizer=other)
+
+
+def test_a_call_and_the_content_beside_it_are_both_looked_for(tokenizers, tmp_path):
+    """Templates that write one of the two lose the other; one that writes both may have a reply of both."""
+    both, writes = called(content="Let me look."), tokenizers["thinking"].chat_template
+    pair = {"prompt": both[:1], "chosen": both[1:2], "rejected": say("No.", roles=("assistant",))}
+    call = '<call>{"arguments": {"city": "Oslo"}, "name": "weather"}</call>'
+    for template, lost in (
+        (writes, None),
+        (writes.replace("{{ m.content }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}"), "content"),
+        (writes.replace("for c in m.tool_calls", "for c in []"), "tool_calls"),
+    ):
+        tokenizer = copy.deepcopy(tokenizers["thinking"])
+        tokenizer.chat_template = template
+        for read, row in ((read_demonstrations, {"messages": both}), (read_pairs, pair)):
+            path = lines(tmp_path / "a.jsonl", [row, {"prompt": "p", "chosen": "c", "rejected": "r"}])
+            rows, report = read(path, tokenizer=tokenizer)
+            reasons = [reason.partition(";")[0] for _, reason in report.dropped]
+            assert reasons == ([f"lost in the chat template: it writes nothing of the {lost} of role 'assistant'"] if lost else []), (
+                template
+            )
+            written = getattr(rows[0], "chosen" if read is read_pairs else "prompt")
+            assert lost or f"Let me look.{call}" in written, written
 
 
 def test_content_parts_of_text_are_joined_and_others_named(tokenizers, tmp_path):
@@ -257,6 +282,29 @@ def test_the_message_about_implicit_prompts_names_a_key_that_reads_them(tiny_con
     assert [key for key in advised(caught.value) if key.removeprefix("data.") in known] == ["data.implicit_prompt"] * 4
     train, valid, _ = inputs.pairs_of(tiny_config(tmp_path, **base, data__implicit_prompt="common_prefix"))
     assert sorted((p.prompt, p.chosen, p.rejected) for p in train + valid) == [(f"The sky {n} is", " blue.", " green.") for n in range(4)]
+
+
+def test_a_message_advises_what_there_is_where_it_is_read(tmp_path):
+    """In a config, in the commands that read rows without one, and in Python."""
+    kinds = {
+        "conversation": {"prompt": say("q", roles=("user",))},
+        "no prompt": {"chosen": "The sky is blue.", "rejected": "The sky is green."},
+    }
+    said = {}
+    for name, row in kinds.items():
+        with pytest.raises(DataError, match=name) as caught:
+            read_prompts(lines(tmp_path / "a.jsonl", [row]))
+        said[name] = str(caught.value)
+    for name, key, option, argument in (
+        ("conversation", "tokenizer.chat_template", "--tokenizer", "tokenizer="),
+        ("no prompt", "data.implicit_prompt", "--implicit_prompt", "implicit_prompt="),
+    ):
+        assert f"in a config {key}" in said[name] and f"of a command {option}" in said[name] and f"in Python pass {argument}" in said[name]
+    for command in (evaluate, embed, nearest, generate):
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        there = set(parser._option_string_actions)  # generate's tokenizer is the policy's
+        assert {"--tokenizer", "--implicit_prompt", "--template_date"} - there == ({"--tokenizer"} if command is generate else set())
 
 
 def test_a_config_gives_the_chat_template(tiny_config, tmp_path, tokenizers):

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxrlhf.data.chat import render_prompt
+from jaxrlhf.data.chat import render
 from jaxrlhf.data.pairs import read_demonstrations, read_pairs, read_prompts
 from jaxrlhf.data.sources import iter_rows
 from jaxrlhf.data.stored_responses import read_generations
@@ -54,8 +54,9 @@ def some(random, **values):
 def conversation(random):
     """A question, a call of a tool with whatever arguments, its answer and a reply; sometimes without all that."""
     word = lambda: random.choice(["Oslo", "Rome", "null", "né", "{}", "None"])  # noqa: E731
+    number = lambda: random.choice([0, 1, -3, 7.0, 0.5, -2.25, 1e16, 2**53])  # noqa: E731
     arguments = some(
-        random, city=word(), days=random.randint(1, 9), where=some(random, lat=0.5, zone=word()), stops=[some(random, at=word(), by=word())]
+        random, city=word(), days=number(), where=some(random, lat=number(), zone=word()), stops=[some(random, at=number(), by=word())]
     )
     call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
     parameters = {"type": "object", "properties": some(random, city={"type": "string"}, days=some(random, type="integer", minimum=1))}
@@ -84,6 +85,38 @@ def test_a_thousand_conversations_are_the_same_in_every_format(tmp_path, hub):
     assert not report.dropped and any('weather({"days": ' in row.prompt and "properties" in row.prompt for row in one)
     for other, _ in others:
         assert [(row.id, row.prompt, row.response) for row in one] == [(row.id, row.prompt, row.response) for row in other]
+
+
+def test_a_row_does_not_depend_on_the_rows_before_it(tmp_path):
+    """Or the same conversation is one row in data.train and another in data.valid, and what is held out is trained on."""
+    messages = [{"role": role, "content": role} for role in ("user", "assistant")]
+    orders = [{"b": {"y": 1, "x": [{"q": 1, "p": 2}]}, "a": 2}, {"a": 2, "b": {"x": [{"p": 2, "q": 1}], "y": 1}}]
+    tables = []
+    for n, first in enumerate(orders):
+        rows = [{"messages": messages, "tools": [{"name": "f", "parameters": one}]} for one in (first, orders[0])]
+        jsonl, parquet = tmp_path / f"{n}.jsonl", tmp_path / f"{n}.parquet"
+        jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        pq.write_table(table(rows), parquet)
+        tables += [read_demonstrations(file, tokenizer=chat())[0][1] for file in (jsonl, parquet)]
+    assert len({(row.id.removesuffix("-1"), row.prompt) for row in tables}) == 1, [row.prompt for row in tables]
+
+
+def test_a_whole_number_is_spelled_alike_in_every_format(tmp_path):
+    """A column that holds a fraction has floats only, in Parquet; an id is one too. What a double cannot hold stays as it is."""
+    rows = [
+        {"id": 7, "prompt": "p", "x": {"n": 1}},
+        {"id": 0.5, "prompt": "q", "x": {"n": 2.5}},
+        {"id": 8.0, "prompt": "r", "x": {"n": -3.0}},
+    ]
+    jsonl, parquet = tmp_path / "a.jsonl", tmp_path / "a.parquet"
+    jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(table(rows), parquet)
+    one, other = ([json.dumps(row["x"]) for _, row in iter_rows(file)] for file in (jsonl, parquet))
+    assert one == other == ['{"n": 1}', '{"n": 2.5}', '{"n": -3}']
+    assert [row.id for row in read_prompts(jsonl)[0]] == [row.id for row in read_prompts(parquet)[0]] == ["7", "0.5", "8"]
+    jsonl.write_text('{"big": 9007199254740993, "huge": 1e300, "not": true}\n')
+    ((_, row),) = iter_rows(jsonl)
+    assert json.dumps(row) == '{"big": 9007199254740993, "huge": 1e+300, "not": true}'
 
 
 def test_a_null_column_is_an_absent_one(tmp_path):
@@ -135,7 +168,7 @@ def test_the_date_is_written_as_any_template_asks_and_its_other_text_is_as_it_wa
         ("\n  {{ strftime_now('%y') }}\n\n{{ '%d' }}", "\n  24\n\n%d"),
         ("  {% macro day() %}\n{{ strftime_now('%d') }}\n{% endmacro %}\n {{ day() }}!", " 26\n!"),
     ):
-        assert render_prompt(chat(template), [{"role": "user", "content": "q"}]) == text
+        assert render(chat(template), [{"role": "user", "content": "q"}]) == (text,)
 
 
 def test_a_hub_data_set_is_its_content_and_not_its_name(hub):

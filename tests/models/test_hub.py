@@ -369,6 +369,20 @@ def test_a_tokenizer_gives_the_ids_of_the_one_that_was_saved(tmp_path):
             assert again(text)["input_ids"] == tokenizer(text)["input_ids"] and len(again) == len(tokenizer), family
 
 
+def test_where_transformers_reads_other_ids_the_way_that_reads_these_is_said(tmp_path, capsys):
+    """Once a family: of qwen2, whose tokenizers AutoTokenizer makes anew from their words, whatever class the folder names."""
+    tokenizer, others = train_tokenizer([TEXT] * 3, 300), []
+    for n, family in enumerate([*models.families.FAMILIES, "qwen2"]):
+        shape = {"family": family, "hidden_size": 8, "num_layers": 1, "num_heads": 2}
+        config, _ = models.config_from_shape(shape, len(tokenizer), max_positions=8, pad_id=0, eos_id=1)
+        models.save(models.initialise(config, key=jax.random.key(0), tokenizer=tokenizer), tmp_path / str(n))
+        assert PreTrainedTokenizerFast.from_pretrained(tmp_path / str(n))(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
+        others += [family] * (AutoTokenizer.from_pretrained(tmp_path / str(n))(TEXT)["input_ids"] != tokenizer(TEXT)["input_ids"])
+    said = [line for line in capsys.readouterr().err.splitlines() if "AutoTokenizer" in line]
+    assert len(said) == len(set(others)), f"AutoTokenizer gives other ids in {others}; said: {said}"
+    assert all(family in line and "PreTrainedTokenizerFast.from_pretrained" in line for family, line in zip(set(others), said, strict=True))
+
+
 def test_a_tokenizer_that_came_to_other_ids_is_refused(tmp_path):
     """A folder says which ids its tokenizer gave when it was saved: another version of a library, or a file of another, is seen."""
     folder = tmp_path / "out"

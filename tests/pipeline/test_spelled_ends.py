@@ -13,6 +13,7 @@ from jaxrlhf.comparison.judge_client import Judge
 from jaxrlhf.config import FilterConfig, ToyTask
 from jaxrlhf.data import toy
 from jaxrlhf.data.pairs import dataset_hash, read_demonstrations, read_pairs, read_prompts
+from jaxrlhf.data.stored_responses import read_generations
 from jaxrlhf.data.tokenizer import train_tokenizer
 from jaxrlhf.evaluation.samples import Samples
 from jaxrlhf.offline import vectors
@@ -118,3 +119,21 @@ def test_every_schema_loses_it_once_and_says_so(tmp_path):
         {"prompt": "p", "chosen": "c", "rejected": "r"},
     ]
     assert list(read_pairs(lines(tmp_path / "b.jsonl", rows))[1].reasons()) == ["identical sides", "empty response"]
+
+
+def test_a_tag_that_the_text_opened_is_no_end(tmp_path):
+    """`<s>` is HTML for what is struck through. The same in training data and in stored responses, whatever the tokenizer."""
+    tokenizer = train_tokenizer([], 258)
+    tokenizer.add_special_tokens({"eos_token": "</s>", "bos_token": "<s>"})
+    for text, bare in (
+        ("<s>old price</s>", "<s>old price</s>"),
+        ("now <s>9</s> 7 <s>8</s>\n", "now <s>9</s> 7 <s>8</s>\n"),
+        ("<s>old</s><|endoftext|>", "<s>old</s>"),
+        ("<s>a <s>b</s> </s> </s>", "<s>a <s>b</s> </s>"),
+        ("<s>old</s> price</s>", "<s>old</s> price"),
+        ("price </s></s>", "price"),
+    ):
+        file = lines(tmp_path / "a.jsonl", [{"prompt": "p", "response": text, "reference": text}])
+        (one,), _ = read_demonstrations(file, tokenizer=tokenizer)
+        (two,) = read_generations(file)
+        assert [one.response, two.response, two.reference] == [bare] * 3

@@ -9,6 +9,8 @@ from jaxrlhf.data.tokens import Limits
 from jaxrlhf.data.toy import toy_tokenizer
 from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.hub import initialise, save, with_reward_bias
+from jaxrlhf.pipeline import inputs
+from jaxrlhf.recipe import from_mapping
 from jaxrlhf.scorers.reward_model import Frame, frame_of, reward_model_scorer, score_responses
 from jaxrlhf.types import TextBatch
 
@@ -92,6 +94,24 @@ def test_a_conversation_that_golds_own_template_rendered_is_not_wrapped_again(fo
     assert system == pytest.approx(expected, rel=1e-4, abs=1e-5)
     half = score([text + "<pad>assistant ", "<pad>user " + text], ["maps ."] * 2)  # an end or a start alone is text
     assert plain not in half
+
+
+def test_a_template_that_asks_for_the_date_is_given_the_runs(folder, tmp_path, capsys):
+    """A text has the score of the template in which that date is written, and what was rendered at it is not wrapped again."""
+    _, loaded = folder
+    scores, identities = {}, {}
+    for word, date in (("{{ 'well' if strftime_now('%Y') == '2031' else 'hello' }}", "2031-02-03"), ("well", ""), ("hello", "")):
+        tokenizer = toy_tokenizer()
+        tokenizer.chat_template = f"{word} {TEMPLATE.replace('<pad>', '')}"
+        save(loaded._replace(tokenizer=tokenizer), tmp_path / "model" / word[:5])
+        gold = {"kind": "model", "source": str(tmp_path / "model" / word[:5])}
+        config = from_mapping({"gold": gold, "data": {"train": "none.jsonl", **({"template_date": date} if date else {})}})
+        scores[word[:5]] = inputs.gold_of(config)(["maps", "well user maps <eos> assistant "], ["maps ."] * 2).tolist()  # type: ignore[misc]
+        identities[word[:5]] = inputs.gold_identity(config).get("template_date")
+    assert scores["well"][0] == scores["well"][1] != scores["hello"][0]
+    assert scores["{{ 'w"] == scores["well"]
+    assert identities["{{ 'w"] == "2031-02-03"
+    assert "2024-07-26" not in capsys.readouterr().err, "a date is said that is given to no row"
 
 
 def test_the_frame_of_a_template():

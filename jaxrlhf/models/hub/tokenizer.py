@@ -1,6 +1,8 @@
 """The tokenizer of a folder, and what a model takes over from another one."""
 
+import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +49,32 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer and what it makes of a few texts, which `read_tokenizer` holds every reading to, this first one included."""
+    """Write a tokenizer and what it makes of a few texts, which `read_tokenizer` holds every reading to, this first one included.
+
+    Where a model's config.json is there already and makes transformers read it otherwise, that is said on standard error.
+    """
     tokenizer.save_pretrained(str(folder))
     ids = range(0, len(tokenizer), -(-len(tokenizer) // _PROBE_WORDS))
     texts = (_PROBE, " ".join(tokenizer.decode([i]) for i in ids))
-    write_json({text: _ids(tokenizer, text) for text in texts}, folder / SAVED_IDS)
+    said = {text: _ids(tokenizer, text) for text in texts}
+    write_json(said, folder / SAVED_IDS)
     read_tokenizer(folder)
+    if (folder / "config.json").is_file():
+        from transformers import AutoTokenizer
+
+        other = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        if any(_ids(other, text) != ids for text, ids in said.items()):
+            _say_read_otherwise(read_json(folder / "config.json").get("model_type"))
+
+
+@cache
+def _say_read_otherwise(family: str) -> None:
+    """Once a process. No class that tokenizer_config.json could name is heeded for qwen2 (transformers 5)."""
+    print(
+        f"jaxrlhf: transformers' AutoTokenizer reads the tokenizer of these {family} folders in the family's own way and gives other ids; "
+        "there open it by PreTrainedTokenizerFast.from_pretrained(folder). This package does.",
+        file=sys.stderr,
+    )
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
