@@ -39,6 +39,8 @@ class Fault:
 
 Row = dict[str, Any]
 Located = tuple[str, Row | Fault]  # ("file:line", row); lines and rows are numbered from 1
+# The order in which OpenAI's API, and after it transformers' `get_json_schema`, writes tools and calls.
+_TOOL_KEYS = ("id", "type", "function", "name", "description", "parameters", "properties", "required", "arguments")
 _INT64 = 2.0**63  # what a table's integers end before
 
 
@@ -66,12 +68,17 @@ def source_identity(source: Source) -> str:
 
 
 def plain(value: Any) -> Any:
-    """`value` as every format can say it: keys sorted, none of them null, whole numbers as integers."""
+    """`value` as every format can say it: none of its keys null, whole numbers as integers, and the keys in one order: that of the tool
+    schemas and calls that models were trained on first, others sorted behind them."""
     if isinstance(value, list):
         return [plain(one) for one in value]
     if isinstance(value, dict):
-        return {key: plain(value[key]) for key in sorted(value) if value[key] is not None}
+        return {key: plain(value[key]) for key in sorted(value, key=_place) if value[key] is not None}
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < _INT64 else value
+
+
+def _place(key: str) -> tuple[int, str]:
+    return (_TOOL_KEYS.index(key) if key in _TOOL_KEYS else len(_TOOL_KEYS)), key
 
 
 def source_files(source: Source) -> list[Path] | None:

@@ -161,7 +161,7 @@ def test_tool_calls_stand_beside_no_content(tokenizers, tmp_path):
         for c, tools in (({"content": None}, TOOLS), ({}, json.dumps(TOOLS)), ({"content": ""}, TOOLS))
     ]
     read, report = read_demonstrations(lines(tmp_path / "a.jsonl", rows), tokenizer=tokenizers["thinking"])
-    call = '<call>{"arguments": {"city": "Oslo"}, "name": "weather"}</call>'
+    call = '<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call>'
     assert report.dropped == []
     assert (
         {row.prompt.count(call) for row in read} == {1}
@@ -183,7 +183,7 @@ def test_a_call_and_the_content_beside_it_are_both_looked_for(tokenizers, tmp_pa
     """Templates that write one of the two lose the other; one that writes both may have a reply of both."""
     both, writes = called(content="Let me look."), tokenizers["thinking"].chat_template
     pair = {"prompt": both[:1], "chosen": both[1:2], "rejected": say("No.", roles=("assistant",))}
-    call = '<call>{"arguments": {"city": "Oslo"}, "name": "weather"}</call>'
+    call = '<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call>'
     for template, lost in (
         (writes, None),
         (writes.replace("{{ m.content }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}"), "content"),

@@ -7,10 +7,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers.utils import get_json_schema
 
 from jaxrlhf.data.chat import render
 from jaxrlhf.data.pairs import read_demonstrations, read_pairs, read_prompts
-from jaxrlhf.data.sources import iter_rows
+from jaxrlhf.data.sources import iter_rows, plain
 from jaxrlhf.data.stored_responses import read_generations
 from jaxrlhf.data.tokenizer import train_tokenizer
 from jaxrlhf.pipeline import inputs
@@ -178,3 +179,18 @@ def test_a_hub_data_set_is_its_content_and_not_its_name(hub):
     assert same == again != other, "the rows decide, whatever the name"
     hub["org/identity-0"] = hub["org/identity-2"]  # published anew while a run reads it: the run goes on with what it began with
     assert read_pairs("org/identity-0")[0][0].chosen == "c"
+
+
+def test_tools_keep_the_order_in_which_transformers_writes_them():
+    """What models were trained on: a template's `tool | tojson` writes the keys as they stand."""
+
+    def weather(city: str, days: int = 1):
+        """The weather of a city.
+
+        Args:
+            city: Its name
+            days: How many
+        """
+
+    schema, call = get_json_schema(weather), {"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    assert [json.dumps(plain(one)) for one in (schema, call)] == [json.dumps(schema), json.dumps(call)]
