@@ -31,7 +31,8 @@ SHARE = 0.95  # of those that are not equivalent, killed
 
 
 def chosen(config: dict, only: list[str]) -> list[Mutant]:
-    """All mutants of the folders under `whole`, and of the others the `sample` that comes first in a seeded order."""
+    """All mutants of the folders under `whole`, then of the others the `sample` that comes first in a seeded order, in that order: what
+    an ended run has tried of them is a sample too."""
 
     def of(folders: list[str]) -> list[Mutant]:
         files = sorted(file for folder in folders for file in (ROOT / "jaxrlhf" / folder).rglob("*.py"))
@@ -39,7 +40,7 @@ def chosen(config: dict, only: list[str]) -> list[Mutant]:
         return [mutant for name, source in each for mutant in mutants_of(name, source, config["operators"], config["seed"])]
 
     sampled = sorted(of(config["sampled"]), key=lambda mutant: mutant.draw)[: config["sample"]]
-    return [m for m in of(config["whole"]) + sorted(sampled) if not only or any(m.module.startswith(name) for name in only)]
+    return [m for m in of(config["whole"]) + sampled if not only or any(m.module.startswith(name) for name in only)]
 
 
 def tests_of(module: str, table: dict[str, list[str]]) -> tuple[str, ...]:
@@ -93,8 +94,7 @@ def run(mutants: list[Mutant], config: dict, session: WorkDB, equivalent: dict, 
         print(f"unchanged: {outcome.seconds:5.0f} s  {' '.join(outcome.job.tests)}", flush=True)
     trees = [first, *(Path(shutil.copytree(first, WORK / f"tree{n}", dirs_exist_ok=True)) for n in range(1, jobs))]
     by_id, started = {mutant.id: mutant for mutant in todo}, time.monotonic()
-    order = sorted(todo, key=lambda mutant: (tests_of(mutant.module, table), mutant.module, mutant.line))
-    waiting = (_job(mutant, tests_of(mutant.module, table), seconds) for mutant in order)
+    waiting = (_job(mutant, tests_of(mutant.module, table), seconds) for mutant in todo)
     for done, outcome in enumerate(run_all(waiting, trees), start=1):
         mutant = by_id[outcome.job.id]
         session.set_result(mutant.id, _result(mutant, outcome))
@@ -122,7 +122,7 @@ def report(mutants: list[Mutant], results: dict[str, WorkResult], equivalent: di
     """The table by folder, then what lives and why."""
     counts: dict[str, Counter] = {}
     alive, excused = [], []
-    for mutant in mutants:
+    for mutant in sorted(mutants):
         result, why = results.get(mutant.id), reason_of(mutant, equivalent)
         state = "equivalent" if why else "not tried" if result is None else "killed" if result.is_killed else "survived"
         for name in (mutant.module.split("/")[0], "all"):
