@@ -1,13 +1,26 @@
-"""Every random key of the library comes from here: derived from (seed, stream name, step), never stored."""
+"""Every random key of the library comes from here: derived from (seed, stream name, step), never stored.
+
+Keys are of threefry2x32 and draws 32 bits wide by name, whatever the flags of the process: under another generator a row's draw would
+depend on its batch mates and on the devices.
+"""
 
 import zlib
 
 import jax
+import jax.numpy as jnp
+
+IMPL = "threefry2x32"
+MAX_SEED = 2**64 - 1
 
 
 def root_key(seed: int) -> jax.Array:
-    """The key a run derives all others from."""
-    return jax.random.key(seed)
+    """The key a run derives all others from, another for every seed. ValueError outside of 0..2⁶⁴ − 1 and under a flag that moves bits."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed {seed} must lie between 0 and 2⁶⁴ − 1.")
+    if not jax.config.jax_threefry_partitionable:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError("JAX_THREEFRY_PARTITIONABLE is off, under which a seed draws other numbers; unset it.")
+    # jax.random.key would keep the lower 32 bits alone; below 2³² these are its keys.
+    return jax.random.wrap_key_data(jnp.array(divmod(seed, 2**32), jnp.uint32), impl=IMPL)
 
 
 def stream(root: jax.Array, name: str, step: int | jax.Array = 0) -> jax.Array:
@@ -20,10 +33,20 @@ def stream(root: jax.Array, name: str, step: int | jax.Array = 0) -> jax.Array:
 
 
 def per_row(key: jax.Array, index_B: jax.Array) -> jax.Array:
-    """One key a row, from the row's global number: a row's samples do not depend on its batch or on the mesh."""
+    """One key a row, from the row's global number: a row's samples do not depend on its batch or on the mesh.
+
+    ValueError for a key of another generator, for which that does not hold.
+    """
+    if str(jax.random.key_impl(key)) != IMPL:
+        raise ValueError(f"this is a key of {jax.random.key_impl(key)}; make it with jaxrlhf.rng.root_key(seed).")
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index_B)
+
+
+def bits(key: jax.Array) -> jax.Array:
+    """32 random bits."""
+    return jax.random.bits(key, dtype=jnp.uint32)
 
 
 def number(key: jax.Array) -> int:
     """A whole number from a key, for what is seeded by one on the host."""
-    return int(jax.random.bits(key))
+    return int(bits(key))

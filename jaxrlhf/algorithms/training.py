@@ -47,6 +47,7 @@ def optimizer_of(config: OptimizerConfig, *, steps: int, learning_rate: float | 
         adam_beta2=config.adam_beta2,
         adam_epsilon=config.adam_epsilon,
         weight_decay=config.weight_decay,
+        weight_decay_on=config.weight_decay_on,
         max_grad_norm=config.max_grad_norm,
     )
 

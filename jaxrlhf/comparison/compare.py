@@ -16,7 +16,6 @@ from jaxrlhf.comparison.judge_client import Judge
 from jaxrlhf.comparison.prompts import Prompts, prompts_identity, prompts_of
 from jaxrlhf.comparison.responses import GenerationSettings, candidate_identity, matched, new_tokens_of, responses_of
 from jaxrlhf.comparison.tables import judge_line, main_table, reference_table, write_comparison
-from jaxrlhf.data.tokens import Limits
 from jaxrlhf.files import write_whole
 from jaxrlhf.models.hub import read_config, resolve
 from jaxrlhf.models.hub.identity import folder_identity
@@ -25,7 +24,7 @@ from jaxrlhf.pipeline.inputs import try_gold
 from jaxrlhf.plugins import source_of
 from jaxrlhf.scorers import Scorer
 from jaxrlhf.scorers.function import function_scorer
-from jaxrlhf.scorers.reward_model import reward_model_scorer
+from jaxrlhf.scorers.reward_model import limits_within, reward_model_scorer
 from jaxrlhf.scorers.toy import toy_gold
 
 ANSWERS = "answers.jsonl"
@@ -113,12 +112,7 @@ def gold_scorer(gold: str, writing: GenerationSettings, limits: tuple[int, int])
             raise ValueError(f"--gold {gold} is no reward model's folder: it has no config.json{beside}.")
         check_model(path, gold, head="scalar")
     folder = resolve(gold)
-    model = read_config(folder)
-    prompt, response = limits
-    if model.positions == "learned":
-        response = min(response, model.max_positions // 2)
-        prompt = min(prompt, model.max_positions - response)
-    within = Limits(prompt, response, "truncate", "truncate")
+    within = limits_within(read_config(folder), *limits)
     return reward_model_scorer(str(folder), batch_size=writing.batch_size, limits=within, dtype=writing.dtype or "float32")
 
 

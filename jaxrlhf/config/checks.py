@@ -34,6 +34,9 @@ def contradictions(config: Config) -> Iterator[str]:
 def _out_of_range(config: Config) -> Iterator[str]:
     """Numbers outside of their range."""
     shape = config.model.shape
+    for name, seed in (("seed", config.seed), ("sft_seed", config.sft_seed or 0)):
+        if seed >= 2**64:
+            yield f"{name} is {seed}; it must be below 2**64."
     if config.model.source is None and shape.hidden_size % shape.num_heads:
         fits = max(shape.hidden_size // shape.num_heads, 1) * shape.num_heads
         yield f"model.shape.hidden_size {shape.hidden_size} does not divide over num_heads {shape.num_heads}; try {fits}."

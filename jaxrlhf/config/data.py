@@ -130,6 +130,9 @@ class ModelConfig:
     source: str | None = None
     shape: ModelShape = field(default_factory=ModelShape)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
+    # Of products of float32 (policy, reference, reward model, critic): exact, or an accelerator's default (TF32 on GPUs, one bfloat16 pass
+    # on TPUs), faster and good to three digits. Gold, the scalar head and the sentence encoder are exact in any case.
+    matmul_precision: Literal["highest", "default"] = "highest"
     # Memory settings: they change results by rounding at most, and no stage's hash.
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes: all but products with kernels; whole layers
     offload_frozen: bool = False  # keep the reference, reward and SFT models of a PPO round in host memory, one at a time on the device

@@ -20,6 +20,7 @@ class OptimizerConfig:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-5
     weight_decay: float = 0.01
+    weight_decay_on: Literal["all", "matrices"] = "all"  # all: norms and biases too, as the public code; matrices: as transformers' Trainer
     max_grad_norm: float | None = None
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrlhf.models.activations import ACTIVATIONS
-from jaxrlhf.models.families import read_activation
+from jaxrlhf.models.families import ONLY, check_only, read_activation
 from jaxrlhf.types import Params
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
@@ -53,9 +53,7 @@ def bert_config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
     family = hf.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is no encoder known here; known are {', '.join(FAMILIES)}.")
-    for name, wanted in {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}.items():
-        if hf.get(name) not in (None, wanted):
-            raise ValueError(f"an encoder with {name}={hf[name]!r} is not supported; it must be {wanted!r}.")
+    check_only(hf, ONLY | {"position_embedding_type": "absolute", "is_decoder": False})
     wanted = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
     absent = [name for name in wanted if hf.get(name) is None]
     if absent:
@@ -94,8 +92,8 @@ class _Part(nn.Module):
     dtype: Any
 
     @property
-    def precision(self) -> jax.lax.Precision | None:
-        return jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
+    def precision(self) -> jax.lax.Precision:
+        return jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
     def dense(self, features: int) -> nn.Dense:
         init = nn.initializers.normal(0.02)
@@ -242,7 +240,7 @@ def _build(config: BertConfig, pooling: str, dtype: str) -> Bert:
 
 
 def _linear(key: Array, rows: int, columns: int) -> dict[str, Array]:
-    return {"kernel": 0.02 * jax.random.normal(key, (rows, columns)), "bias": jnp.zeros(columns)}
+    return {"kernel": 0.02 * jax.random.normal(key, (rows, columns), jnp.float32), "bias": jnp.zeros(columns, jnp.float32)}
 
 
 def _apply_linear(params: Params, x: Array) -> Array:

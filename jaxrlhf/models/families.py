@@ -18,10 +18,38 @@ ACTIVATION_NAMES = {
     "swish": "silu",
 }
 
+# Settings that may have one value, whatever the family.
+ONLY: dict[str, Any] = {"add_cross_attention": False, "is_encoder_decoder": False}
+ONLY_DECODERS = ONLY | {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+# Keys of transformers' config classes that change nothing here, and why. Their other keys are read or must have one value: a test holds
+# every key of every supported class to that.
+IGNORED: dict[str, tuple[str, ...]] = {
+    "nothing is dropped out here": (
+        *("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout", "attention_dropout", "hidden_dropout", "classifier_dropout"),
+        *("attention_probs_dropout_prob", "hidden_dropout_prob"),
+    ),
+    "how torch computes the same": ("chunk_size_feed_forward", "dtype", "pretraining_tp", "reorder_and_upcast_attn", "use_cache"),
+    "what a call returns": ("output_attentions", "output_hidden_states", "return_dict"),
+    "heads of other tasks": ("problem_type", "summary_activation", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
+    "the files say it, or the shape of the head": ("architectures", "id2label", "label2id"),
+    "where a text ends is read where text is (hub/loaded.py)": ("bos_token_id", "eos_token_id", "pad_token_id"),
+    "of encoders: they are neither trained nor have a language-model head": ("initializer_range", "tie_word_embeddings"),
+    "GPT-NeoX is a decoder whatever it says; encoders must say they are none": ("is_decoder",),
+    "names": ("_name_or_path", "transformers_version"),
+}
 
-def _rotary(hf: Hf, head_dim: int, *, fraction: float = 1.0) -> dict[str, Any]:
+
+def check_only(hf: Hf, only: Hf) -> None:
+    """ValueError for a setting of config.json that is not computed."""
+    for name, value in only.items():
+        if hf.get(name) not in (None, value):
+            raise ValueError(f"{hf.get('model_type')} with {name}={hf[name]!r} is not supported; it must be {value!r}.")
+
+
+def _rotary(hf: Hf, head_dim: int, *, fraction: float | None = None) -> dict[str, Any]:
     """`rotary_dim`, `rope_theta` and `rope_scaling` from `rope_parameters` (transformers 5), or `rope_theta`/`rotary_emb_base`,
-    `rotary_pct`/`partial_rotary_factor` and `rope_scaling` (before). `fraction` of a head is rotated where nothing is stated."""
+    `rotary_pct`/`partial_rotary_factor` and `rope_scaling` (before). `fraction` of a head is rotated where nothing is stated; None: this
+    family rotates whole heads."""
     stated: Hf = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if any(isinstance(value, Mapping) for value in stated.values()):
         raise ValueError(f"rope_parameters {dict(stated)} differ from layer to layer, which no supported family does.")
@@ -30,7 +58,12 @@ def _rotary(hf: Hf, head_dim: int, *, fraction: float = 1.0) -> dict[str, Any]:
         found = [source[name] for source in (stated, hf) for name in names if source.get(name) is not None]
         return float(found[0]) if found else default
 
-    rotated = first("partial_rotary_factor", "rotary_pct", default=fraction)
+    rotated = first("partial_rotary_factor", "rotary_pct", default=fraction or 1.0)
+    if fraction is None and rotated != 1.0:
+        raise ValueError(
+            f"partial_rotary_factor {rotated} in the config of a {hf.get('model_type')}: transformers rotates whole heads of this family, "
+            "whatever it says; take it out if the model was trained so."
+        )
     rotary = {"rope_theta": first("rope_theta", "rotary_emb_base", default=10_000.0), "rotary_dim": int(head_dim * rotated)}
     kind = stated.get("rope_type") or stated.get("type") or "default"
     if kind == "default":
@@ -52,9 +85,6 @@ def read_activation(name: str) -> str:
 
 
 def _gpt2(hf: Hf) -> dict[str, Any]:
-    for name, wanted in {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}.items():
-        if hf.get(name, wanted) != wanted:
-            raise ValueError(f"GPT-2 with {name}={hf[name]} is not supported; it must be {wanted}.")
     width, heads = hf.get("n_embd", 768), hf.get("n_head", 12)
     return {
         "vocab_size": hf.get("vocab_size", 50257),
@@ -165,6 +195,7 @@ def config_from_hf(hf: Hf, generation: Hf | None = None) -> DecoderConfig:
     family = hf.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not supported; supported are {sorted(FAMILIES)}.")
+    check_only(hf, ONLY_DECODERS)
     if hf.get("quantization_config"):
         raise ValueError("this folder holds quantised weights (quantization_config); load the unquantised ones.")
     std = hf.get("initializer_range", 0.02)

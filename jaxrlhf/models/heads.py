@@ -53,5 +53,6 @@ def lm_logits(params: Params, hidden: Array) -> Array:
 
 
 def scalars(params: Params, hidden: Array) -> Array:
-    """One float32 number a position, [..., d] → [...]; always computed in float32, because scores are compared by their differences."""
-    return (hidden.astype(jnp.float32) @ params["head"]["kernel"].astype(jnp.float32))[..., 0]
+    """One float32 number a position, [..., d] → [...]; always exact in float32, because scores are compared by their differences."""
+    kernel = params["head"]["kernel"].astype(jnp.float32)
+    return jnp.matmul(hidden.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)[..., 0]

@@ -14,6 +14,7 @@ from jaxrlhf.types import Model, Outputs, Params, TokenStats
 
 # score_tokens holds at most this many float32 logits at a time on a device (256 MB), or one position of its rows, unless told otherwise.
 LOGITS_AT_ONCE = 2**26
+MATMUL_PRECISIONS = ("highest", "default")
 
 
 def build_model(
@@ -21,6 +22,7 @@ def build_model(
     *,
     head: str = "lm",
     dtype: str = "float32",
+    matmul_precision: str = "highest",
     remat: str = "none",
     logits_chunk: int | None = None,
     constrain: Callable[..., Any] | None = None,
@@ -29,21 +31,26 @@ def build_model(
     """The functions of `types.Model` for a decoder.
 
     Parameters are float32; `dtype` is that of the computation ("float32" or "bfloat16"; log-softmax and attention weights are always
-    float32). Equal arguments give the same functions, so compiled code is reused. Two arguments change memory and time, and results by
+    float32). `matmul_precision` is that of products of float32: "highest", or an accelerator's "default", which is less (TF32 on GPUs, one
+    bfloat16 pass on TPUs); the scalar head's product is exact in any case. What the process has set for products counts for nothing.
+    Equal arguments give the same functions, so compiled code is reused. Two arguments change memory and time, and results by
     no more than rounding: `remat` is what the backward pass computes again ("none"; "dots": all but the products with kernels; "full":
     whole layers), and `logits_chunk` the number of positions whose logits `score_tokens` holds at a time (None: LOGITS_AT_ONCE decides).
 
     `constrain` holds hidden states, keys and values to the devices that their rows belong to, and `row_shards` is how many devices the rows
     of a program are cut over by the compiler: both from `sharding.row_constraints(mesh)`.
 
-    Raises ValueError for a head or a `remat` that is not known, and a `logits_chunk` below 1.
+    Raises ValueError for a head, a `remat` or a `matmul_precision` that is not known, and a `logits_chunk` below 1.
     """
     check_head(head)
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r} is not one of {', '.join(REMAT)}.")
+    if matmul_precision not in MATMUL_PRECISIONS:
+        raise ValueError(f"matmul_precision {matmul_precision!r} is not one of {', '.join(MATMUL_PRECISIONS)}.")
     if logits_chunk is not None and logits_chunk < 1:
         raise ValueError(f"logits_chunk {logits_chunk} must be at least 1 position, or None.")
-    return _build(config, head, dtype, remat, logits_chunk, constrain, row_shards)
+    precision = matmul_precision if dtype == "float32" else "default"  # products of bfloat16 have one
+    return _build(config, head, dtype, precision, remat, logits_chunk, constrain, row_shards)
 
 
 @functools.lru_cache(maxsize=64)
@@ -51,6 +58,7 @@ def _build(
     config: DecoderConfig,
     head: str,
     dtype: str,
+    precision: str,
     remat: str,
     logits_chunk: int | None,
     constrain: Callable[..., Any] | None,
@@ -62,8 +70,7 @@ def _build(
     def hidden(params: Params, tokens: Array, mask: Array, cache: Cache | None = None, start: int = 0) -> tuple[Array, Cache]:
         if not 0 <= start < tokens.shape[1]:
             raise ValueError(f"start {start} must lie in the {tokens.shape[1]} positions given.")
-        out: Any = backbone.apply({"params": params["backbone"]}, tokens, mask.astype(bool), cache, start)
-        return out
+        return backbone.apply({"params": params["backbone"]}, tokens, mask.astype(bool), cache, start)  # pyright: ignore[reportReturnType]
 
     @jax.jit
     def init(key: Array) -> Params:
@@ -105,7 +112,18 @@ def _build(
         chunk = _at_once(tokens_BL.shape[0], row_shards, config.vocab_size) if chunk is None else chunk
         return chunked_stats(params, states, tokens_BL[:, start:], temperature, chunk)
 
-    return Model(init, apply, prefill, decode, score_tokens)
+    return Model(init, *(_at_precision(precision, function) for function in (apply, prefill, decode, score_tokens)))
+
+
+def _at_precision(precision: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, its products traced at this precision; those of its backward pass have that of the forward pass."""
+
+    @functools.wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with jax.default_matmul_precision(precision):
+            return function(*args, **kwargs)
+
+    return traced
 
 
 def _at_once(rows: int, row_shards: int, vocab_size: int) -> int:

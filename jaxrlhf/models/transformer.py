@@ -65,6 +65,12 @@ class DecoderConfig:
         if self.positions == "rotary" and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
             raise ValueError(f"rotary_dim {self.rotary_dim} must be even and between 2 and head_dim {self.head_dim}.")
 
+    @property
+    def longest_text(self) -> int:
+        """Tokens that the model has learned positions for; linear scaling stretches them, and llama3's is in `max_positions` already."""
+        scaling = self.rope_scaling
+        return int(self.max_positions * scaling.factor) if scaling and scaling.kind == "linear" else self.max_positions
+
 
 class Cache(NamedTuple):
     """Keys and values of every layer, with room for S positions; `index` is the next free slot, the same for all rows."""

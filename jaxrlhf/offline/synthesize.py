@@ -206,7 +206,7 @@ def choose(found: Meanings, rows_K: np.ndarray, scores_Kn: np.ndarray, key: jax.
     in_largest = found.cluster_Pn[rows_K] == found.largest_P[rows_K, None]
     winner = np.where(in_largest, scores_Kn, -np.inf).argmax(axis=1)
     others = np.cumsum(~in_largest, axis=1)
-    bits = np.asarray(jax.vmap(jax.random.bits)(rng.per_row(key, np.asarray(rows_K, np.int32))), np.int64)  # type: ignore[arg-type]
+    bits = np.asarray(jax.vmap(rng.bits)(rng.per_row(key, np.asarray(rows_K, np.int32))), np.int64)  # type: ignore[arg-type]
     nth = bits % others[:, -1] + 1  # of the responses outside, counted from 1; 2³² is many times their number, so none is favoured
     return Choice(rows_K, winner, (others == nth[:, None]).argmax(axis=1))
 

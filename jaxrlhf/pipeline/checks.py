@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import jax
+
 from jaxrlhf import distributed, sharding
 from jaxrlhf.algorithms.rounds import PREFERENCE, method_of, reward_update_named
 from jaxrlhf.config import Config
@@ -26,6 +28,8 @@ def check(config: Config) -> None:
     from jaxrlhf.algorithms.preference import REFERENCE, preference_loss
     from jaxrlhf.algorithms.reward import called, check_columns, reward_loss
 
+    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ConfigError("JAX_ENABLE_X64 is on, under which a run of the same config has other bits; unset it.")
     method = method_of(config.method, config.row, plugin)
     if method.reward_update is not None:
         reward_update_named(method.reward_update, plugin)

@@ -14,12 +14,12 @@ from jaxrlhf.data.read_report import DataError
 from jaxrlhf.data.sources import source_identity
 from jaxrlhf.data.tokens import Limits
 from jaxrlhf.models import DecoderConfig
-from jaxrlhf.models.hub import check_vocabulary, read_config, resolve
+from jaxrlhf.models.hub import check_vocabulary, check_weights, read_config, resolve
 from jaxrlhf.models.hub.identity import folder_identity
 from jaxrlhf.plugins import source_of
 from jaxrlhf.scorers import Scorer
 from jaxrlhf.scorers.function import function_scorer
-from jaxrlhf.scorers.reward_model import reward_model_scorer
+from jaxrlhf.scorers.reward_model import limits_within, reward_model_scorer
 from jaxrlhf.scorers.toy import toy_gold
 
 TOY = "toy"
@@ -34,10 +34,10 @@ def check(config: Config, tokenizer: Any = None, *, columns: tuple[str, ...] = (
     loss reads a column `margin` (`columns`).
     """
     data, options = config.data, _options(config, tokenizer)
-    if config.gold.kind == "model":
-        resolve(config.gold.source or "")
     if config.model.source is not None:
-        check_model(config, read_config(resolve(config.model.source)), tokenizer)
+        check_model(config, check_weights(config.model.source, head="lm"), tokenizer)
+    if config.gold.kind == "model":
+        check_positions(config, check_weights(config.gold.source or "", head="scalar"), config.gold.source)
     gold = scored_by_leader(function_scorer(config.gold.source or "")) if config.gold.kind == "function" else None
     if data.train == TOY:
         try_gold(gold, toy.prompts(data.toy, 2, config.text_seed, "evaluation"))
@@ -58,15 +58,26 @@ def check(config: Config, tokenizer: Any = None, *, columns: tuple[str, ...] = (
 
 
 def check_model(config: Config, model: DecoderConfig, tokenizer: Any) -> None:
-    """ValueError where the base model has no embedding for an id of the tokenizer, or none for a position of the longest text."""
+    """ValueError where the base model has no embedding for an id of the tokenizer, or has not learned the positions of the longest text."""
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.vocab_size)
-    prompt, response = config.data.limits.max_prompt_length, max(config.data.limits.max_response_length, config.ppo.response_length)
-    if model.positions == "learned" and prompt + response > model.max_positions:
+    check_positions(config, model, config.model.source)
+
+
+def check_positions(config: Config, model: DecoderConfig, source: str | None) -> None:
+    """ValueError where a model has not learned as many positions, in a table or by rotation, as the longest text of the run has."""
+    prompt, response = config.data.limits.max_prompt_length, longest_response(config)
+    if prompt + response > model.longest_text:
         raise ValueError(
-            f"prompts of {prompt} and responses of {response} tokens are {prompt + response} positions, and {config.model.source} has "
-            f"learned {model.max_positions}; lower data.limits.max_prompt_length, data.limits.max_response_length or ppo.response_length."
+            f"prompts of {prompt} and responses of {response} tokens are {prompt + response} positions, and {source} has learned "
+            f"{model.longest_text}; lower data.limits.max_prompt_length, data.limits.max_response_length, ppo.response_length or "
+            "filter.max_new_tokens."
         )
+
+
+def longest_response(config: Config) -> int:
+    """Tokens of the longest response that is read or written."""
+    return max(config.data.limits.max_response_length, config.ppo.response_length, config.filter.max_new_tokens or 0)
 
 
 def try_gold(gold: Scorer | None, rows: list[Prompt]) -> None:
@@ -100,11 +111,7 @@ def scored_by_leader(scorer: Scorer) -> Scorer:
 
 def gold_limits(config: Config, model: DecoderConfig) -> Limits:
     """Twice the run's, because gold's tokenizer may need more tokens for a text; less where gold has not learned so many positions."""
-    prompt, response = 2 * config.data.limits.max_prompt_length, 2 * config.data.limits.max_response_length
-    if model.positions == "learned":
-        response = min(response, model.max_positions // 2)
-        prompt = min(prompt, model.max_positions - response)
-    return Limits(prompt, response, "truncate", "truncate")
+    return limits_within(model, config.data.limits.max_prompt_length, longest_response(config), times=2)
 
 
 def limits_of(config: Config) -> Limits:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxrlhf import sharding
+from jaxrlhf import rng, sharding
 from jaxrlhf.config import Config
 from jaxrlhf.data import toy
 from jaxrlhf.data.tokens import pad_id_of
@@ -76,7 +76,7 @@ def _base(config: Config) -> tuple[DecoderConfig, Any]:
         raise FileNotFoundError(
             f"tokenizer.source {source} is not on this machine, and the size of its vocabulary is wanted; give a folder."
         )
-    longest = config.data.limits.max_prompt_length + max(config.data.limits.max_response_length, config.ppo.response_length)
+    longest = config.data.limits.max_prompt_length + inputs.longest_response(config)
     shape = {name: value for name, value in asdict(config.model.shape).items() if value is not None}
     rows = config.tokenizer.vocab_size if tokenizer is None else len(tokenizer)
     ids: dict[str, Any] = {} if tokenizer is None else {"pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
@@ -133,9 +133,9 @@ def _encoder(config: Config) -> tuple[BertConfig | None, str]:
 
 def models_of(config: Config, subjects: PlannedModels, mesh: Any) -> tuple[Model, Model]:
     """The policy's functions and those of reward model and critic, as `hub.load` builds them for the devices of `mesh`."""
-    how = {"remat": config.model.remat, "logits_chunk": config.model.logits_chunk} | sharding.row_constraints(mesh)
-    dtype = config.model.dtype
-    return build_model(subjects.base, head="lm", dtype=dtype, **how), build_model(subjects.reward, head="scalar", dtype=dtype, **how)
+    names = ("dtype", "matmul_precision", "remat", "logits_chunk")
+    how = {name: getattr(config.model, name) for name in names} | sharding.row_constraints(mesh)
+    return build_model(subjects.base, head="lm", **how), build_model(subjects.reward, head="scalar", **how)
 
 
 def gold_model(config: Config, gold: DecoderConfig, mesh: Any) -> Model:
@@ -175,4 +175,4 @@ def _has_layers(node: Any) -> bool:
 
 LAYER = "layers_"
 FIRST = f"{LAYER}0"
-KEY = jax.eval_shape(lambda: jax.random.key(0))
+KEY = jax.eval_shape(lambda: rng.root_key(0))

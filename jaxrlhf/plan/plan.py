@@ -37,8 +37,10 @@ class Plan:
     notes: list[str]
 
     def dtype(self, one: Planned) -> str:
-        """Of the phase's computation."""
-        return self.config.gold.dtype if one.phase.name == "gold scores" else self.config.model.dtype
+        """Of the phase's products, as `Device.peak` takes it; those of a gold model in float32 are exact."""
+        model, gold = self.config.model, one.phase.name == "gold scores"
+        dtype = self.config.gold.dtype if gold else model.dtype
+        return "exact float32" if dtype == "float32" and (gold or model.matmul_precision == "highest") else dtype
 
     def seconds(self, one: Planned, device: Device) -> float:
         """Predicted seconds of one call."""

@@ -75,9 +75,10 @@ def _beside(plan: Plan) -> None:
 
 def _verdict(plan: Plan, device: Device) -> None:
     """How long every phase takes, what does not fit and what helps."""
-    peak = device.peak(plan.config.model.dtype) / 1e12
+    dtype = next((plan.dtype(one) for one in plan.phases if one.phase.name != "gold scores"), plan.config.model.dtype)
+    peak = device.peak(dtype) / 1e12
     print(
-        f"\n{device.name}, published: {device.memory:g} GiB, {peak:g} TFLOP/s in {plan.config.model.dtype}, {device.bandwidth:g} GB/s, "
+        f"\n{device.name}, published: {device.memory:g} GiB, {peak:g} TFLOP/s in {dtype}, {device.bandwidth:g} GB/s, "
         f"{device.link:g} GB/s to other devices"
     )
     print(f"{'':38} {'seconds':>9} {'bound by':>9} {'tokens/s':>11} {'GiB':>7}")

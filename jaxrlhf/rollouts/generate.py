@@ -155,7 +155,7 @@ def token_uniforms(key: Array, index_B: Array, count: int) -> Array:
     keys_B = rng.per_row(key, index_B)
     of_row = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     keys_BT = jax.vmap(of_row, in_axes=(0, None))(keys_B, jnp.arange(count))
-    return jax.vmap(jax.vmap(jax.random.uniform))(keys_BT).T
+    return jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, dtype=jnp.float32)))(keys_BT).T
 
 
 def _is_any(token_B: Array, ids: tuple[int, ...]) -> Array:

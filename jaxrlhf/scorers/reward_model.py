@@ -10,6 +10,7 @@ from jaxrlhf import sharding
 from jaxrlhf.data.batches import evaluation_batches
 from jaxrlhf.data.chat import around, render, special_strings
 from jaxrlhf.data.tokens import Limits, eos_ids_of, retokenize_responses
+from jaxrlhf.models import DecoderConfig
 from jaxrlhf.models.hub import load, reward_bias
 from jaxrlhf.scorers import Scorer
 from jaxrlhf.steps.pair import response_scores
@@ -62,6 +63,16 @@ def reward_model_scorer(source: str, *, batch_size: int, limits: Limits, dtype: 
         return score_responses(loaded.model, loaded.params, texts, batch_size=batch_size, mesh=mesh, bias=bias, bucket=64)
 
     return score
+
+
+def limits_within(model: DecoderConfig, prompt: int, response: int, *, times: int = 1) -> Limits:
+    """Limits at which text is cut: `times` the tokens of a prompt and of a response, less where there is a table of fewer positions; a text
+    of no more than `prompt` and `response` tokens is whole if that has room for it."""
+    longest, most = times * response, model.max_positions
+    if model.positions != "learned":
+        return Limits(times * prompt, longest, "truncate", "truncate")
+    longest = min(longest, most - prompt if prompt + response <= most else most // 2)
+    return Limits(min(times * prompt, most - longest), longest, "truncate", "truncate")
 
 
 class Frame(NamedTuple):

@@ -79,12 +79,17 @@ def adamw(
     adam_beta2: float,
     adam_epsilon: float,
     weight_decay: float,
+    weight_decay_on: str = "all",
     max_grad_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW in torch's form (ε is added after the bias correction), optionally after clipping the global gradient norm."""
+    """AdamW in torch's form (ε is added after the bias correction), optionally after clipping the global gradient norm.
+
+    The decay is of "all" parameters, or of "matrices" (and embeddings), without norms and biases.
+    """
+    decayed = None if weight_decay_on == "all" else lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
     def at_rate(learning_rate: Array) -> optax.GradientTransformation:
-        return optax.adamw(learning_rate, b1=adam_beta1, b2=adam_beta2, eps=adam_epsilon, weight_decay=weight_decay)
+        return optax.adamw(learning_rate, b1=adam_beta1, b2=adam_beta2, eps=adam_epsilon, weight_decay=weight_decay, mask=decayed)
 
     adam = optax.inject_hyperparams(at_rate, hyperparam_dtype=jnp.float32)(schedule)  # keeps the rate in its state, to be logged
     return adam if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), adam)

@@ -46,6 +46,7 @@ def test_unknown_keys_and_wrong_types(changes, message):
     [
         ({"rounds": 0}, "rounds is 0; it must be at least 1."),
         ({"seed": -1}, "seed is -1; it must be at least 0."),
+        ({"seed": 2**64}, "seed is 18446744073709551616; it must be below 2**64."),
         ({"ppo__num_mini_batches": 0}, "ppo.num_mini_batches is 0; it must be at least 1."),
         ({"sft__gradient_accumulation_steps": 0}, "sft.gradient_accumulation_steps is 0"),
         ({"ppo__forward_batch_size": 0}, "ppo.forward_batch_size is 0"),

@@ -134,6 +134,15 @@ def test_lower_case_and_default_prompt_of_a_folder(tmp_path):
     (folder / "config_sentence_transformers.json").write_text(json.dumps(said))
     encoder = load_encoder(folder)
     assert encoder.max_length == 12
+    _edit(folder / "1_Pooling/config.json", include_prompt=False)
+    refused = ""
+    try:
+        load_encoder(folder)
+    except ValueError as error:
+        refused = str(error)
+    assert "include_prompt: false" in refused and "'Q: '" in refused
+    _edit(folder / "config_sentence_transformers.json", default_prompt_name=None)
+    assert load_encoder(folder).prompt == ""  # there is no prompt that could be left out
     (ids,) = tokenize(encoder, ["GoOD"])
     assert encoder.tokenizer.decode(ids, skip_special_tokens=True) == "q: good"
 

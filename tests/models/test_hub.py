@@ -11,11 +11,14 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxrlhf import models, sharding
+from jaxrlhf.data import toy
 from jaxrlhf.data.pairs import Demonstration
+from jaxrlhf.data.tokenizer import train_tokenizer
 from jaxrlhf.data.tokens import Limits, eos_ids_of, tokenize_demonstrations
+from jaxrlhf.models import encoder
 from jaxrlhf.models.hub import safetensors
 
 GOLDEN = json.loads(tiny_models.GOLDEN.read_text())["models"]
@@ -353,6 +356,30 @@ def test_a_model_from_a_shape_describes_itself(family, tmp_path):
     assert_trees_equal(again.params, loaded.params)
 
 
+TEXT = "Human: it's 1234,\n\n  don't  you\tthink? Ünïcödé 日本 🙂"
+
+
+def test_a_tokenizer_gives_the_ids_of_the_one_that_was_saved(tmp_path):
+    """transformers goes by the family where it has a tokenizer of that name, and takes words apart in that family's way."""
+    for n, (tokenizer, text) in enumerate(((train_tokenizer([TEXT] * 3, 300), TEXT), (toy.toy_tokenizer(), " ".join(toy.VOCABULARY)))):
+        tokenizer.save_pretrained(str(tmp_path / str(n)))
+        for family in models.families.FAMILIES:
+            (tmp_path / str(n) / "config.json").write_text(json.dumps({"model_type": family}))
+            again = models.read_tokenizer(tmp_path / str(n))
+            assert again(text)["input_ids"] == tokenizer(text)["input_ids"] and len(again) == len(tokenizer), family
+
+
+def test_a_tokenizer_that_came_to_other_ids_is_refused(tmp_path):
+    """A folder says which ids its tokenizer gave when it was saved: another version of a library, or a file of another, is seen."""
+    folder = tmp_path / "out"
+    loaded = models.load(folder_of("qwen2", tmp_path))._replace(tokenizer=tokenizer_of(WORDS, eos_token="<end>", pad_token="w5"))
+    models.save(loaded, folder)
+    models.load(folder)
+    tokenizer_of(WORDS[::-1], eos_token="<end>", pad_token="w5").save_pretrained(str(folder))
+    with pytest.raises(ValueError, match=r"the tokenizer in .*out gives other ids than the one that was saved there: "):
+        models.load(folder)
+
+
 def test_shapes_that_cannot_be_are_refused():
     shape = {"family": "gpt_neox", "hidden_size": 30, "num_layers": 1, "num_heads": 4}
     with pytest.raises(ValueError, match="hidden_size 30 does not divide over 4 heads"):
@@ -361,3 +388,82 @@ def test_shapes_that_cannot_be_are_refused():
         models.config_from_shape({**shape, "hidden_size": 32, "num_kv_heads": 2}, 10, max_positions=8)
     with pytest.raises(ValueError, match="family 'rwkv'"):
         models.config_from_shape({**shape, "family": "rwkv"}, 10, max_positions=8)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox-old-spelling", "llama"])
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_names_of_a_compiled_or_distributed_module_are_understood(name, wrapper, tmp_path):
+    folder = folder_of(name, tmp_path)
+    expected = reads(folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({wrapper + tensor: value for tensor, value in tensors.items()}, folder / "model.safetensors")
+    assert reads(folder) == expected
+
+
+def reads(folder, head="lm"):
+    """The bytes of the parameters of a folder, or why it is refused."""
+    try:
+        return [leaf.tobytes() for leaf in map(np.asarray, jax.tree.leaves(models.load(folder, head=head).params))]
+    except ValueError as error:
+        return str(error)
+
+
+def with_tensors(folder, *, drop=(), **config):
+    """The folder without some tensors, and with other fields in config.json."""
+    tensors = {name: value for name, value in load_file(folder / "model.safetensors").items() if name not in drop}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+    return folder
+
+
+def test_a_head_that_is_not_what_the_config_says_is_refused_by_its_reason(tmp_path):
+    lost = with_tensors(folder_of("llama", tmp_path), drop=["lm_head.weight"])
+    assert "no 'lm' head (lm_head.weight), and its config.json does not say tie_word_embeddings: true" in reads(lost)
+    both = with_tensors(folder_of("llama", tmp_path / "both"), tie_word_embeddings=True)
+    assert "an lm_head.weight that is not its embedding, and tie_word_embeddings: true" in reads(both)
+    for name in ("llama", "gpt2"):  # untied and tied
+        assert "is a reward model (score.weight), which writes no text" in reads(folder_of(name, tmp_path, "scalar")), name
+    two = folder_of("llama", tmp_path / "two", "scalar")
+    save_file(load_file(two / "model.safetensors") | {"score.weight": np.zeros((2, 24), np.float32)}, two / "model.safetensors")
+    assert "scores 2 labels, and a reward model one" in reads(two, "scalar")
+
+
+class Recorder(dict):
+    """A config.json that notes which of its keys are asked for."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.asked = set()
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key):
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize("family", [*models.families.FAMILIES, *encoder.FAMILIES])
+def test_every_key_of_a_config_class_is_read_refused_or_known_to_change_nothing(family):
+    """A new key of transformers' classes is red here until somebody has said what it means."""
+    hf = Recorder(AutoConfig.for_model(family).to_dict())
+    hf |= {"use_sliding_window": True, "sliding_window": 4} if "use_sliding_window" in hf else {}
+    (encoder.bert_config_from_hf if family in encoder.FAMILIES else models.config_from_hf)(hf)
+    ignored = {key for keys in models.families.IGNORED.values() for key in keys}
+    assert hf.keys() - hf.asked - ignored == set()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2", "qwen3"])
+def test_a_factor_that_transformers_does_not_read_is_refused(name):
+    """Half rotated heads by config.json, whole ones by transformers: one of the two is not what was trained."""
+    hf = tiny_models.VARIANTS[name]
+    spellings = (
+        {"partial_rotary_factor": 0.5},
+        {"rotary_pct": 0.5},
+        {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+    )
+    for stated in spellings:
+        with pytest.raises(ValueError, match=r"partial_rotary_factor 0.5 .* rotates whole heads"):
+            models.config_from_hf({**hf, **stated})
+    assert models.config_from_hf({**hf, "partial_rotary_factor": 1.0}) == models.config_from_hf(hf)

@@ -5,15 +5,16 @@ import os
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from jaxrlhf.cli import main
 from jaxrlhf.data.read_report import DataError
 from jaxrlhf.data.tokenizer import train_tokenizer
-from jaxrlhf.models import config_from_shape
-from jaxrlhf.models.hub import read_config
+from jaxrlhf.models import build_model, config_from_hf, config_from_shape
+from jaxrlhf.models.hub import Loaded, read_config, save
 from jaxrlhf.pipeline import inputs
 from jaxrlhf.pipeline.checks import check
 from jaxrlhf.pipeline.stages.sft import sft_stage, tokenizer_stage
@@ -243,18 +244,25 @@ def test_a_loss_that_reads_margins_needs_one_in_the_training_pairs(tmp_path):
     check(config(none, valid))
 
 
-def gpt2_folder(path, **sizes):
-    """A config and a tokenizer of 260 ids; weights are not looked at before the first stage."""
-    path.mkdir()
-    hf, _ = config_from_shape({"family": "gpt2", "hidden_size": 8, "num_layers": 1, "num_heads": 1}, 260, max_positions=40, eos_id=1)
-    (path / "config.json").write_text(json.dumps({**hf.hf, **sizes}))
-    train_tokenizer([], 260).save_pretrained(str(path))
+def real_folder(path, family="gpt2", *, labels=None, **sizes):
+    """A model of 40 positions with a tokenizer of 260 ids, its weights nothing but shapes; with `labels` a classifier of so many."""
+    path = Path(path)
+    shape = {"family": family, "hidden_size": 8, "num_layers": 1, "num_heads": 1}
+    config = config_from_hf({**config_from_shape(shape, 260, max_positions=40, eos_id=1)[0].hf, **sizes})
+    rng_key = jax.eval_shape(lambda: jax.random.key(0))
+    shapes = jax.eval_shape(build_model(config, head="lm" if labels is None else "scalar").init, rng_key)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    save(Loaded(None, params, train_tokenizer([], 260), config), path)
+    if labels is not None and labels != 1:
+        tensors = load_file(path / "model.safetensors")
+        save_file(tensors | {"score.weight": np.zeros((labels, 8), np.float32)}, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps({**json.loads((path / "config.json").read_text()), **sizes}))
     return str(path)
 
 
 def test_a_model_that_is_too_short_or_too_narrow_is_refused_at_the_start(tmp_path):
     rows = lines(tmp_path / "t.jsonl", PAIR, PAIR | {"prompt": "q"})
-    folder = gpt2_folder(tmp_path / "m")
+    folder = real_folder(tmp_path / "m")
 
     def made(prompt, response, sampled=8, source=folder, **sections):
         limits = {"limits": {"max_prompt_length": prompt, "max_response_length": response}}
@@ -264,7 +272,7 @@ def test_a_model_that_is_too_short_or_too_narrow_is_refused_at_the_start(tmp_pat
     for lengths in ((31, 10), (30, 8, 11)):
         with pytest.raises(ValueError, match=r"41 positions, and .*/m has learned 40; lower data.limits.max_prompt_length"):
             check(made(*lengths))
-    narrow = gpt2_folder(tmp_path / "narrow", vocab_size=257)
+    narrow = real_folder(tmp_path / "narrow", vocab_size=257)
     with pytest.raises(ValueError, match=r"the tokenizer has 258 ids but the model's embedding only 257 rows"):
         check(made(8, 8, source=narrow))
     with pytest.raises(ValueError, match=r"the tokenizer has 258 ids"):
@@ -272,8 +280,45 @@ def test_a_model_that_is_too_short_or_too_narrow_is_refused_at_the_start(tmp_pat
 
 
 def test_gold_with_learned_positions_is_given_no_more_of_them(tmp_path):
-    model = read_config(Path(gpt2_folder(tmp_path / "m")))
+    model = read_config(Path(real_folder(tmp_path / "m")))
     for prompt, response, expected in ((8, 4, (16, 8)), (30, 4, (32, 8)), (30, 30, (20, 20))):
         limits = {"limits": {"max_prompt_length": prompt, "max_response_length": response}}
-        found = inputs.gold_limits(from_mapping(SAMPLED | {"data": limits}), model)
+        found = inputs.gold_limits(from_mapping(SAMPLED | {"data": limits, "ppo": {"response_length": response}}), model)
         assert (found.max_prompt_length, found.max_response_length) == expected
+
+
+def test_gold_reads_all_that_the_policy_may_write(tmp_path):
+    """Responses longer than those of the data are gold's to read to their end: a limit of 8 cut 53 tokens at 16."""
+    model = read_config(Path(real_folder(tmp_path / "m", n_positions=400)))
+    sections = {"data": {"limits": {"max_prompt_length": 16, "max_response_length": 8}}, "ppo": {"response_length": 53}}
+    assert inputs.gold_limits(from_mapping(SAMPLED | sections), model).max_response_length == 106
+
+
+def test_models_that_cannot_do_their_part_are_refused_before_anything_is_trained(tmp_path):
+    """Positions of rotary models, gold's head and its labels, a reward model as policy: headers of files say it all."""
+    rows = lines(tmp_path / "t.jsonl", PAIR, PAIR | {"prompt": "q"})
+    scalar, lm = real_folder(tmp_path / "rm", "llama", labels=1), real_folder(tmp_path / "lm", "llama")
+    two = real_folder(tmp_path / "two", "gpt2", labels=2)
+
+    def refusal(prompt=30, response=10, sampled=10, filter=None, **sources):
+        limits = {"limits": {"max_prompt_length": prompt, "max_response_length": response}}
+        named = {"gold": {"kind": "model", "source": sources.get("gold", scalar)}, "model": {"source": sources.get("model", lm)}}
+        made = config(rows, data=limits, ppo={"response_length": sampled}, filter={"max_new_tokens": filter}, **named)
+        with pytest.raises(ValueError) as error:
+            inputs.check(made)
+        return str(error.value)
+
+    assert "31 and responses of 10 tokens are 41 positions, and " in refusal(prompt=31)
+    assert "lm has learned 40" in refusal(sampled=11) and "lm has learned 40" in refusal(filter=11)
+    assert "no 'scalar' head (score.weight)" in refusal(gold=lm)
+    assert "scores 2 labels" in refusal(gold=two)
+    assert "is a reward model (score.weight), which writes no text" in refusal(model=scalar)
+    short = real_folder(tmp_path / "short", "llama", labels=1, max_position_embeddings=39)
+    assert "short has learned 39" in refusal(gold=short)
+
+
+def test_a_process_that_computes_in_other_widths_is_refused(tmp_path):
+    """The draws are the same under JAX_ENABLE_X64, the rest of a training is not, and no stage's hash would know."""
+    rows = lines(tmp_path / "t.jsonl", PAIR, PAIR | {"prompt": "q"})
+    with jax.enable_x64(True), pytest.raises(ConfigError, match="JAX_ENABLE_X64 is on"):
+        check(config(rows))

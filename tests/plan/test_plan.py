@@ -251,6 +251,19 @@ def test_time_is_the_slowest_of_three():
     assert one.seconds(DEVICES["h100"], "float32")["compute"] == pytest.approx(4e14 / (0.4 * 494e12))
 
 
+def test_exact_products_take_the_time_of_exact_products(tiny_config, tmp_path):
+    """float32 at the highest precision runs without tensor cores: 67 TFLOP/s of an H100, not 494."""
+    one, gold = Planned(phase_of(), PROGRAM, {}), Planned(phase_of(name="gold scores"), PROGRAM, {})
+
+    def compute(planned, **model):
+        made = Plan(tiny_config(tmp_path, model=model), None, None, 1, None, {}, [], [])  # type: ignore[arg-type]
+        return planned.seconds(DEVICES["h100"], made.dtype(planned))["compute"] * 0.4e12 / 4e14
+
+    assert compute(one) == compute(gold) == pytest.approx(1 / 67)
+    assert compute(one, matmul_precision="default") == pytest.approx(1 / 494) and compute(one, dtype="bfloat16") == pytest.approx(1 / 989)
+    assert compute(gold, matmul_precision="default") == pytest.approx(1 / 67)
+
+
 def test_devices_by_name_by_kind_and_of_your_own():
     assert device_of_kind("NVIDIA H100 80GB HBM3") is DEVICES["h100"] and device_of_kind("cpu") is None
     assert device_of_kind("TPU v5 lite") is DEVICES["v5e"] and device_of_kind("TPU v5") is DEVICES["v5p"]

@@ -9,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrlhf.algorithms.training import optimizer_of
+from jaxrlhf.config.training import OptimizerConfig
 from jaxrlhf.steps.state import (
     Frozen,
     actor_critic,
@@ -164,3 +166,18 @@ def test_restarted_schedules_keep_moments_and_begin_the_round_again():
     before, after = (found(tree, optax.ScaleByAdamState) for tree in (end.opt_state, fresh))
     assert len(before) == 2
     jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+@pytest.mark.parametrize(("where", "still"), [("all", set()), ("matrices", {"bias", "scale"})])
+def test_decay_is_of_all_parameters_or_of_matrices_alone(where, still):
+    """Without a gradient nothing but the decay moves a parameter."""
+    params = {"kernel": jnp.ones((2, 3)), "embedding": jnp.ones((4, 2)), "bias": jnp.ones(3), "scale": jnp.ones(2)}
+    optimizer = optimizer_of(
+        OptimizerConfig(learning_rate=0.1, weight_decay=0.1, weight_decay_on=where, lr_scheduler_type="constant"), steps=1
+    )
+    new, _ = apply_gradients(init_state(params, optimizer), jax.tree.map(jnp.zeros_like, params), optimizer)
+    assert {name for name, value in new.params.items() if (np.asarray(value) == 1.0).all()} == still
+    policy = actor_critic(optimizer, optimizer)  # PPO's two in one, under a mask of its own
+    both = {"policy": params, "critic": params}
+    new, _ = apply_gradients(init_state(both, policy), jax.tree.map(jnp.zeros_like, both), policy)
+    assert {name for name, value in new.params["critic"].items() if (np.asarray(value) == 1.0).all()} == still

@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxrlhf import rng
 from jaxrlhf.models.encoder import Bert, BertConfig, bert_config_from_hf, build_bert
 from jaxrlhf.models.hub.load import resolve
 from jaxrlhf.models.hub.read_params import check_names, read_params
 from jaxrlhf.models.hub.safetensors import TensorReader, read_json
-from jaxrlhf.models.hub.tensor_names import Entry, plain, transposed
+from jaxrlhf.models.hub.tensor_names import Entry, plain, plain_name, transposed
 from jaxrlhf.models.hub.tokenizer import check_vocabulary, read_tokenizer
 from jaxrlhf.types import Params
 
 MODULES = "modules.json"
+_ELSE = "The backend sentence-transformers runs any of its models."
 _PREFIXES = ("", "bert.", "roberta.", "model.")
 _FIRST = "embeddings.word_embeddings.weight"
 # Buffers, and the heads of other tasks: language modelling, next sentence; pooler and classifier where they are not asked for.
@@ -133,16 +135,14 @@ def read_sentence_folder(folder: Path) -> SentenceFolder:
     modules = [(str(m["type"]).rsplit(".", 1)[-1], folder / m.get("path", "")) for m in listed]
     kinds = [kind for kind, _ in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
-        raise ValueError(
-            f"{folder} is a chain of {', '.join(kinds)}; supported is Transformer, Pooling and, at will, Normalize. "
-            "The backend sentence-transformers runs any of its models."
-        )
+        raise ValueError(f"{folder} is a chain of {', '.join(kinds)}; supported is Transformer, Pooling and, at will, Normalize. {_ELSE}")
     (_, transformer), (_, pooler) = modules[:2]
     found = (transformer / f"sentence_{family}_config.json" for family in _TRANSFORMER_SETTINGS)
     settings = next((read_json(path) for path in found if path.is_file()), {})
-    return SentenceFolder(
-        transformer, _read_pooling(pooler), settings.get("max_seq_length"), bool(settings.get("do_lower_case")), _read_prompt(folder)
-    )
+    prompt = _read_prompt(folder)
+    if prompt and read_json(pooler / "config.json").get("include_prompt") is False:
+        raise ValueError(f"{folder} pools without its default prompt {prompt!r} (include_prompt: false), which is not supported. {_ELSE}")
+    return SentenceFolder(transformer, _read_pooling(pooler), settings.get("max_seq_length"), bool(settings.get("do_lower_case")), prompt)
 
 
 def _read_pooling(folder: Path) -> str:
@@ -269,15 +269,16 @@ def _layout(config: BertConfig) -> Iterator[Entry]:
 def _read(folder: Path, config: BertConfig, mesh: Any) -> Params:
     """Parameters on the mesh. ValueError for tensors that are missing, unknown or of another shape."""
     read = TensorReader(folder)
-    prefix = next((prefix for prefix in _PREFIXES if prefix + _FIRST in read.files), "")
+    names = {plain_name(name): name for name in read.files}
+    prefix = next((prefix for prefix in _PREFIXES if prefix + _FIRST in names), "")
     # Old files call the two arrays of a norm gamma and beta.
-    stored = {_modern(name.removeprefix(prefix)): name for name in read.files}
+    stored = {_modern(name.removeprefix(prefix)): there for name, there in names.items()}
     entries = list(_layout(config))
     wanted = {entry.name for entry in entries}
     unknown = {name for name in stored.keys() - wanted if not (_UNUSED.match(name) or _HEADS.match(name))}
     model = f"{config.family} {'classifier' if config.labels else 'encoder'}"
     check_names(folder, model, missing=wanted - stored.keys(), unknown=unknown)
-    shapes = jax.eval_shape(build_bert(config).init, jax.random.key(0))
+    shapes = jax.eval_shape(build_bert(config).init, rng.root_key(0))
     return read_params(read, entries, stored, shapes, mesh)
 
 

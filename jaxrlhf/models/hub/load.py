@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 
-from jaxrlhf import sharding
+from jaxrlhf import rng, sharding
 from jaxrlhf.models.families import config_from_hf
 from jaxrlhf.models.heads import check_head, with_head
 from jaxrlhf.models.hub.loaded import Loaded
-from jaxrlhf.models.hub.read_params import check_names, read_params
+from jaxrlhf.models.hub.read_params import check_names, check_shapes, read_params
 from jaxrlhf.models.hub.safetensors import TensorReader, read_json
-from jaxrlhf.models.hub.tensor_names import SCORE, is_ignored, layout, lm_head_names, prefix_of
+from jaxrlhf.models.hub.tensor_names import EMBEDDING, SCORE, Entry, is_ignored, layout, lm_head_names, plain_name, prefix_of
 from jaxrlhf.models.hub.tokenizer import read_tokenizer
 from jaxrlhf.models.model import build_model
 from jaxrlhf.models.transformer import DecoderConfig
@@ -30,6 +31,7 @@ def load(
     head: str = "lm",
     key: Array | None = None,
     dtype: str | None = None,
+    matmul_precision: str = "highest",
     mesh: Any = None,
     remat: str = "none",
     logits_chunk: int | None = None,
@@ -37,8 +39,8 @@ def load(
     """Read a model from a Hugging Face folder, or from a hub id through its cache.
 
     `head="scalar"` reads a reward model's head, and on a language model puts a new random one, which needs `key`. `dtype` is that of
-    the computation (default float32); parameters are always float32. `mesh` places them by the sharding table. `remat` and
-    `logits_chunk` trade time for memory (`build_model`).
+    the computation (default float32) and `matmul_precision` that of its products of float32 (`build_model`); parameters are always
+    float32. `mesh` places them by the sharding table. `remat` and `logits_chunk` trade time for memory (`build_model`).
 
     ValueError: a family, setting or dtype that is not supported; tensors missing, unknown or of another shape; a new head without key.
     """
@@ -46,7 +48,7 @@ def load(
     folder = resolve(source)
     config = read_config(folder)
     params = _read_params(folder, config, head, key, mesh)
-    how = {"remat": remat, "logits_chunk": logits_chunk} | sharding.row_constraints(mesh)
+    how = {"matmul_precision": matmul_precision, "remat": remat, "logits_chunk": logits_chunk} | sharding.row_constraints(mesh)
     model = build_model(config, head=head, dtype=dtype or "float32", **how)
     return Loaded(model, params, read_tokenizer(folder), config)
 
@@ -64,12 +66,13 @@ def initialise(
     tokenizer: Any = None,
     head: str = "lm",
     dtype: str | None = None,
+    matmul_precision: str = "highest",
     mesh: Any = None,
     remat: str = "none",
     logits_chunk: int | None = None,
 ) -> Loaded:
     """A model from scratch, with random parameters; the other arguments as `load` takes them."""
-    how = {"remat": remat, "logits_chunk": logits_chunk} | sharding.row_constraints(mesh)
+    how = {"matmul_precision": matmul_precision, "remat": remat, "logits_chunk": logits_chunk} | sharding.row_constraints(mesh)
     model = build_model(config, head=head, dtype=dtype or "float32", **how)
     return Loaded(model, sharding.init_on_mesh(model.init, mesh, key), tokenizer, config)
 
@@ -109,15 +112,41 @@ def _snapshot(name: str) -> Path:
         raise FileNotFoundError(f"{name} is neither a local folder nor a hub id that can be reached: {error}") from error
 
 
+def check_weights(source: str | Path, *, head: str) -> DecoderConfig:
+    """Raise what `load` would of a folder's config and tensors, from the headers of its files; the config."""
+    folder = resolve(source)
+    config = read_config(folder)
+    read, entries, stored, wanted, _ = _tensors(folder, config, head, None)
+    check_shapes(read, entries, stored, wanted)
+    read.close()
+    return config
+
+
 def _read_params(folder: Path, config: DecoderConfig, head: str, key: Array | None, mesh: Any) -> Params:
     """The parameter tree from a folder's tensors, float32, on the mesh."""
+    read, entries, stored, wanted, new_head = _tensors(folder, config, head, key)
+    params = read_params(read, entries, stored, wanted, mesh)
+    if not new_head:
+        return params
+    made = with_head(params, key, config, head)["head"]
+    return {**params, **sharding.place({"head": jax.device_get(made)}, mesh)}
+
+
+def _tensors(
+    folder: Path, config: DecoderConfig, head: str, key: Array | None
+) -> tuple[TensorReader, list[Entry], dict[str, str], Params, bool]:
+    """(reader, tensors to read, their names in the files, shapes of the model, whether its head is to be made).
+
+    ValueError where the tensors are not those of such a model.
+    """
     read = TensorReader(folder)
+    names = {plain_name(name): name for name in read.files}
     prefix = prefix_of(config)
     # Some files hold the bare backbone, without the family's prefix.
-    bare = not any(name.startswith(prefix) for name in read.files)
+    bare = not any(name.startswith(prefix) for name in names)
     heads = (SCORE, *lm_head_names(config))
-    stored = {prefix + name if bare and name not in heads else name: name for name in read.files}
-    if head == "lm" and not config.tied_head:
+    stored = {prefix + name if bare and name not in heads else name: there for name, there in names.items()}
+    if head == "lm":
         first, *others = lm_head_names(config)
         for other in others:
             if other in stored:
@@ -125,17 +154,34 @@ def _read_params(folder: Path, config: DecoderConfig, head: str, key: Array | No
 
     entries = layout(config, head)
     new_head = "head" in {path[0] for entry in entries for path in entry.paths} and entries[-1].name not in stored
-    if new_head:
-        entries = entries[:-1]
-        if key is None:
-            raise ValueError(f"{folder} has no {head!r} head; a new one is random, pass key= to load it with one.")
-    names = {entry.name for entry in entries}
-    unknown = {name for name in stored.keys() - names if not is_ignored(name, config, head)}
-    check_names(folder, f"{config.family} model", missing=names - stored.keys(), unknown=unknown)
+    if key is None:
+        _check_head(read, config, head, stored, new_head=new_head)
+    entries = entries[:-1] if new_head else entries
+    wanted = {entry.name for entry in entries}
+    unknown = {name for name in stored.keys() - wanted if not is_ignored(name, config, head)}
+    check_names(folder, f"{config.family} model", missing=wanted - stored.keys(), unknown=unknown)
     # Shapes of the model that the config describes, without computing anything.
-    wanted = jax.eval_shape(build_model(config, head=head).init, jax.random.key(0))
-    params = read_params(read, entries, stored, wanted, mesh)
-    if not new_head:
-        return params
-    made = with_head(params, key, config, head)["head"]
-    return {**params, **sharding.place({"head": jax.device_get(made)}, mesh)}
+    return read, entries, stored, jax.eval_shape(build_model(config, head=head).init, rng.root_key(0)), new_head
+
+
+def _check_head(read: TensorReader, config: DecoderConfig, head: str, stored: dict[str, str], *, new_head: bool) -> None:
+    """ValueError where the files hold another head than is asked for, or than config.json says."""
+    lm_head, fault = lm_head_names(config)[0], ""
+    if head == "lm" and SCORE in stored and lm_head not in stored:
+        fault = f"no 'lm' head: it is a reward model ({SCORE}), which writes no text; name a policy, or pass key= for a new random head"
+    elif new_head and head == "lm":
+        fault = (
+            f"no 'lm' head ({lm_head}), and its config.json does not say tie_word_embeddings: true; say so there if the embedding is the "
+            "head, or pass key= for a new random one"
+        )
+    elif new_head:
+        fault = f"no 'scalar' head ({SCORE}), so it is no reward model; a new head is random, pass key= for one"
+    elif head == "scalar" and (labels := read.shape(stored[SCORE])[0]) != 1:
+        fault = f"a head that scores {labels} labels, and a reward model one; name another model"
+    elif head == "lm" and config.tied_head and lm_head in stored:
+        table = next(stored.get(entry.name) for entry in layout(config, head) if entry.paths[0] == EMBEDDING)
+        rows = [read.read(name, (slice(0, 8), slice(None))) for name in (stored[lm_head], table) if name]
+        if not np.array_equal(rows[0], rows[-1]):
+            fault = f"an {lm_head} that is not its embedding, and tie_word_embeddings: true; set that to false in its config.json"
+    if fault:
+        raise ValueError(f"{next(iter(read.files.values())).parent} has {fault}.")

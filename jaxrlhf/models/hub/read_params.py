@@ -21,19 +21,10 @@ def read_params(reader: TensorReader, entries: Sequence[Entry], stored: dict[str
 
     ValueError, before anything is read, for a tensor of another shape, or one that holds no floats.
     """
-    shapes: dict[Any, Any] = {}
-    holders: dict[str, tuple[Entry, int]] = {}
-    for entry in entries:
-        name = stored[entry.name]
-        found, fits = reader.shape(name), entry.shape([leaf(wanted, path).shape for path in entry.paths])
-        if found != fits:
-            raise ValueError(
-                f"{entry.name} in {reader.files[name].parent} has shape {list(found)}, "
-                f"which does not fit the shape that config.json gives, {list(fits)}."
-            )
-        for part, path in enumerate(entry.paths):
-            shapes[path] = leaf(wanted, path)
-            holders["/".join(path)] = entry, part
+    check_shapes(reader, entries, stored, wanted)
+    parts = [(path, entry, part) for entry in entries for part, path in enumerate(entry.paths)]
+    shapes: dict[Any, Any] = {path: leaf(wanted, path) for path, _, _ in parts}
+    holders = {"/".join(path): (entry, part) for path, entry, part in parts}
 
     def read(path: str, index: Index) -> np.ndarray:
         entry, part = holders[path]
@@ -43,6 +34,18 @@ def read_params(reader: TensorReader, entries: Sequence[Entry], stored: dict[str
         return sharding.build(unflatten_dict(shapes), mesh, read)
     finally:
         reader.close()
+
+
+def check_shapes(reader: TensorReader, entries: Sequence[Entry], stored: dict[str, str], wanted: Params) -> None:
+    """ValueError for a tensor of another shape than its leaves have in `wanted`, or one that holds no floats."""
+    for entry in entries:
+        name = stored[entry.name]
+        found, fits = reader.shape(name), entry.shape([leaf(wanted, path).shape for path in entry.paths])
+        if found != fits:
+            raise ValueError(
+                f"{entry.name} in {reader.files[name].parent} has shape {list(found)}, "
+                f"which does not fit the shape that config.json gives, {list(fits)}."
+            )
 
 
 def check_names(folder: Path, model: str, *, missing: Collection[str], unknown: Collection[str]) -> None:

@@ -12,14 +12,14 @@ from jaxrlhf import sharding
 from jaxrlhf.files import finished_folder
 from jaxrlhf.models.hub.loaded import Loaded, eos_ids, head_of, reward_bias
 from jaxrlhf.models.hub.safetensors import MAX_SHARD_BYTES, Tensor, shards_of, write_json, write_shards
-from jaxrlhf.models.hub.tensor_names import CLASSES, Entry, layout, leaf
+from jaxrlhf.models.hub.tensor_names import CLASSES, EMBEDDING, Entry, layout, leaf
+from jaxrlhf.models.hub.tokenizer import save_tokenizer
 from jaxrlhf.models.lora import merged
 from jaxrlhf.types import Params
 
 # What config.json says about a classification head; a language model saved from it says nothing of the kind.
 _SCORE_FIELDS = ("reward_bias", "id2label", "label2id", "num_labels", "problem_type")
 PAD_TOKEN = "<|pad|>"
-_EMBEDDING = ("backbone", "embed", "embedding")
 
 
 def save(loaded: Loaded, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -55,7 +55,7 @@ def save(loaded: Loaded, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD
         if config.generation:
             write_json(dict(config.generation), work / "generation_config.json")
         if tokenizer is not None:
-            tokenizer.save_pretrained(str(work))
+            save_tokenizer(tokenizer, work)
         write_shards(shards, work)
 
 
@@ -63,7 +63,7 @@ def _tensor(entry: Entry, params: Params, more_rows: int) -> Tensor:
     """One tensor of the file, adapters merged into it; the embedding gets `more_rows` (0 or 1) rows that are the mean of the others."""
     leaves = [leaf(params, path) for path in entry.paths]
     shape = entry.shape([part.shape for part in leaves])
-    grows = more_rows > 0 and entry.paths[0] == _EMBEDDING
+    grows = more_rows > 0 and entry.paths[0] == EMBEDDING
 
     def make() -> np.ndarray:
         made = entry.fuse(tuple(sharding.gather(_merged_leaf(params, path)) for path in entry.paths))

@@ -21,9 +21,12 @@ Get = Callable[[Index], np.ndarray]  # a slice of one tensor as it lies in its f
 PREFIXES = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}  # the others: "model."
 CLASSES = {"gpt2": "GPT2", "gpt_neox": "GPTNeoX", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 SCORE = "score.weight"
+EMBEDDING: Path = ("backbone", "embed", "embedding")
 
 # Buffers that old files carry: causal masks and rotary frequencies, which follow from the config.
 _BUFFERS = re.compile(r"(attention|attn)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
+# What torch.compile, DataParallel and its kin put into the names of what they wrap.
+_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|_orig_mod\.")
 _BLOCK = 64
 
 
@@ -35,6 +38,11 @@ class Entry(NamedTuple):
     shape: Callable[[list[Shape]], Shape]  # of the tensor, from the shapes of its leaves
     read: Callable[[Get, int, Index], np.ndarray]  # slice `index` of leaf `paths[part]`; each element is asked for once
     fuse: Callable[[Tensors], np.ndarray]
+
+
+def plain_name(name: str) -> str:
+    """The name of a tensor without what wrappers of its module put there."""
+    return _WRAPPERS.sub("", name)
 
 
 def prefix_of(config: DecoderConfig) -> str:
@@ -183,7 +191,7 @@ def _backbone(config: DecoderConfig) -> Iterator[Entry]:
         embed, final, layer = "embed_in", "final_layer_norm", _gpt_neox_layer
     else:
         embed, final, layer = "embed_tokens", "norm", _llama_layer
-    yield plain(f"{embed}.weight", "backbone", "embed", "embedding")
+    yield plain(f"{embed}.weight", *EMBEDDING)
     yield plain(f"{final}.weight", "backbone", "final_norm", "scale")
     if config.norm == "layernorm":
         yield plain(f"{final}.bias", "backbone", "final_norm", "bias")

@@ -7,27 +7,56 @@ from typing import Any
 from jaxrlhf.data.chat import eos_ids_of
 from jaxrlhf.data.tokens import tokenizer_fingerprint
 from jaxrlhf.models.hub.loaded import Loaded, stated_eos_ids
-from jaxrlhf.models.hub.safetensors import read_json
+from jaxrlhf.models.hub.safetensors import read_json, write_json
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+# Classes of transformers that read tokenizer.json as it stands; others rebuild parts of it by what their name says.
+_AS_IT_STANDS = ("TokenizersBackend", "PreTrainedTokenizerFast")
+SAVED_IDS = "tokenizer_ids.json"  # texts, and the ids they had when the tokenizer was saved
+_PROBE = "Human: it's 1234,\n\n  don't  you\tthink? Ünïcödé 日本 🙂 x=[0];"
+_PROBE_WORDS = 500
 
 
 def read_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder, or None where it has no tokenizer files. Never runs code from the folder.
 
-    A folder with tokenizer.json alone does not say which token ends a text; config.json does, and is asked.
+    A folder with tokenizer.json alone does not say which token ends a text; config.json does, and is asked. ValueError where a folder that
+    `save_tokenizer` wrote gives other ids now.
     """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    stated = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    # AutoTokenizer would take the class of config.json's family instead (Qwen2's, with a pre-tokenizer of its own).
+    plain = stated.get("tokenizer_class") in _AS_IT_STANDS and (folder / "tokenizer.json").is_file()
+    reader = PreTrainedTokenizerFast if plain else AutoTokenizer
+    tokenizer = reader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     if tokenizer.eos_token is None and (folder / "config.json").is_file():
         stated = read_json(folder / "config.json").get("eos_token_id")
         first = stated[0] if isinstance(stated, list) and stated else stated
         if isinstance(first, int) and 0 <= first < len(tokenizer):
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first)
+    for text, ids in (read_json(folder / SAVED_IDS) if (folder / SAVED_IDS).is_file() else {}).items():
+        if (found := _ids(tokenizer, text)) != ids:
+            raise ValueError(
+                f"the tokenizer in {folder} gives other ids than the one that was saved there: {text[:40]!r} is now {found[:10]} and was "
+                f"{ids[:10]}; was it replaced, or read by another version of transformers? Remove {SAVED_IDS} to take it as it is."
+            )
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer and what it makes of a few texts, which `read_tokenizer` holds every reading to, this first one included."""
+    tokenizer.save_pretrained(str(folder))
+    ids = range(0, len(tokenizer), -(-len(tokenizer) // _PROBE_WORDS))
+    texts = (_PROBE, " ".join(tokenizer.decode([i]) for i in ids))
+    write_json({text: _ids(tokenizer, text) for text in texts}, folder / SAVED_IDS)
+    read_tokenizer(folder)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, verbose=False)["input_ids"]
 
 
 def with_tokenizer(loaded: Loaded, tokenizer: Any) -> Loaded:

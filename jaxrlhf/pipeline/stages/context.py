@@ -137,8 +137,8 @@ class RunContext:
     @property
     def model_options(self) -> dict[str, Any]:
         """How every model of the run computes and where it lies, as `hub.load` and `hub.initialise` take it."""
-        model = self.config.model
-        return {"dtype": model.dtype, "remat": model.remat, "logits_chunk": model.logits_chunk, "mesh": self.mesh}
+        names = ("dtype", "matmul_precision", "remat", "logits_chunk")
+        return {name: getattr(self.config.model, name) for name in names} | {"mesh": self.mesh}
 
     def load(self, done: Done, *, head: str, key: jax.Array | None = None) -> Loaded:
         return load(done.folder, head=head, key=key, **self.model_options)

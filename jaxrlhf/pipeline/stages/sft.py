@@ -17,7 +17,7 @@ from jaxrlhf.data.chat import template_of
 from jaxrlhf.data.tokenizer import train_tokenizer
 from jaxrlhf.data.tokens import eos_ids_of, tokenize_demonstrations
 from jaxrlhf.models.families import config_from_shape
-from jaxrlhf.models.hub import Loaded, initialise, load, read_tokenizer, tokenizer_named, with_tokenizer
+from jaxrlhf.models.hub import Loaded, initialise, load, read_tokenizer, save_tokenizer, tokenizer_named, with_tokenizer
 from jaxrlhf.pipeline import inputs
 from jaxrlhf.pipeline.stages.context import RunContext, add_model, placed
 from jaxrlhf.steps.sft import make_sft_evaluation
@@ -38,7 +38,7 @@ def tokenizer_stage(run: RunContext) -> Done:
             rows, _ = inputs.demonstrations_of(config, tokenizer)
             tokenizer = train_tokenizer((row.prompt + row.response for row in rows), config.tokenizer.vocab_size)
             tokenizer.chat_template = template
-        tokenizer.save_pretrained(str(folder))
+        save_tokenizer(tokenizer, folder)
         return {"vocabulary": len(tokenizer)}
 
     slice_ = {
@@ -76,7 +76,7 @@ def base_model(run: RunContext, tokenizer: Any) -> Loaded:
     config = run.config
     if config.model.source is not None:
         return with_tokenizer(load(config.model.source, head="lm", **run.model_options), tokenizer)
-    longest = config.data.limits.max_prompt_length + max(config.data.limits.max_response_length, config.ppo.response_length)
+    longest = config.data.limits.max_prompt_length + inputs.longest_response(config)
     shape = {name: value for name, value in asdict(config.model.shape).items() if value is not None}
     decoder, _ = config_from_shape(
         shape,
@@ -131,7 +131,7 @@ def sft_stage(run: RunContext, tokenizer_done: Done) -> Done:
         "model": inputs.model_identity(config),
         "data": inputs.data_identity(config),
         "limits": asdict(config.data.limits),
-        "positions": config.ppo.response_length,
+        "positions": inputs.longest_response(config),
         "bucket": config.data.bucket,
         "held_out": config.pairs.num_valid if config.sft.eval_steps else None,  # of the toy task; a file's rows are named by data
     }
