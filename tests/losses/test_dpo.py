@@ -113,6 +113,8 @@ def test_ipo_per_token_asks_the_same_gap_of_every_length(pairs):
     assert ipo_mean_pair_loss(outputs, one, beta=0.3)[0] == ipo_mean_pair_loss(outputs, other, beta=0.3)[0] > 0
     assert float(ipo_mean_pair_loss(outputs, one, beta=0.3)[0]) == pytest.approx((0.5 + 0.25 - 1 / 0.6) ** 2, rel=1e-5)
     assert ipo_pair_loss(outputs, one, beta=0.3)[0] != ipo_pair_loss(outputs, other, beta=0.3)[0]
+    empty = replace(one, chosen_mask_BT=mask & False)  # counts as one token
+    assert float(ipo_mean_pair_loss(outputs, empty, beta=0.3)[0]) == pytest.approx((1 + 0.25 - 1 / 0.6) ** 2, rel=1e-5)
     outputs, batch = pairs  # with rows that fill the batch, and are NaN
     value, gradient = jax.value_and_grad(lambda chosen: ipo_mean_pair_loss(replace(outputs, chosen_B=chosen), batch)[0])(outputs.chosen_B)
     assert bool(jnp.isfinite(value)) and bool(jnp.all(jnp.isfinite(gradient))) and bool(jnp.all(gradient[4:] == 0))
