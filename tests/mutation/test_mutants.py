@@ -11,6 +11,7 @@ pytest.importorskip("cosmic_ray", reason="pip install -e '.[mutants]'")
 sys.path.insert(0, str(Path(__file__).parent))
 
 from mutants import mutants_of
+from run import Equivalent
 
 SOURCE = '''"""A module of 3 lines."""
 
@@ -53,6 +54,15 @@ def test_the_draw_stays_while_its_lines_do_and_the_id_does_not():
     assert [m.draw for m in moved] == [m.draw for m in made(*names)] and len({m.draw for m in moved}) == len(moved)
     assert not {m.id for m in moved} & {m.id for m in made(*names)}
     assert [m.draw for m in made(*names, seed=1)] != [m.draw for m in made(*names)]
+
+
+def test_a_kind_of_equivalents_is_told_by_what_alone_differs():
+    known = Equivalent({}, {r"strict=\s*\w+": "equal lengths"})
+    source = "both = zip(a, b, strict=True)"
+    dropped, loosened, swapped = mutants_of("both.py", source, ["DropArgument", "ReplaceTrueWithFalse", "SwapArguments"], 0)
+    assert [known.reason(mutant) for mutant in (dropped, loosened, swapped)] == ["equal lengths", "equal lengths", None]
+    single = Equivalent({("both.py", source, swapped.becomes): "sets"}, {})
+    assert [single.reason(mutant) for mutant in (dropped, swapped)] == [None, "sets"]
 
 
 PROGRAM = """
