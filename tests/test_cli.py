@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -227,6 +228,7 @@ def swept(monkeypatch, tmp_path):
         return tmp_path
 
     monkeypatch.setattr(module, "sweep", sweep)
+    monkeypatch.setattr("jaxrlhf.commands.report.write_report", lambda folder: folder / "report.html")
     return made, failed
 
 
@@ -236,6 +238,7 @@ def test_sweep_parses_its_seeds_and_overrides(recipe, swept, capsys):
     (config, seeds), output = made[0], capsys.readouterr().out
     assert seeds == (0, 1) and config.rounds == 2 and config.sft_seed == 0 and config.arms == {"a": {}}
     assert "sweep folder:" in output and "reward model" in output
+    assert re.search(r"^report: .*report\.html$", output, re.MULTILINE), output  # the page is written, not only offered
     failed.append(True)
     assert cli.main(["sweep", recipe(), "--seeds=3,5"]) == 1
     assert made[1][1] == (3, 5) and "1 of 1 runs failed" in capsys.readouterr().err

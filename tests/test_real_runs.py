@@ -98,7 +98,8 @@ def test_summary_of_real_rows(hh):
     assert all(0 <= row["reward_accuracy_valid"] <= 1 for row in rows[1:])
     pairs = json.loads((folder / "stages" / "02-pairs" / "stage.json").read_text())["result"]
     assert [row["ess"] is None for row in rows] == [True, True, False] and 0 < rows[2]["ess"] <= pairs["train"] + 1e-3
-    (note,) = summary["notes"]
+    note, temperature = sorted(summary["notes"], key=lambda note: not note.startswith(HEURISTIC))
+    assert "evaluation.temperature 1, and KL of a rollout that at ppo.temperature 0.7" in temperature
     assert note.startswith(HEURISTIC) and "not sampled from this run's SFT policy" in note
     assert findings(read_summaries(folder)).count(note) == 1
     assert sum(HEURISTIC in text for text in said) == 1

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--temperature", type=float, default=GenerationSettings.temperature, help="0 is greedy")
     group.add_argument("--batch_size", type=int, default=GenerationSettings.batch_size)
     group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of policies and gold (default: the policies' own; gold float32)")
-    group.add_argument("--seed", type=int, default=0, help="of toy prompts, of sampling and of the bootstrap")
+    group.add_argument("--seed", type=int, default=0, help="of toy prompts and of sampling")
     group = parser.add_argument_group("figures")
     group.add_argument("--gold", help="toy, a reward model's folder, or module:attribute")
     group.add_argument("--length", choices=tuple(MEASURES), default="characters", help="what the length of a response counts")

@@ -10,7 +10,7 @@ from jaxrlhf.commands.usage import EPILOG
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `jaxrlhf sweep`, without the keys of the config."""
     parser.description = (
-        "Run every arm of a recipe with every seed, and print one table. The same command resumes a stopped sweep. "
+        "Run every arm of a recipe with every seed, print one table and write the report. The same command resumes a stopped sweep. "
         "Exit status 1 where a run failed: its error.txt says why; the others are run all the same."
     )
     parser.epilog = f"{EPILOG}; --output FOLDER is where runs go (runs by default)."
@@ -20,13 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Run the sweep, print its table and its failures; 1 where a run failed."""
     config = config_of(options.command, options.recipe, options.overrides)
+    from jaxrlhf.commands.report import write_report
     from jaxrlhf.sweep.sweep import failure_lines, read_sweep, seeds_of, sweep  # here: --help and a wrong recipe need no models
     from jaxrlhf.sweep.table import show
 
     folder = sweep(config, seeds_of(options.seeds))
     done = read_sweep(folder)
     show(done)
-    print(f"sweep folder: {folder}\nfigures: jaxrlhf report {folder}")
+    print(f"sweep folder: {folder}")
+    if page := write_report(folder):
+        print(f"report: {page}")
     for line in failure_lines(done):
         print(f"jaxrlhf: {line}", file=sys.stderr)
     return 1 if failure_lines(done) else 0

@@ -57,7 +57,7 @@ def evaluate(
 
     a, b: a policy folder or hub id, a file or evaluation stage of stored responses, or "reference". gold: "toy", a reward model's folder or
     `module:attribute`. Prompts come from the file `prompts` (or an evaluation stage), from the toy task (`toy_prompts`: so many, of its
-    evaluation split), or else from the stored responses of a or b. `seed` is of the toy prompts, of the sampling and of the bootstrap.
+    evaluation split), or else from the stored responses of a or b. `seed` is of the toy prompts and of the sampling.
     What policies wrote and what the judge said is kept in `output` as it comes, and is not asked for again by the same call.
 
     Raises ValueError, FileNotFoundError or DataError where a side, the prompts or gold cannot be used, FileExistsError where `output` holds
@@ -83,7 +83,7 @@ def evaluate(
     scores = None if scorer is None else gold_scores(texts, scorer)  # before the judge: what is wrong here is said before anything is paid
     judged = None if judge is None else _judged(texts, judge, folder, show)
     names = sides[0].name, sides[1].name
-    done = compare(texts, names, gold=scores, judged=judged, measure=length, bins=bins, seed=seed)
+    done = compare(texts, names, gold=scores, judged=judged, measure=length, bins=bins)
     for name, side, ends in zip("ab", sides, finished, strict=True):
         done.figures[name] |= facts(side) | {"finished": None if None in ends or not ends else sum(map(bool, ends)) / len(ends)}
     done.figures.update(notes=notes, settings=settings)

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrlhf.comparison.judge import Judged
-from jaxrlhf.evaluation.winrate import by_length, length_controlled, mean_interval, outcomes, paired_difference, rate_of, score
+from jaxrlhf.evaluation.intervals import mean_interval
+from jaxrlhf.evaluation.winrate import by_length, length_controlled, outcomes, paired_difference, rate_of, score
 from jaxrlhf.scorers import Scorer
 
 FIGURES, TABLE, ROWS = "comparison.json", "comparison.md", "comparison.jsonl"
@@ -65,18 +66,14 @@ def compare(
     judged: Judged | None = None,
     measure: str = "characters",
     bins: int = 5,
-    seed: int = 0,
-    resamples: int = 10_000,
 ) -> Comparison:
     """Every figure of a against b.
 
     `judged` are the verdicts on (a, b) in the order of the texts. `measure` is what a length counts, a key of MEASURES. Where there are
-    references other than b, both sides are also measured against them, and the difference is a paired one. Intervals are 95 %; those of the
-    bootstrap follow `seed`.
+    references other than b, both sides are also measured against them, and the difference is a paired one. Intervals are 95 %.
     """
     if measure not in MEASURES:
         raise ValueError(f"length {measure!r} is none of {', '.join(MEASURES)}.")
-    draws: dict[str, Any] = {"seed": seed, "resamples": resamples}
     lengths = tuple(np.array([MEASURES[measure](text) for text in side], np.float64) for side in (texts.a, texts.b))
     difference = lengths[0] - lengths[1]
     rows = [
@@ -87,9 +84,9 @@ def compare(
     figures: dict[str, Any] = {"prompts": len(rows), "length_unit": measure, "a": sides[0], "b": sides[1], "gold": None, "judge": None}
     figures |= {"against_references": None, "agreement": None}
     if gold is not None:
-        _gold(texts, gold, figures, rows, difference, bins, draws)
+        _gold(texts, gold, figures, rows, difference, bins)
     if judged is not None:
-        _judge(judged, figures, rows, difference, bins, draws)
+        _judge(judged, figures, rows, difference, bins)
     if gold is not None and judged is not None:
         figures["agreement"] = _agreement(rows)
     return Comparison(figures, rows)
@@ -102,12 +99,11 @@ def _gold(
     rows: list[dict[str, Any]],
     difference: np.ndarray,
     bins: int,
-    draws: dict[str, Any],
 ) -> None:
     won = outcomes(gold.a, gold.b)
-    figures["gold"] = figures_of(won, difference, bins=bins, **draws) | {"difference": _named(paired_difference(gold.a, gold.b, **draws))}
+    figures["gold"] = figures_of(won, difference, bins=bins) | {"difference": _named(paired_difference(gold.a, gold.b))}
     for side, scores in (("a", gold.a), ("b", gold.b)):
-        figures[side] |= {"gold": _named(mean_interval(scores, **draws))}
+        figures[side] |= {"gold": _named(mean_interval(scores))}
         for row, value in zip(rows, scores, strict=True):
             row[f"gold_{side}"] = float(value)
     for row, outcome in zip(rows, won, strict=True):
@@ -117,27 +113,25 @@ def _gold(
     if gold.rows and any(texts.b[i] != texts.references[i] for i in gold.rows):
         against = [outcomes(side[gold.rows], gold.references) for side in (gold.a, gold.b)]
         figures["against_references"] = {
-            "a": figures_of(against[0], None, **draws),
-            "b": figures_of(against[1], None, **draws),
-            "difference": _named(paired_difference(against[0], against[1], **draws)),
+            "a": figures_of(against[0], None),
+            "b": figures_of(against[1], None),
+            "difference": _named(paired_difference(against[0], against[1])),
         }
 
 
-def _judge(
-    judged: Judged, figures: dict[str, Any], rows: list[dict[str, Any]], difference: np.ndarray, bins: int, draws: dict[str, Any]
-) -> None:
+def _judge(judged: Judged, figures: dict[str, Any], rows: list[dict[str, Any]], difference: np.ndarray, bins: int) -> None:
     for row, verdict in zip(rows, judged.verdicts, strict=True):
         row |= {"judge_outcome": verdict.outcome, "judge_orders": verdict.orders, "judge_answers": verdict.keys}
     kept = [i for i, verdict in enumerate(judged.verdicts) if verdict.outcome is not None]
     won = np.array([judged.verdicts[i].outcome for i in kept], np.float64)
-    figures["judge"] = figures_of(won, difference[kept], bins=bins, **draws) | {"usage": judged.usage}
+    figures["judge"] = figures_of(won, difference[kept], bins=bins) | {"usage": judged.usage}
 
 
-def figures_of(outcomes_N: np.ndarray, difference_N: np.ndarray | None, *, seed: int, resamples: int, bins: int = 5) -> dict[str, Any]:
+def figures_of(outcomes_N: np.ndarray, difference_N: np.ndarray | None, *, bins: int = 5) -> dict[str, Any]:
     """Win rate, tie rate, score and, with differences in length, what is left of the score without them; None throughout where n is 0."""
     won, n = rate_of(outcomes_N), len(outcomes_N)
     found: dict[str, Any] = {"n": n} | {name: getattr(won, name) if n else None for name in won._fields if name != "n"}
-    whole = score(outcomes_N, seed=seed, resamples=resamples)
+    whole = score(outcomes_N)
     found |= {"score": _number(whole.value), "score_low": _number(whole.low), "score_high": _number(whole.high)}
     if difference_N is not None:
         controlled = length_controlled(outcomes_N, difference_N)

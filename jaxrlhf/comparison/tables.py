@@ -78,7 +78,9 @@ def as_markdown(figures: dict[str, Any]) -> str:
     if figures["agreement"] and figures["agreement"]["rate"] is not None:
         lines += ["", f"Judge and gold prefer the same response on {_share(figures['agreement']['rate'])} of the prompts both decide."]
     lines += ["", *(f"- {note}" for note in figures.get("notes", ())), ""] if figures.get("notes") else [""]
-    lines.append("Brackets: 95 % intervals (wins: Wilson; at equal lengths: of the logistic regression; all else: bootstrap over prompts).")
+    lines.append(
+        "Brackets: 95 % over prompts (wins and scores: Wilson; at equal lengths: of the logistic regression; all else: Student's t)."
+    )
     return "\n".join(lines) + "\n"
 
 

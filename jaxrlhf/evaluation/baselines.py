@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.evaluation.diagnostics import pair_accuracy
-from jaxrlhf.evaluation.winrate import wilson_interval
+from jaxrlhf.evaluation.intervals import wilson_interval
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 Texts = Sequence[tuple[str, str]]  # (chosen, rejected) of every pair

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrlhf.evaluation.intervals import Interval
+
 
 @dataclass(frozen=True)
 class Point:
@@ -92,6 +94,16 @@ class Estimate(NamedTuple):
     mean: float
     se: float | None
     least: float
+
+    @property
+    def interval(self) -> Interval:
+        """± two standard errors, within which nothing is called a difference; no ends of one seed."""
+        reach = math.nan if self.se is None else 2 * self.se
+        return Interval(self.mean, self.mean - reach, self.mean + reach, self.n)
+
+    def spelled(self, digits: int, *, sign: bool = False) -> str:
+        """1.84 ± 0.05, one standard error; without ± where there is one seed."""
+        return f"{self.mean:{'+' if sign else ''},.{digits}f}" + ("" if self.se is None else f" ± {self.se:,.{digits}f}")
 
 
 def estimate(values: Sequence[float | None]) -> Estimate | None:

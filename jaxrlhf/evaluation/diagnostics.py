@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrlhf.evaluation.intervals import Interval, as_fields, proportion
 from jaxrlhf.files import write_whole
 
 RELIABILITY = "reliability.json"  # in the folder of a round's evaluation
@@ -20,6 +21,12 @@ def pair_accuracy(chosen_N: np.ndarray, rejected_N: np.ndarray) -> float | None:
         return None
     chosen, rejected = np.asarray(chosen_N), np.asarray(rejected_N)
     return float(((chosen > rejected) + 0.5 * (chosen == rejected)).mean())
+
+
+def accuracy_interval(accuracy: float | None, gold_2N: tuple[np.ndarray, np.ndarray]) -> Interval | None:
+    """Wilson's, of `agreement_with_gold` over the pairs that gold does not tie."""
+    n = int((gold_2N[0] != gold_2N[1]).sum())
+    return None if accuracy is None else proportion(accuracy * n, n)
 
 
 def agreement_with_gold(scores_2N: tuple[np.ndarray, np.ndarray], gold_2N: tuple[np.ndarray, np.ndarray]) -> float | None:
@@ -37,6 +44,7 @@ def reliability(scores_2N: tuple[np.ndarray, np.ndarray], gold_2N: tuple[np.ndar
     scores are half right, pairs that gold ties are left out. Folding at ½ makes the figure the same whichever response comes first.
     {"pairs", "ece", "accuracy", "confidence", "bins": [{"low", "high", "pairs", "confidence", "accuracy"}, …]}, where
     ece = Σ_b n_b / N · |accuracy_b − confidence_b| (Guo et al. 2017, eq. 3) over equally wide bins; null where there are no pairs.
+    ece_low, ece_high, ece_n: its 95 % interval (`ece_interval`).
     """
     (a, b), (gold_a, gold_b) = [[np.asarray(x, np.float64) for x in side] for side in (scores_2N, gold_2N)]
     keep = gold_a != gold_b
@@ -46,9 +54,24 @@ def reliability(scores_2N: tuple[np.ndarray, np.ndarray], gold_2N: tuple[np.ndar
     edges = np.linspace(0.5, 1, bins + 1)
     index = np.clip(np.digitize(confidence, edges) - 1, 0, bins - 1)
     rows = [{"low": float(edges[i]), "high": float(edges[i + 1]), **_bin(confidence[index == i], right[index == i])} for i in range(bins)]
-    filled = [row for row in rows if row["pairs"]]
-    ece = sum(row["pairs"] * abs(row["accuracy"] - row["confidence"]) for row in filled) / len(right) if filled else None
-    return {**_bin(confidence, right), "ece": ece, "bins": rows}
+    gaps = np.zeros((len(right), bins))
+    gaps[np.arange(len(right)), index] = right - confidence
+    return {**_bin(confidence, right), **as_fields("ece", ece_interval(gaps) if len(right) else None), "bins": rows}
+
+
+def ece_interval(gaps_NB: np.ndarray, *, draws: int = 2000) -> Interval:
+    """ECE of N pairs whose (right − confidence) stands in the column of their bin, with an interval of at least 95 %: ece ± q.
+
+    |ece − truth| is at most Σ_b |gap_b − its truth|, the gaps being sums over N, and q is that sum's .95 quantile where the
+    gaps vary as a normal distribution of their covariance. A bootstrap's percentiles would be wrong: chance alone puts bins off the
+    diagonal, so few pairs have too high an ECE, and resamples a higher.
+    """
+    n = len(gaps_NB)
+    gaps_B = gaps_NB.sum(axis=0)
+    covariance = gaps_NB.T @ gaps_NB - np.outer(gaps_B, gaps_B) / n
+    errors = np.random.default_rng(0).multivariate_normal(np.zeros_like(gaps_B), covariance, draws, method="eigh")
+    value, q = np.abs(gaps_B).sum() / n, np.quantile(np.abs(errors).sum(axis=1) / n, 0.95)
+    return Interval(float(value), max(0.0, float(value - q)), min(1.0, float(value + q)), n)
 
 
 def _bin(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Win rates of two lists of scores for the same prompts."""
 
 import math
-import zlib
 from typing import NamedTuple
 
 import numpy as np
+
+from jaxrlhf.evaluation.intervals import Interval, Z, chance_beyond, mean_interval, proportion, wilson_interval
 
 
 class WinRate(NamedTuple):
@@ -15,17 +16,6 @@ class WinRate(NamedTuple):
     win_rate_high: float
     tie_rate: float
     n: int
-
-
-def wilson_interval(wins: float, n: int, *, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of a proportion; (0, 1) where nothing was seen. Wilson (1927)."""
-    if n == 0:
-        return 0.0, 1.0
-    p, zz = wins / n, z * z
-    middle = (p + zz / (2 * n)) / (1 + zz / n)
-    half = z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
-    # The ends are exactly 0 and 1 where nothing or everything was won; rounding must not say otherwise.
-    return (0.0 if wins == 0 else middle - half), (1.0 if wins == n else middle + half)
 
 
 def win_rate(scores_N: np.ndarray, reference_N: np.ndarray) -> WinRate:
@@ -40,17 +30,8 @@ def win_rate(scores_N: np.ndarray, reference_N: np.ndarray) -> WinRate:
     return WinRate(wins / n if n else 0.0, low, high, ties / n if n else 0.0, n)
 
 
-class Interval(NamedTuple):
-    """A figure over n prompts with its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
 class Difference(NamedTuple):
-    """A paired difference over n prompts, its 95 % bootstrap interval, and `p`: twice the share of resamples on the other side of zero."""
+    """A paired difference over n prompts, its 95 % interval, and the `p` of the t-test; no ends where no difference varies."""
 
     difference: float
     low: float
@@ -93,63 +74,26 @@ def rate_of(outcomes_N: np.ndarray) -> WinRate:
     return win_rate(won, np.full(len(won), 0.5))
 
 
-def score(outcomes_N: np.ndarray, *, seed: int = 0, resamples: int = 10_000) -> Interval:
-    """(wins + ½ ties) / n, with the percentile interval of a bootstrap over prompts. Efron (1979); nan where n is 0."""
-    return mean_interval(_checked(outcomes_N), seed=seed, resamples=resamples)
+def score(outcomes_N: np.ndarray) -> Interval:
+    """(wins + ½ ties) / n, with Wilson's interval; nan where n is 0."""
+    won = _checked(outcomes_N)
+    return proportion(float(won.sum()), len(won))
 
 
-def mean_interval(values_N: np.ndarray, *, seed: int = 0, resamples: int = 10_000) -> Interval:
-    """The mean of one value a prompt, with the percentile interval of a bootstrap over prompts.
-
-    Where all values are equal the interval has no width, as with every bootstrap: look at the Wilson interval of the win rate then.
-    """
-    values = np.asarray(values_N, np.float64)
-    if not len(values):
-        return Interval(math.nan, math.nan, math.nan, 0)
-    means = bootstrap_means(values, seed=seed, resamples=resamples)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(values.mean()), float(low), float(high), len(values))
-
-
-def paired_difference(values_N: np.ndarray, other_N: np.ndarray, *, seed: int = 0, resamples: int = 10_000) -> Difference:
-    """Mean of `values` − `other`, two methods on the same prompts, by a bootstrap over prompts that keeps the pairs together.
-
-    `p` is min(1, 2 · min(share of resamples ≤ 0, share ≥ 0)), with one resample added to either count, so that it is never 0. It reads
-    like a two-sided p-value; it inverts the percentile interval and is no exact test. Efron and Tibshirani (1993), §13 and §15.
-    """
+def paired_difference(values_N: np.ndarray, other_N: np.ndarray) -> Difference:
+    """Mean of `values` − `other`, two methods on the same prompts, by Student's paired t-test. Student (1908)."""
     values, other = np.asarray(values_N, np.float64), np.asarray(other_N, np.float64)
     if values.shape != other.shape or values.ndim != 1:
         raise ValueError(f"a paired difference needs two lists of equal length, not shapes {values.shape} and {other.shape}.")
-    if not len(values):
-        return Difference(math.nan, math.nan, math.nan, 1.0, 0)
-    means = bootstrap_means(values - other, seed=seed, resamples=resamples)
-    below, above = ((means <= 0).sum() + 1) / (resamples + 1), ((means >= 0).sum() + 1) / (resamples + 1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Difference(float((values - other).mean()), float(low), float(high), float(min(1.0, 2 * min(below, above))), len(values))
+    found = mean_interval(values - other)
+    if math.isnan(found.low):
+        agreed = 2.0 ** (1 - found.n) if found.value else 1.0  # all n differences are the same: the sign test
+        return Difference(found.value, found.low, found.high, min(1.0, agreed), found.n)
+    t = found.value / (values - other).std(ddof=1) * math.sqrt(found.n)
+    return Difference(found.value, found.low, found.high, chance_beyond(found.n, abs(t)), found.n)
 
 
-def bootstrap_means(values_N: np.ndarray, *, seed: int, resamples: int) -> np.ndarray:
-    """Means of `resamples` draws of N values with replacement; float64 [resamples].
-
-    Equal values are drawn together, by multinomial counts: the same distribution, and a thousand times less work for wins and ties.
-    """
-    if not np.isfinite(values_N).all():
-        raise ValueError("a bootstrap was given a value that is not finite; look at the scorer's output first.")
-    values, counts = np.unique(values_N, return_counts=True)
-    n = len(values_N)
-    random = np.random.default_rng(np.random.SeedSequence([seed, zlib.crc32(b"evaluation/bootstrap")]))
-    if len(values) == 1:
-        return np.full(resamples, values[0])
-    if len(values) <= 16:
-        return random.multinomial(n, counts / n, resamples) @ values / n
-    rows = max(1, 2_000_000 // n)  # so many resamples at a time: memory
-    parts = [values_N[random.integers(0, n, (min(rows, resamples - at), n))].mean(axis=1) for at in range(0, resamples, rows)]
-    return np.concatenate(parts)
-
-
-def length_controlled(
-    outcomes_N: np.ndarray, difference_N: np.ndarray, *, ridge: float = 0.01, z: float = 1.959964
-) -> LengthControlled | None:
+def length_controlled(outcomes_N: np.ndarray, difference_N: np.ndarray, *, ridge: float = 0.01, z: float = Z) -> LengthControlled | None:
     """What the score would be if both responses were equally long; None where the lengths say nothing about it.
 
         P(win_i) = σ(θ + φ · d_i / sd(d))        score at d = 0: σ(θ̂)
@@ -160,13 +104,13 @@ def length_controlled(
     `ridge` · (θ² + φ²) / 2 is added to the negative log-likelihood: it keeps θ and φ finite where all is won or length decides everything,
     and moves nothing visible elsewhere. The interval is σ(θ̂ ± z · se), se from the curvature at the optimum: a tie is taken to vary as
     a win does, so with many ties it is too wide rather than too narrow, and it is wide where length decides everything.
-    Every difference the same and not 0: equal lengths were never seen, None.
+    Where all responses are longer, or all are shorter, equal lengths lie outside the data: None, for a fit says nothing there.
     """
     won, difference = _checked(outcomes_N), np.asarray(difference_N, np.float64)
     if won.shape != difference.shape:
         raise ValueError(f"{len(won)} outcomes but lengths of shape {difference.shape}; give one difference an outcome.")
     spread = difference.std() if len(won) else 0.0
-    if not len(won) or (spread == 0 and difference[0] != 0):
+    if not len(won) or difference.min() > 0 or difference.max() < 0:
         return None
     design = np.stack([np.ones(len(won)), difference / (spread or 1.0)], axis=1)
     weights, curvature = _logistic(design, won, ridge)

@@ -53,6 +53,8 @@ def walk_through(run: RunContext, until: str | None) -> None:
         summary.add(None, track.evaluations[0])
     if num_rounds(method, config.rounds) < config.rounds:
         summary.note(f"{config.method} has one round: a second one, from π_SFT on the same pairs, would repeat it.")
+    if method.policy_update not in PREFERENCE and (other := other_temperature(config)):
+        summary.note(other)
     for number in range(1, num_rounds(method, config.rounds) + 1):
         round = _next_round(run, method, track, number, pairs)
         if track.decision is not None and not track.decision.record["result"]["due"]:
@@ -128,6 +130,17 @@ def _policy(run: RunContext, method: Method, round: Round, track: Track, pairs: 
     skips = method.reward_update is not None and run.config.refit.when != "round"
     carries = more and (skips or not (method.restart_optimizer and method.restart_critic))
     return policy_stage(run, round, given, carries=carries)
+
+
+def other_temperature(config: Config) -> str | None:
+    """Why the rollouts' KL is not the evaluation's: a policy has one distribution, and so one KL, at each temperature."""
+    trained, evaluated = config.ppo.temperature, config.evaluation.temperature or 1.0
+    if trained == evaluated:
+        return None
+    return (
+        f"KL to SFT of an evaluation is that of the policy at evaluation.temperature {evaluated:g}, and KL of a rollout that at "
+        f"ppo.temperature {trained:g}: they are two numbers of one policy, and differ."
+    )
 
 
 def not_the_sampler(config: Config) -> list[str]:

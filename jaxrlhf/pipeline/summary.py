@@ -5,10 +5,15 @@ from typing import Any
 
 from jaxrlhf import distributed
 from jaxrlhf.algorithms.rounds import Round
+from jaxrlhf.evaluation.intervals import as_fields
 from jaxrlhf.files import write_whole
 from jaxrlhf.pipeline.stages.context import RunContext
 from jaxrlhf.pipeline.stages.reward_update import report_of
 from jaxrlhf.storage.stage import Done
+
+# Each stands in a row with its 95 % interval over prompts (name_low, name_high) and their number (name_n); a change is that of the round,
+# on the same prompts.
+INTERVALS = ("gold", "gold_change", "proxy_start", "proxy", "proxy_change", "kl_sft", "reward_accuracy", "ece", "win_rate")
 
 
 class Summary:
@@ -40,17 +45,16 @@ class Summary:
         figures, report = evaluation.record["result"], update_report(update)
         valid = [done.record["result"]["accuracy_valid"] for done in rewards]  # of an ensemble's members one by one
         row: dict[str, Any] = {"round": of.number if of else 0, "policy_start": of.policy_start if of else None}
-        row |= {name: figures.get(name) for name in ("gold", "proxy_start", "proxy", "kl_sft")}
+        row |= {key: figures.get(key) for name in INTERVALS for key in as_fields(name, None)}
         row |= {name: report.get(name) for name in ("ess", "ess_fraction", "eta")}
         row |= {
-            "reward_accuracy": figures.get("reward_accuracy"),
             "reward_accuracy_valid": sum(valid) / len(valid) if valid and None not in valid else None,
             "pairs": rewards[0].record["result"]["pairs"] if rewards else None,
             "refit": update is not None,
             "update": update.record["result"]["update"] if update else None,
             "refit_value": decision.record["result"]["value"] if decision else None,
         }
-        row |= {name: figures.get(name) for name in ("win_rate", "win_rate_low", "win_rate_high", "tie_rate", "length", "eos_rate")}
+        row |= {name: figures.get(name) for name in ("tie_rate", "length", "eos_rate")}
         done = self._run.stages[self._counted :]  # a reward model that is kept was paid for before
         self._counted = len(self._run.stages)
         row["seconds"] = round(sum(stage.record["seconds"] for stage in done), 3)

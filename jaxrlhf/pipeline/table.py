@@ -1,7 +1,7 @@
 """The table at the end of a run, and words that follow its numbers."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrlhf.evaluation.baselines import beside
+from jaxrlhf.evaluation.findings import Trial
+from jaxrlhf.evaluation.findings import findings as said
+from jaxrlhf.evaluation.intervals import from_fields
 
 Summary = dict[str, Any]
 
@@ -40,6 +43,9 @@ SUBSET_COLUMNS: tuple[tuple[str, str], ...] = (
 NEED_GOLD = ("gold", "reward_accuracy", "win_rate")
 WITHOUT_GOLD = (("reward_accuracy_valid", "RM acc.\nheld-out"),)
 
+# Whose intervals the table has, from the widest screen to the narrowest; the win rate has its own in brackets.
+INTERVALS_SHOWN = (("gold", "kl_sft", "reward_accuracy", "proxy_start", "proxy"), ("gold", "kl_sft", "reward_accuracy"), ("gold",), ())
+
 LEGENDS = {
     "gold": "gold: true reward of the policy.",
     "proxy": "proxy before / after: the round's reward model on the policy that enters / leaves the round (nats of preference; not "
@@ -60,7 +66,19 @@ def read_summaries(folder: Path) -> dict[str, Summary]:
         found = [folder / "summary.json"]
     if not found:
         raise FileNotFoundError(f"{folder} holds no summary.json: the run has not finished a round; run `jaxrlhf run` on its config first.")
-    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in found}
+    return {path.parent.name: _read(path) for path in found}
+
+
+def _read(path: Path) -> Summary:
+    """A summary.json, with gold of the last responses by prompt: `last_gold`, empty where there is none."""
+    import pyarrow.parquet as pq
+
+    body = json.loads(path.read_text(encoding="utf-8"))
+    number = body["rounds"][-1]["round"] if body["rounds"] else 0
+    table = next(path.parent.glob(f"stages/*-{f'r{number}' if number else 'sft'}-evaluation/samples.parquet"), None)
+    kept = [] if table is None else [name for name in ("id", "gold_1") if name in pq.read_schema(table).names]
+    columns = pq.read_table(table, columns=kept).to_pydict() if len(kept) == 2 else {"id": [], "gold_1": []}
+    return body | {"last_gold": dict(zip(columns["id"], columns["gold_1"], strict=True))}
 
 
 def _arms(folder: Path) -> list[str]:
@@ -70,25 +88,36 @@ def _arms(folder: Path) -> list[str]:
 
 
 def show(summaries: dict[str, Summary], console: Console | None = None) -> None:
-    """One table for all arms, a legend, and what the figures say."""
+    """One table for all arms with as many of the intervals as fit, a legend, and what the figures say."""
     console = console or Console()
     columns = columns_of(summaries)
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
-    if len(summaries) > 1:
-        table.add_column("arm")
-    for _, title in columns:
-        table.add_column(title, justify="right", no_wrap=True)
-    for arm, summary in summaries.items():
-        for row in summary["rounds"]:
-            cells = [_cell(row, name) for name, _ in columns]
-            named = arm if row is summary["rounds"][0] else ""
-            table.add_row(*([named, *cells] if len(summaries) > 1 else cells), end_section=row is summary["rounds"][-1])
+    for shown in INTERVALS_SHOWN:
+        table = _table(summaries, columns, shown)
+        if Console(width=10_000).measure(table).maximum <= console.width:
+            break
     console.print(table)
     if (subsets := subset_table(summaries)) is not None:
         console.print(subsets)
-    console.print(" ".join(LEGENDS[name] for name, _ in columns if name in LEGENDS), style="dim", highlight=False)
+    legend = [LEGENDS[name] for name, _ in columns if name in LEGENDS]
+    n = sorted({row["kl_sft_n"] for one in summaries.values() for row in one["rounds"] if row.get("kl_sft_n")})
+    if shown and n:
+        legend.append(f"±: half of the 95 % interval over n = {', '.join(map(str, n))} prompts; summary.json has all of them.")
+    console.print(" ".join(legend), style="dim", highlight=False)
     for line in findings(summaries):
         console.print(f"- {line}", highlight=False)
+
+
+def _table(summaries: dict[str, Summary], columns: tuple[tuple[str, str], ...], intervals: tuple[str, ...]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
+    for name, title in columns:
+        table.add_column(f"arm {title}" if name == "round" and len(summaries) > 1 else title, justify="right", no_wrap=True)
+    for arm, summary in summaries.items():
+        for row in summary["rounds"]:
+            cells = [_cell(row, name, name in intervals) for name, _ in columns]
+            if len(summaries) > 1 and row is summary["rounds"][0]:
+                cells[0] = f"{arm}  {cells[0]}"
+            table.add_row(*cells, end_section=row is summary["rounds"][-1])
+    return table
 
 
 def subset_table(summaries: dict[str, Summary]) -> Table | None:
@@ -117,80 +146,24 @@ def columns_of(summaries: dict[str, Summary]) -> tuple[tuple[str, str], ...]:
     return tuple(column for column in COLUMNS if column[0] not in NEED_GOLD) + WITHOUT_GOLD
 
 
-def _cell(row: dict[str, Any], name: str) -> str:
+def _cell(row: dict[str, Any], name: str, interval: bool = False) -> str:
     value = row.get(name)
     if name == "round":
         return "SFT" if value == 0 else str(value)
     if value is None:
         return "–"
     if name == "win_rate":
-        return f"{value:.2f} [{row['win_rate_low']:.2f}, {row['win_rate_high']:.2f}]"
-    text = f"{value:.0f}" if name in ("ess", "pairs") else f"{value:.3f}" if name.startswith("reward_accuracy") else f"{value:.2f}"
-    return "0.00" if text == "-0.00" else text
+        return f"{value:.2f} [{row['win_rate_low']:.2f}, {row['win_rate_high']:.2f}]".replace("0.", ".")
+    digits = 0 if name in ("ess", "pairs") else 3 if name.startswith("reward_accuracy") else 2
+    text = f"{round(value, digits) + 0.0:.{digits}f}"  # and no -0.00
+    found = from_fields(row, name) if interval else None
+    if found is None or math.isnan(found.low):
+        return text
+    return text + f" ±{(found.high - found.low) / 2:.{digits}f}".replace("±0.", "±.")
 
 
 def findings(summaries: dict[str, Summary]) -> list[str]:
-    """Sentences computed from the figures; every one holds whichever way they came out."""
-    lines = [line for arm, summary in summaries.items() for line in _of_arm(arm, summary)]
-    lines += _final_gold(summaries) + beside({arm: (summary["rounds"], summary.get("baselines")) for arm, summary in summaries.items()})
-    seeds = {s["seed"] for s in summaries.values()}
-    if len(seeds) == 1:
-        lines.append(f"This is one seed ({seeds.pop()}); differences between arms need several before they mean anything.")
-    return lines + sorted({note for s in summaries.values() for note in s.get("notes", [])})
-
-
-def _final_gold(summaries: dict[str, Summary]) -> list[str]:
-    """Who ends highest, where all arms have come equally far: one more round is more training, not a better method."""
-    last = {arm: summary["rounds"][-1] for arm, summary in summaries.items()}
-    gold = {arm: row["gold"] for arm, row in last.items() if row["gold"] is not None}
-    if len(gold) < 2:
-        return []
-    if len({last[arm]["round"] for arm in gold}) > 1:
-        reached = ", ".join(f"{arm} {last[arm]['round']}" for arm in gold)
-        return [f"The arms have not finished equally many rounds ({reached}), so their final gold is not compared."]
-    ranked = sorted(gold.items(), key=lambda item: -item[1])
-    best = [arm for arm, value in ranked if value == ranked[0][1]]
-    verdict = f"{best[0]} ends highest" if len(best) == 1 else f"{' and '.join(best)} are equal"
-    return [f"Final gold: {', '.join(f'{arm} {value:.2f}' for arm, value in ranked)}. {verdict}."]
-
-
-def _of_arm(arm: str, summary: Summary) -> list[str]:
-    rounds = summary["rounds"]
-    trained = [row for row in rounds if row["proxy"] is not None]
-    lines = []
-    stale = [row for row in trained if proxy_alone_rose(rounds, row)]
-    if stale:
-        names, first = ", ".join(str(row["round"]) for row in stale), stale[0]
-        lines.append(
-            f"{arm}: in round {names} the reward model liked the new policy better and gold did not "
-            f"(round {first['round']}: proxy {first['proxy_start']:+.2f} → {first['proxy']:+.2f}, "
-            f"gold {start_of(rounds, first)['gold']:.2f} → {first['gold']:.2f})."
-        )
-    elif any(row["gold"] is not None and row["proxy"] > row["proxy_start"] for row in trained):
-        lines.append(f"{arm}: gold did not fall in any round in which the proxy rose.")
-    fallen = [row["round"] for row in trained if row["proxy"] <= row["proxy_start"]]
-    if fallen:
-        lines.append(f"{arm}: the proxy did not rise in round {', '.join(map(str, fallen))}; PPO did not learn what it was asked there.")
-    accuracies = [(row["round"], row["reward_accuracy"]) for row in trained if row["reward_accuracy"] is not None]
-    if len(accuracies) > 1:
-        (first, start), (last, end) = accuracies[0], accuracies[-1]
-        change = (
-            f"stayed at {start:.3f} (rounds {first} and {last})"
-            if start == end
-            else f"{'fell' if end < start else 'rose'} from {start:.3f} (round {first}) to {end:.3f} (round {last})"
-        )
-        lines.append(f"{arm}: reward-model accuracy on the policy's own text {change}.")
-    return lines
-
-
-def start_of(rounds: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row of the policy that a round started from: the round before, unless the row names another (0: π_SFT)."""
-    return rounds[row.get("policy_start", row["round"] - 1)]
-
-
-def proxy_alone_rose(rounds: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> bool | None:
-    """Whether the round's reward model liked what became of its start while gold fell; None where one of the two is not known."""
-    before = start_of(rounds, row)
-    if None in (before["gold"], row["gold"], row["proxy"], row["proxy_start"]):
-        return None
-    return row["proxy"] > row["proxy_start"] and row["gold"] < before["gold"]
+    """What the figures say beyond their intervals, and what the runs note."""
+    trials = [Trial(arm, one["seed"], one["rounds"], one.get("last_gold") or {}) for arm, one in summaries.items()]
+    compared = beside({arm: (one["rounds"], one.get("baselines")) for arm, one in summaries.items()})
+    return said(trials) + compared + sorted({note for one in summaries.values() for note in one.get("notes", [])})

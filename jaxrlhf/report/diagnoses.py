@@ -14,8 +14,9 @@ from jaxrlhf.report.runs import RunRead, StageRead
 CURVES_KEPT = 400  # points of a training curve at most: a page has no more pixels
 
 
-def curve(run: RunRead) -> Curve:
-    """Gold and proxy by round, with the scales that make proxies comparable where the run kept them."""
+def curves(run: RunRead) -> tuple[Curve, Curve]:
+    """Gold and proxy by round, with the scales that make proxies comparable where the run kept them; the same of every prompt: its
+    figures are arrays over prompts (those of samples.parquet, first responses), None where these are not known."""
     starts = _policies_named(run, "start")
     fitted = set(run.fitted) or {row["round"] for row in run.rounds if row["round"] == 1 or row.get("refit")}
     scales = {}
@@ -23,7 +24,34 @@ def curve(run: RunRead) -> Curve:
         mean = _mean_scores(run, members)
         if mean is not None and np.std(mean) > 0:
             scales[n] = float(np.std(mean))
-    return curve_of(run.rounds, starts=starts, fitted=fitted, scales=scales, gold_scale=_gold_scale(run))
+    given = {"starts": starts, "fitted": fitted, "scales": scales, "gold_scale": _gold_scale(run)}
+    return curve_of(run.rounds, **given), curve_of(_by_prompt(run), **given)
+
+
+def _by_prompt(run: RunRead) -> list[dict[str, Any]]:
+    samples = {s.round or 0: sample_columns(s.folder, run.missing) for s in run.of("evaluation")}
+    prompts = samples.get(0, {}).get("id")
+    rows = []
+    for row in run.rounds:
+        columns = samples.get(row["round"], {})
+        same = columns if prompts and columns.get("id") == prompts else {}
+        names = {"gold": "gold_1", "proxy": "proxy", "proxy_start": "proxy_start_1"}
+        rows.append({"round": row["round"]} | {name: _numbers(same.get(column)) for name, column in names.items()})
+    return rows
+
+
+def _numbers(values: list[Any] | None) -> np.ndarray | None:
+    found = [number(value) for value in values or []]
+    return np.array(found, np.float64) if found and None not in found else None
+
+
+def last_gold(run: RunRead) -> dict[str, float]:
+    """Gold of the last evaluation's first responses by prompt; empty where it is not known."""
+    number_ = run.rounds[-1]["round"] if run.rounds else 0
+    last = next((s for s in run.of("evaluation") if (s.round or 0) == number_), None)
+    columns = {} if last is None else sample_columns(last.folder, run.missing)
+    gold = _numbers(columns.get("gold_1"))
+    return {} if gold is None else dict(zip(columns.get("id") or [], gold.tolist(), strict=False))
 
 
 def _policies_named(run: RunRead, name: str) -> dict[int, int]:

@@ -1,13 +1,15 @@
 """Means to draw a report's figures: colours for the colour-blind, lines and marks for grey paper, and SVG that can stand in a page."""
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrlhf.evaluation.curves import Estimate, over_seeds
+from jaxrlhf.evaluation.curves import over_seeds
+from jaxrlhf.evaluation.intervals import Interval
 from jaxrlhf.evaluation.plotting import PALETTE, style, svg_of
 from jaxrlhf.report.arms import Arm, View
 
@@ -64,49 +66,75 @@ def label_of(name: str) -> str:
     return f"\u200a{short}" if short.startswith("_") else short
 
 
-def line_of(
-    axes: Any, x: Sequence[float | None], bands: Sequence[Estimate | None], style: dict[str, Any], label: str | None = None
-) -> bool:
-    """A line through the means with a band of one standard error; False where no point has both coordinates."""
-    points = [(at, one) for at, one in zip(x, bands, strict=True) if at is not None and one is not None]
+Quantity = Callable[[View], Sequence[Interval | float | None]]  # by round, of one run
+
+
+def over_seeds_of(arms: Sequence[Arm]) -> bool:
+    """What a band is in all of a page's figures: one standard error over seeds, or, where no arm has two, the interval over prompts."""
+    return any(len(arm.compared) > 1 for arm in arms)
+
+
+def bands_said(arms: Sequence[Arm]) -> str:
+    return "Bands and bars: ± one standard error over seeds." if over_seeds_of(arms) else "Bands and bars: 95 % intervals over prompts."
+
+
+def bands_of(arms: Sequence[Arm], arm: Arm, of: Quantity) -> list[Interval | None]:
+    """An arm's quantity by round with its band; its ends are nan where it has none."""
+    series = [[one if isinstance(one, Interval) or one is None else Interval(one, math.nan, math.nan, 1) for one in of(view)]
+              for view in arm.compared]  # fmt: skip
+    if not over_seeds_of(arms):
+        return series[0]
+    means = over_seeds([[None if one is None else one.value for one in run] for run in series])
+    reach = [None if one is None else math.nan if one.se is None else one.se for one in means]
+    return [None if m is None or r is None else Interval(m.mean, m.mean - r, m.mean + r, m.n) for m, r in zip(means, reach, strict=True)]
+
+
+def line_of(axes: Any, x: Sequence[Interval | None], y: Sequence[Interval | None], style: dict[str, Any], label: str | None = None) -> bool:
+    """A line through the values with a band of y and a bar of x; False where no point has both coordinates."""
+    points = [(at, one) for at, one in zip(x, y, strict=False) if at is not None and one is not None]
     if not points:
         return False
-    at = np.array([one for one, _ in points])
-    mean = np.array([one.mean for _, one in points])
-    se = np.array([one.se or 0.0 for _, one in points])
-    axes.plot(at, mean, label=label, gid=DATA, **style)
-    if se.any():
-        axes.fill_between(at, mean - se, mean + se, color=style["color"], alpha=0.16, linewidth=0)
+    at, low, high = np.array([(one.value, one.low, one.high) for one, _ in points]).T
+    value, bottom, top = np.array([(one.value, one.low, one.high) for _, one in points]).T
+    axes.plot(at, value, label=label, gid=DATA, **style)
+    if np.isfinite(bottom).any():
+        known = np.isfinite(bottom)
+        bottom, top = np.where(known, bottom, value), np.where(known, top, value)
+        axes.fill_between(at, bottom, top, color=style["color"], alpha=0.16, linewidth=0)
+    if np.isfinite(low).any():
+        axes.hlines(value, low, high, color=style["color"], alpha=0.5, linewidth=0.9)
     return True
 
 
-def against_kl(
-    axes: Any, arms: Sequence[Arm], of: Callable[[View], Sequence[float | None]], *, style: dict[str, Any] | None = None
-) -> bool:
+def against_kl(axes: Any, arms: Sequence[Arm], of: Quantity, *, style: dict[str, Any] | None = None) -> bool:
     """A quantity by √KL: every seed faintly, their means as the line."""
     drawn = False
     for number, arm in enumerate(arms):
         own = line_style(number) | (style or {})
-        series = [(root_kl(view), of(view)) for view in arm.views]
-        if len(series) > 1:
-            for x, y in series:
-                points = [(a, b) for a, b in zip(x, y, strict=True) if a is not None and b is not None]
-                axes.plot([a for a, _ in points], [b for _, b in points], **dashed_style(number), linewidth=0.6, alpha=0.35)
-        series = [(root_kl(view), of(view)) for view in arm.compared]
-        means = [None if one is None else one.mean for one in over_seeds([x for x, _ in series])]
-        drawn |= line_of(axes, means, over_seeds([y for _, y in series]), own, label_of(arm.name))
+        for view in arm.views if len(arm.views) > 1 else ():
+            points = [(x.value, y) for x, y in zip(root_kl(view), of(view), strict=False) if x is not None and y is not None]
+            ys = [y.value if isinstance(y, Interval) else y for _, y in points]
+            axes.plot([x for x, _ in points], ys, **dashed_style(number), linewidth=0.6, alpha=0.35)
+        drawn |= line_of(axes, bands_of(arms, arm, root_kl), bands_of(arms, arm, of), own, label_of(arm.name))
     return drawn
 
 
-def root_kl(view: View) -> list[float | None]:
-    return [p.root_kl for p in view.curve.points]
+def root_kl(view: View) -> list[Interval | None]:
+    """√KL by round, its interval's ends too; an estimate just under 0 is 0."""
+
+    def root(x: float) -> float:
+        return x if math.isnan(x) else math.sqrt(max(x, 0.0))
+
+    found = view.intervals("kl_sft")
+    return [None if one is None else Interval(root(one.value), root(one.low), root(one.high), one.n) for one in found]
 
 
-def by_round(axes: Any, arms: Sequence[Arm], of: Callable[[View], Sequence[float | None]], *, style: dict[str, Any] | None = None) -> bool:
+def by_round(axes: Any, arms: Sequence[Arm], of: Quantity, *, style: dict[str, Any] | None = None) -> bool:
     drawn = False
     for number, arm in enumerate(arms):
-        bands = over_seeds([of(view) for view in arm.compared])
-        drawn |= line_of(axes, list(range(len(bands))), bands, line_style(number) | (style or {}), None if style else label_of(arm.name))
+        bands = bands_of(arms, arm, of)
+        rounds = [Interval(n, math.nan, math.nan, 1) for n in range(len(bands))]
+        drawn |= line_of(axes, rounds, bands, line_style(number) | (style or {}), None if style else label_of(arm.name))
     whole_numbers(axes, arms)
     return drawn
 
@@ -120,8 +148,8 @@ def whole_numbers(axes: Any, arms: Sequence[Arm]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 
-def percents(values: Sequence[float | None]) -> list[float | None]:
-    return [None if value is None else 100 * value for value in values]
+def percents(values: Sequence[Interval | float | None]) -> list[Interval | float | None]:
+    return [None if one is None else one.scaled(100) if isinstance(one, Interval) else 100 * one for one in values]
 
 
 def render(drawing: Drawing, arms: Sequence[Arm]) -> Figure | None:
@@ -141,6 +169,8 @@ def render(drawing: Drawing, arms: Sequence[Arm]) -> Figure | None:
         axes = canvas.subplots()
         if not drawing.draw(axes, arms):
             return None
+        banded = any(type(one).__name__ in ("PolyCollection", "FillBetweenPolyCollection") for one in axes.collections)
+        caption = f"{drawing.caption} {bands_said(arms)}" if banded else drawing.caption
         for n, artist in enumerate(one for one in axes.get_children() if one.get_gid() == DATA):
             artist.set_gid(f"{DATA}-{n}")
         handles, labels = axes.get_legend_handles_labels()
@@ -153,7 +183,7 @@ def render(drawing: Drawing, arms: Sequence[Arm]) -> Figure | None:
         svg = svg_of(canvas)
         canvas.patch.set_alpha(1)
         canvas.savefig(png, format="png", dpi=PNG_DPI, facecolor="white")
-    return Figure(drawing.name, drawing.title, drawing.caption, inline(svg, drawing), svg.replace(INK, "#000000").encode(), png.getvalue())
+    return Figure(drawing.name, drawing.title, caption, inline(svg, drawing), svg.replace(INK, "#000000").encode(), png.getvalue())
 
 
 def inline(svg: str, drawing: Drawing) -> str:

@@ -40,13 +40,14 @@ DRAWINGS = (
             "it. A refit (diamond) changes the unit: values before and after it are not comparable.", proxy_by_kl,
             "No round with a reward model is finished."),
     Drawing("gold_round", "Gold by round", "Mean gold of the policy's responses at the end of each round.", gold_by_round, NEEDS_GOLD),
-    Drawing("win_rate", "Win rate by round", "Responses of strictly higher gold than the reference's; of one seed with Wilson's 95 % "
-            "interval over prompts.", win_rate_by_round, "Needs gold and reference responses."),
+    Drawing("win_rate", "Win rate by round", "Responses of strictly higher gold than the reference's.", win_rate_by_round,
+            "Needs gold and reference responses."),
     Drawing("accuracy", "Reward-model accuracy by round", "On fresh pairs of the policy that enters the round, labelled by gold; dotted "
             "and hollow: on held-out pairs of the data. The line at 50 % is chance.",
             accuracy_by_round, "No round with a reward model is finished."),
     Drawing("reliability", "Reliability of the reward model", "How often the last round's reward model is right where it says it is so "
-            "sure, on fresh pairs of the policy that entered the round. Below the diagonal it is too sure. Discs: pairs in a bin.",
+            "sure, on fresh pairs of the policy that entered the round. Below the diagonal it is too sure. Bars: "
+            "Wilson's 95 % of the pairs in a bin.",
             reliability_diagram, "Needs gold and reliability.json in a round's evaluation, which runs of this version write."),
     Drawing("drift_agreement", "Drift: agreement and correlation", "Share of held-out pairs on which a "
             "refitted reward model prefers the same side as the "
@@ -56,7 +57,9 @@ DRAWINGS = (
             drift_scale, "Needs a refit, and valid_scores.npy of both reward models."),
     Drawing("kl_budget", "KL budget", "Solid: KL to SFT at the end of the round. Dashed: KL of the round's last rollout to the penalty's "
             "reference (k1, whatever the penalty estimates); of a moving reference "
-            "added up over rounds, of SFT the level itself.", kl_budget_by_round, "No round is finished."),
+            "added up over rounds, of SFT the level itself. Where evaluation.temperature is not ppo.temperature, the two are KLs at two "
+            "temperatures; a rollout is also of training prompts, and from before its own update.", kl_budget_by_round,
+            "No round is finished."),
     Drawing("weights", "Weight health", "Effective sample size of each refit's importance weights.", weights_by_round,
             "No refit of these runs weighs its pairs."),
     Drawing("weights_length", "Weight health by length", "Effective sample size of the last refit among pairs of similar length "
@@ -67,7 +70,8 @@ DRAWINGS = (
             "No refit of these runs filters its pairs."),
     Drawing("training_score", "Training: score", "Mean score of each rollout under the round's reward model.", training_score,
             "No policy has logged a rollout yet."),
-    Drawing("training_kl", "Training: KL to SFT", "Of each rollout, k1 estimate.", training_kl, "No policy has logged its KL yet."),
+    Drawing("training_kl", "Training: KL to SFT", "Of each rollout, k1 estimate, at ppo.temperature; that of an evaluation is at "
+            "evaluation.temperature.", training_kl, "No policy has logged its KL yet."),
     Drawing("cost_seconds", "Where the time went", "Corrections: deciding, weighing or choosing pairs, and fitting reward models from "
             "round 2 on. Compilation included; stages shared between arms count in each.", seconds_bars, "No stage is finished."),
     Drawing("cost_flops", "Where the FLOPs went", "Counted: 6 · parameters · tokens of training, 2 · parameters · tokens of a forward pass "

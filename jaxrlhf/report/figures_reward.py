@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from jaxrlhf.evaluation.intervals import Interval, mean_interval, proportion
 from jaxrlhf.report.arms import Arm, View
 from jaxrlhf.report.drawing import DATA, INK, ROOT_KL, against_kl, by_round, label_of, line_style, percents
 
@@ -11,9 +14,9 @@ def overoptimisation(axes: Any, arms: Sequence[Arm]) -> bool:
     """Gao et al.'s figure: gold (solid) and proxy (dashed) gained since π_SFT in one unit."""
     if not any(x is not None for arm in arms for view in arm.views for x in view.curve.proxy_gain[1:]):
         return False  # π_SFT alone, where both are 0 by definition
-    against_kl(axes, arms, lambda view: view.curve.proxy_gain, style={"linestyle": (0, (2, 1.5)), "markerfacecolor": "none"})
+    against_kl(axes, arms, lambda view: gains(view, "proxy_gain"), style={"linestyle": (0, (2, 1.5)), "markerfacecolor": "none"})
     count = len(axes.get_lines())
-    drawn = against_kl(axes, arms, lambda view: view.curve.gold_gain, style={"linestyle": "-"})
+    drawn = against_kl(axes, arms, lambda view: gains(view, "gold_gain"), style={"linestyle": "-"})
     for line in axes.get_lines()[:count]:
         line.set_label("_")
     for text, line in (("gold", "-"), ("proxy", "--")):
@@ -23,8 +26,15 @@ def overoptimisation(axes: Any, arms: Sequence[Arm]) -> bool:
     return drawn
 
 
+def gains(view: View, name: str) -> list[Interval | float | None]:
+    """The curve's gains, each with its interval over prompts where the samples have it."""
+    by_prompt = getattr(view.prompts, name)
+    return [value if value is None or one is None else mean_interval(np.asarray(one)) if np.ndim(one) else value
+            for value, one in zip(getattr(view.curve, name), by_prompt, strict=True)]  # fmt: skip
+
+
 def gold_by_kl(axes: Any, arms: Sequence[Arm]) -> bool:
-    drawn = against_kl(axes, arms, lambda view: [p.gold for p in view.curve.points])
+    drawn = against_kl(axes, arms, lambda view: view.intervals("gold"))
     for number, arm in enumerate(arms):
         for view in arm.views if len(arm.views) <= 3 else ():
             peak = view.curve.peak
@@ -60,22 +70,16 @@ def proxy_by_kl(axes: Any, arms: Sequence[Arm]) -> bool:
 
 def gold_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
     axes.set_ylabel("gold (true reward)")
-    return by_round(axes, arms, lambda view: view.by_round("gold"))
+    return by_round(axes, arms, lambda view: view.intervals("gold"))
 
 
 def win_rate_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
     axes.set_ylabel("win rate (% of prompts)")
-    drawn = by_round(axes, arms, lambda view: percents(view.by_round("win_rate")))
-    for number, arm in enumerate(arms):
-        if len(arm.views) == 1:  # of one seed the interval is over prompts
-            low, high = (percents(arm.first.by_round(f"win_rate_{end}")) for end in ("low", "high"))
-            at = [i for i in range(len(low)) if low[i] is not None and high[i] is not None]
-            axes.fill_between(at, [low[i] for i in at], [high[i] for i in at], color=line_style(number)["color"], alpha=0.13, linewidth=0)
-    return drawn
+    return by_round(axes, arms, lambda view: percents(view.intervals("win_rate")))
 
 
 def accuracy_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
-    drawn = by_round(axes, arms, lambda view: percents(view.by_round("reward_accuracy")))
+    drawn = by_round(axes, arms, lambda view: percents(view.intervals("reward_accuracy")))
     held_out = {"linestyle": (0, (1, 1.2)), "markerfacecolor": "none", "linewidth": 1.2}
     drawn |= by_round(axes, arms, lambda view: percents(view.by_round("reward_accuracy_valid")), style=held_out)
     axes.axhline(50, color=INK, linewidth=0.7, alpha=0.6)
@@ -90,23 +94,23 @@ def reliability_diagram(axes: Any, arms: Sequence[Arm]) -> bool:
     for number, arm in enumerate(arms):
         rows = pooled([view.reliabilities[max(view.reliabilities)]["bins"] for view in arm.compared if view.reliabilities])
         if rows:
-            at, right, pairs = zip(*rows, strict=True)
+            at, right, low, high = zip(*rows, strict=True)
             axes.plot(at, right, label=label_of(arm.name), gid=DATA, **line_style(number))
-            axes.scatter(at, right, s=[160 * n / max(pairs) for n in pairs], color=line_style(number)["color"], alpha=0.2, linewidth=0)
+            axes.vlines(at, low, high, color=line_style(number)["color"], alpha=0.5, linewidth=0.9)
             drawn = True
     axes.set(xlabel="P(the preferred side is better), said (%)", ylabel="right, by gold (%)", xlim=(49, 101))
     return drawn
 
 
-def pooled(diagrams: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[float, float, int]]:
-    """(confidence %, right %, pairs) of every bin that is not empty, the seeds' pairs put together."""
+def pooled(diagrams: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[float, float, float, float]]:
+    """(confidence, right, low and high of its Wilson interval; all in %) of every bin that is not empty, the seeds' pairs put together."""
     points = []
     for bins in zip(*diagrams, strict=False):
         filled = [one for one in bins if one["pairs"] and None not in (one["confidence"], one["accuracy"])]
         n = sum(one["pairs"] for one in filled)
         if n:
-            said, right = (100 * sum(one["pairs"] * one[name] for one in filled) / n for name in ("confidence", "accuracy"))
-            points.append((said, right, n))
+            said, right = (sum(one["pairs"] * one[name] for one in filled) for name in ("confidence", "accuracy"))
+            points.append((100 * said / n, *proportion(right, n).scaled(100)[:3]))
     return points
 
 

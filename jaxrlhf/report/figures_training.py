@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxrlhf.evaluation.intervals import Interval
 from jaxrlhf.evaluation.plotting import BLUE, GREEN, ORANGE, SKY, VERMILION
 from jaxrlhf.report.arms import Arm, View
 from jaxrlhf.report.costs import PARTS
@@ -10,7 +11,7 @@ from jaxrlhf.report.drawing import DATA, INK, by_round, dashed_style, label_of, 
 
 
 def kl_budget_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
-    drawn = by_round(axes, arms, lambda view: view.by_round("kl_sft"))
+    drawn = by_round(axes, arms, lambda view: view.intervals("kl_sft"))
     path = {"linestyle": (0, (3, 1.5)), "markerfacecolor": "none", "linewidth": 1.2}
     drawn |= by_round(axes, arms, lambda view: [0.0, *(row["spent"] for row in view.budgets)] if view.budgets else [], style=path)
     axes.plot([], [], color=INK, **path, label="let pass by the penalty, added up")
@@ -19,7 +20,7 @@ def kl_budget_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
 
 
 def weights_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
-    def of(view: View) -> list[float | None]:
+    def of(view: View) -> Sequence[Interval | float | None]:
         found = {number: body.get("ess_fraction") for number, body in view.weights.items()}
         return percents([found.get(number) for number in range(max(found, default=-1) + 1)])
 

@@ -12,9 +12,9 @@ from importlib.resources import files
 from typing import Any
 
 from jaxrlhf.evaluation.baselines import beside
-from jaxrlhf.evaluation.curves import estimate
+from jaxrlhf.evaluation.findings import findings as said_of
 from jaxrlhf.formatting import escape_markdown, markdown_table
-from jaxrlhf.report.arms import Arm, Column, as_text, table
+from jaxrlhf.report.arms import Arm, Column, as_text, best_of, origin, table, trials
 from jaxrlhf.report.costs import PARTS
 from jaxrlhf.report.drawing import Figure
 
@@ -46,6 +46,7 @@ def page(
             f"<p>{runs} run{'s' if runs != 1 else ''} in {len(arms)} arm{'s' if len(arms) != 1 else ''} · made {escape(made)}"
             + ('<span class="live"> · kept fresh while it is served</span>' if version else "")
             + "</p>",
+            f"<p>{escape(origin(arms))}</p>" if arms else "",
             "<nav>" + "".join(f'<a href="#{at}">{name}</a>' for at, name in SECTIONS) + "</nav></header>",
             "<main>",
             _missing(arms, problems),
@@ -92,23 +93,50 @@ def missing_by_text(arms: Sequence[Arm]) -> list[tuple[str, str]]:
 def _results(arms: Sequence[Arm]) -> str:
     columns, rows = table(arms)
     several = any(len(arm.views) > 1 for arm in arms)
+    columns, alike = varying(columns, rows)
     head = [_th("arm", "text", "name", "ascending")] + ([_th("seeds", "", "of which the means are")] if several else [])
-    head += [_th(column.title, "", column.meaning) for column in columns] + [_th("state", "text", "", "ascending")]
+    states = any(row["state"] != "finished" for row in rows)
+    head += [_th(column.title, "", column.meaning) for column in columns] + ([_th("state", "text", "", "ascending")] if states else [])
+    best = {column.key: best_of(arms, column) for column in columns if column.key in BEST}
     lines = []
     for row in rows:
         cells = [f'<td class="text">{escape(row["arm"])}</td>'] + (
             [f'<td data-value="{row["seeds"]}">{row["seeds"]}</td>'] if several else []
         )
-        cells += [_cell(row, column, rows) for column in columns] + [f'<td class="text">{escape(row["state"])}</td>']
+        cells += [_cell(row, column, best.get(column.key) == row["arm"]) for column in columns]
+        cells += [f'<td class="text">{escape(row["state"])}</td>'] if states else []
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    note = " Means ± one standard error over seeds." if several else ""
     legend = "; ".join(f"<b>{escape(column.title)}</b>: {escape(column.meaning)}" for column in columns)
     said = "".join(f"<li>{escape(line)}</li>" for line in findings(arms))
     return (
-        f'<section id="results"><h2>Results</h2><p>A click on a heading sorts.{note}</p><div class="box"><table id="summary">'
-        f"<thead><tr>{''.join(head)}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f'<section id="results"><h2>Results</h2><p>A click on a heading sorts. {escape(errors_said(arms))}{escape(alike)}</p>'
+        f'<div class="box"><table id="summary"><thead><tr>{"".join(head)}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
         f'<ul class="findings">{said}</ul><details><summary>What the columns mean</summary><p>{legend}.</p></details></section>'
     )
+
+
+def errors_said(arms: Sequence[Arm]) -> str:
+    """What stands beside a figure of the table, and what is highlighted in it."""
+    n = sorted({one.n for arm in arms for view in arm.views for one in view.intervals("kl_sft") if one and one.n})
+    prompts = f"Brackets: 95 % over prompts (n = {', '.join(map(str, n))}; accuracy and ECE: over the pairs that gold decides)."
+    seeds = "±: one standard error over seeds. Coloured: more than two above every other arm, seed by seed."
+    several, alone = (any(test(len(arm.compared)) for arm in arms) for test in (lambda k: k > 1, lambda k: k == 1))
+    return " ".join([seeds] * several + [prompts] * bool(alone and n))
+
+
+def varying(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> tuple[list[Column], str]:
+    """The columns in which some arm differs from another (gold always), and the others in a sentence."""
+    texts = {column.key: {cell_text(row, column) for row in rows} for column in columns}
+    kept = [column for column in columns if len(rows) == 1 or len(texts[column.key]) > 1 or column.key in BEST]
+    alike = [f"{column.title} {' '.join(next(iter(texts[column.key]))).strip()}" for column in columns if column not in kept]
+    return kept, f" The same in all arms: {', '.join(alike)}." if alike else ""
+
+
+def cell_text(row: dict[str, Any], column: Column) -> tuple[str, str]:
+    """(figure, or mean ± standard error over seeds; the interval over prompts in brackets, or nothing)."""
+    one, digits = row["intervals"].get(column.key), column.digits
+    text = as_text(row[column.key], digits, sign=column.key == "difference")
+    return text, "" if one is None else f"[{one.low:,.{digits}f}, {one.high:,.{digits}f}]".replace("-", "−")
 
 
 def _th(title: str, kind: str, meaning: str, first: str = "descending") -> str:
@@ -119,52 +147,22 @@ def _th(title: str, kind: str, meaning: str, first: str = "descending") -> str:
 BEST = ("gold", "win_rate")  # columns in which more is better, whatever else is so
 
 
-def _cell(row: dict[str, Any], column: Column, rows: Sequence[dict[str, Any]]) -> str:
-    value = row[column.key]
-    known = [one[column.key].mean for one in rows if one[column.key] is not None]
-    best = column.key in BEST and len(known) > 1 and value is not None and value.mean == max(known) and min(known) < max(known)
-    raw = "" if value is None else repr(value.mean)
-    return f'<td data-value="{raw}"{" class=best" if best else ""}>{as_text(value, column.digits)}</td>'
+def _cell(row: dict[str, Any], column: Column, best: bool) -> str:
+    value, (text, interval) = row[column.key], cell_text(row, column)
+    small = f'<span class="soft">{interval}</span>' if interval else ""
+    return f'<td data-value="{"" if value is None else repr(value.mean)}"{" class=best" if best else ""}>{text}{small}</td>'
 
 
 def findings(arms: Sequence[Arm]) -> list[str]:
-    """Sentences computed from the curves; every one holds whichever way they came out."""
-    lines = []
-    for arm in arms:
-        said = [text for text in (_peak_said(arm), _gap_said(arm)) if text]
-        lines += [f"{arm.name}: {'; '.join(said)}."] if said else []
+    """What the figures say beyond their intervals, and what the runs note."""
+    lines = said_of(trials(arms))
     named = {f"{arm.name} (seed {arm.first.run.seed})" if len(arm.views) > 1 else arm.name: arm.first.run for arm in arms}
     lines += beside({name: (run.rounds, run.baselines) for name, run in named.items()})
     behind = [arm for arm in arms if len(arm.compared) < len(arm.views)]
     lines += [
         f"{arm.name}: means are of the {len(arm.compared)} of {len(arm.views)} seeds with the most finished rounds." for arm in behind
     ]
-    lines += sorted({note for arm in arms for view in arm.views for note in view.run.notes})
-    seeds = {view.run.seed for arm in arms for view in arm.views}
-    if len(arms) > 1 and len(seeds) == 1:
-        lines.append("All arms have one seed; differences between them need several before they mean anything.")
-    return lines
-
-
-def _peak_said(arm: Arm) -> str:
-    known = [view.curve for view in arm.compared if len(view.curve.points) > 1 and view.curve.points[-1].gold is not None]
-    lost = [curve for curve in known if curve.lost]
-    if not known:
-        return ""
-    if len(known) > 1:
-        return f"gold ended below its peak in {len(lost)} of {len(known)} seeds"
-    peak = known[0].peak
-    if not lost or peak is None:
-        return "gold is highest at the end"
-    return f"gold was highest {f'in round {peak.round}' if peak.round else 'at SFT'} ({peak.gold:.3f}) and ends {known[0].lost:.3f} lower"
-
-
-def _gap_said(arm: Arm) -> str:
-    gap = estimate([view.curve.gap for view in arm.compared])
-    if gap is None:
-        return ""
-    amount = as_text(gap._replace(mean=abs(gap.mean)), 2)
-    return f"at the end the reward models believe in a gain {amount} σ {'larger' if gap.mean > 0 else 'smaller'} than gold's"
+    return lines + sorted({note for arm in arms for view in arm.views for note in view.run.notes})
 
 
 def _figures(figures: Sequence[Figure], absent: Sequence[tuple[str, str]]) -> str:
@@ -243,12 +241,12 @@ def markdown(title: str, arms: Sequence[Arm], problems: Sequence[str]) -> str:
     several = any(len(arm.views) > 1 for arm in arms)
     head = ["arm", *(["seeds"] if several else []), *(column.title for column in columns)]
     body = [
-        [escape_markdown(row["arm"]), *([str(row["seeds"])] if several else []), *(as_text(row[c.key], c.digits) for c in columns)]
+        [escape_markdown(row["arm"]), *([str(row["seeds"])] if several else []), *(" ".join(cell_text(row, c)).strip() for c in columns)]
         for row in rows
     ]
     lines = [f"# {escape_markdown(title)}", "", markdown_table(head, body, ":--", "--:"), ""]
     lines += [f"- {column.title}: {column.meaning}." for column in columns]
-    lines += ["- Figures are means ± one standard error over seeds."] if several else []
+    lines += [f"- {errors_said(arms)}"] if arms else []
     lines += ["", *(f"- {escape_markdown(line)}" for line in findings(arms))]
     lines += [f"- Missing: {escape_markdown(f'{names}: {said}')}" for said, names in missing_by_text(arms)]
     lines += [f"- Missing: {escape_markdown(problem)}" for problem in problems]

@@ -11,7 +11,7 @@ import yaml
 
 TEXTS = ("id", "prompt", "reference", "response_1")
 TOKENS = ("response_1_tokens", "prompt_tokens")
-FIGURES = ("gold_1", "gold_2", "proxy", "kl_sft")
+FIGURES = ("gold_1", "gold_2", "proxy", "proxy_start_1", "kl_sft")
 FLAGS = ("ended_1",)
 SAMPLE_COLUMNS = (*TEXTS, *TOKENS, *FIGURES, *FLAGS)
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jax.scipy.special import betainc
-
 from jaxrlhf.evaluation.curves import Estimate, estimate
+from jaxrlhf.evaluation.findings import difference_to
 
 FIGURES = ("gold", "peak", "win_rate", "proxy", "kl_sft", "reward_accuracy", "ess", "fits", "seconds")
 
@@ -70,19 +69,4 @@ class Sweep:
         """To the first arm, seed by seed, over the seeds both have; None for the first arm itself."""
         if arm == self.first:
             return None
-        own, other = self.values(arm, figure), self.values(self.first, figure)
-        return estimate([own[seed] - other[seed] for seed in own if seed in other])
-
-
-def chance_beyond(n: int, within: float = 2.0) -> float:
-    """P(|t| > within), Student's t with n − 1 degrees of freedom: a mean of n ≥ 2 normal differences around 0 is so far off by chance."""
-    degrees = n - 1
-    return float(betainc(degrees / 2, 0.5, degrees / (degrees + within**2)))
-
-
-def format_estimate(found: Estimate | None, digits: int, *, sign: bool = False) -> str:
-    """1.84 ± 0.05; without ± where there is one seed; – where there is nothing."""
-    if found is None:
-        return "–"
-    plus = "+" if sign else ""
-    return f"{found.mean:{plus}.{digits}f}" + ("" if found.se is None else f" ± {found.se:.{digits}f}")
+        return difference_to(self.values(self.first, figure), self.values(arm, figure))

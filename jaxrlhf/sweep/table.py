@@ -11,7 +11,7 @@ from rich.table import Table
 from jaxrlhf.evaluation.curves import Estimate
 from jaxrlhf.formatting import as_strict_json, markdown_table
 from jaxrlhf.sweep.findings import findings
-from jaxrlhf.sweep.statistics import FIGURES, Sweep, format_estimate
+from jaxrlhf.sweep.statistics import FIGURES, Sweep
 
 
 class Column(NamedTuple):
@@ -23,7 +23,11 @@ class Column(NamedTuple):
 
 
 def _mean(figure: str, digits: int) -> Callable[[Sweep, str], str]:
-    return lambda sweep, arm: format_estimate(sweep.estimate(arm, figure), digits)
+    return lambda sweep, arm: _spelled(sweep.estimate(arm, figure), digits)
+
+
+def _spelled(found: Estimate | None, digits: int, *, sign: bool = False) -> str:
+    return "–" if found is None else found.spelled(digits, sign=sign)
 
 
 def _fits(sweep: Sweep, arm: str) -> str:
@@ -39,7 +43,7 @@ def columns_of(sweep: Sweep) -> list[Column]:
     return [
         Column("n", lambda sweep, arm: str(len(sweep.finished(arm))), 100),
         Column("gold", _mean("gold", 2), 99),
-        Column(f"gold −\n{sweep.first}", lambda sweep, arm: format_estimate(sweep.difference(arm), 2, sign=True), 98),
+        Column(f"gold −\n{sweep.first}", lambda sweep, arm: _spelled(sweep.difference(arm), 2, sign=True), 98),
         Column("gold,\nleast", lambda sweep, arm: _least(sweep.estimate(arm, "gold")), 97),
         Column("diff.,\nleast", lambda sweep, arm: _least(sweep.difference(arm), "+"), 90),
         Column("gold,\nbest round", _mean("peak", 2), 92),

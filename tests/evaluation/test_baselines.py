@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.evaluation import baselines
-from jaxrlhf.evaluation.winrate import wilson_interval
+from jaxrlhf.evaluation.intervals import wilson_interval
 
 
 def test_the_longer_response_and_a_bag_of_words():

@@ -46,6 +46,22 @@ def test_a_calibrated_model_is_reliable_and_a_sharpened_one_is_not():
     assert reliability((4 * d, zeros), gold)["ece"] > 0.1
 
 
+@pytest.mark.parametrize(("sharpness", "n"), [(1, 60), (1, 500), (2, 60), (2, 500)])
+def test_the_interval_of_the_ece_covers(sharpness, n):
+    """Of pairs whose P is right, and of pairs whose scores are twice too large."""
+    rng = np.random.default_rng(n)
+
+    def found(n):
+        d = rng.normal(0, 1.5, n)
+        first = (rng.random(n) < 1 / (1 + np.exp(-d))).astype(float)
+        return reliability((sharpness * d, np.zeros(n)), (first, 1 - first))
+
+    truth = found(20_000)["ece"]
+    ends = [(one["ece_low"], one["ece_high"]) for one in (found(n) for _ in range(100))]
+    assert sum(low <= truth <= high for low, high in ends) >= 92
+    assert n < 500 or sharpness == 1 or sum(low > 0 for low, _ in ends) >= 80  # five hundred tell a model that is too sure
+
+
 def test_reliability_of_extremes_and_of_nothing():
     found = reliability((np.array([800.0, 0.0]), np.array([0.0, 0.0])), (np.array([1, 1]), np.array([0, 0])))
     assert found["bins"][-1]["pairs"] == 1 and found["bins"][0]["accuracy"] == 0.5  # equal scores are half right

@@ -7,12 +7,23 @@ import pytest
 import yaml
 from rich.console import Console
 
+from jaxrlhf.evaluation.intervals import Interval, as_fields, proportion
 from jaxrlhf.pipeline.table import findings, read_summaries, show, subset_table
 
 
 def row(number, gold=None, start=None, end=None, accuracy=None, **more):
     base = {"round": number, "gold": gold, "proxy_start": start, "proxy": end, "kl_sft": 1.0, "ess": None, "reward_accuracy": accuracy}
     return base | {"win_rate": None, "win_rate_low": None, "win_rate_high": None} | more
+
+
+def moved(number, gold, proxy, n, *, half=0.1, accuracy=None):
+    """A round that changed gold and the proxy by so much, each ± `half`, over n prompts; the accuracy is of n pairs."""
+    changes = {"gold_change": gold, "proxy_change": proxy}
+    fields = {
+        key: x for name, value in changes.items() for key, x in as_fields(name, Interval(value, value - half, value + half, n)).items()
+    }
+    fields |= as_fields("reward_accuracy", None if accuracy is None else proportion(accuracy * n, n))
+    return row(number, 1 + gold, 0.0, proxy, accuracy) | fields
 
 
 def summary(*rounds, seed=0, notes=()):
@@ -24,58 +35,64 @@ def said(**arms) -> str:
 
 
 def test_a_stale_proxy_is_called_one():
-    text = said(a=summary(row(0, 1.0), row(1, 1.5, 0.0, 1.0), row(2, 1.2, 0.5, 2.0)))
+    text = said(a=summary(row(0, 1.0), moved(1, 0.5, 1.0, 500), moved(2, -0.3, 1.5, 500)))
+    assert "a: gold rose in round 1 (+0.50 [0.40, 0.60]), fell in round 2 (-0.30 [-0.40, -0.20]);" in text
+    assert "in round 2 its reward model liked the new policy better (+1.50 [1.40, 1.60])." in text and "noise" not in text
+
+
+def test_what_lies_within_its_interval_is_not_spoken():
+    """The figures of a stale proxy, an accuracy that fell and an arm that ends higher, of fifteen prompts: noise, and nothing else."""
+    rounds = row(0, 1.0), moved(1, 0.5, 1.0, 15, half=0.8, accuracy=0.8), moved(2, -0.3, 0.5, 15, half=0.6, accuracy=0.6)
+    golds = [{str(i): (i * 7 % 15) / 5 + shift for i in range(15)} for shift in (0.0, 0.2)]
+    golds[1] = {name: value + (-1) ** int(name) for name, value in golds[1].items()}
+    text = said(**{arm: summary(*rounds) | {"last_gold": gold} for arm, gold in zip("ab", golds, strict=True)})
+    assert not [word for word in ("rose", "fell", "liked", "highest", "above", "below", "did not") if word in text], text
+    assert "a: gold is within noise in round 1, 2 (n = 15); the change of reward-model accuracy from round 1 to 2 is within noise" in text
+    assert "Final gold against a, prompt by prompt: within noise (n = 15): b +0.27 [-0.31, 0.84]." in text
+
+
+def test_the_words_need_the_intervals():
+    """A summary from before they were kept is shown, and nothing is concluded from it."""
+    assert said(a=summary(row(0, 1.0), row(1, 1.5, 0.0, 1.0, 0.7), row(2, 1.2, 0.5, 2.0, 0.6))).startswith("This is one seed")
+
+
+def test_a_proxy_that_fell():
+    text = said(a=summary(row(0, 1.0), moved(1, 0.0, -0.5, 100)))
     assert (
-        "a: in round 2 the reward model liked the new policy better and gold did not (round 2: proxy +0.50 → +2.00, gold 1.50 → 1.20)."
-        in text
+        "a: gold is within noise in round 1 (n = 100); in round 1 the proxy fell (-0.50 [-0.60, -0.40]): the policy did not learn" in text
     )
-    assert "did not fall" not in text and "did not rise" not in text
-
-
-def test_a_round_that_starts_from_sft_is_compared_with_sft():
-    """rlp-spg: round 2 ends below round 1 and above π_SFT, which it started from."""
-    up = summary(row(0, 1.0), row(1, 2.0, 0.0, 1.0, policy_start=0), row(2, 1.5, 0.0, 1.0, policy_start=0))
-    assert "a: gold did not fall in any round in which the proxy rose." in said(a=up)
-    down = summary(row(0, 1.0), row(1, 0.2, 0.0, 1.0, policy_start=0), row(2, 0.5, 0.0, 1.0, policy_start=0))
-    assert "in round 1, 2 the reward model liked" in said(a=down)
-    only_second = summary(row(0, 1.0), row(1, 1.2, 0.0, 1.0, policy_start=0), row(2, 0.5, 0.0, 2.0, policy_start=0))
-    assert "(round 2: proxy +0.00 → +2.00, gold 1.00 → 0.50)" in said(a=only_second)
-
-
-def test_gold_that_rose_with_the_proxy():
-    text = said(a=summary(row(0, 1.0), row(1, 1.5, 0.0, 1.0)))
-    assert "a: gold did not fall in any round in which the proxy rose." in text and "did not rise" not in text
-
-
-def test_a_proxy_that_never_rose_says_nothing_of_gold():
-    text = said(a=summary(row(0, 1.0), row(1, 0.5, 0.0, -0.1), row(2, 0.2, 0.3, 0.3)))
-    assert "a: the proxy did not rise in round 1, 2;" in text and "gold did not" not in text
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "words"),
+    ("first", "second", "n", "words"),
     [
-        (0.7, 0.6, "fell from 0.700 (round 1) to 0.600 (round 2)"),
-        (0.6, 0.7, "rose from 0.600 (round 1) to 0.700 (round 2)"),
-        (0.6, 0.6, "stayed at 0.600 (rounds 1 and 2)"),
+        (0.7, 0.6, 500, "fell from 0.700 (round 1) to 0.600 (round 2; -0.100 [-0.158, -0.041])"),
+        (0.6, 0.7, 500, "rose from 0.600 (round 1) to 0.700 (round 2; +0.100 [0.041, 0.158])"),
+        (0.7, 0.6, 50, "the change of reward-model accuracy from round 1 to 2 is within noise (n = 50)"),
     ],
 )
-def test_accuracy(first, second, words):
-    assert words in said(a=summary(row(0, 1.0), row(1, 1.5, 0.0, 1.0, first), row(2, 1.6, 0.0, 1.0, second)))
+def test_accuracy(first, second, n, words):
+    assert words in said(a=summary(row(0, 1.0), moved(1, 0.5, 1.0, n, accuracy=first), moved(2, 0.5, 1.0, n, accuracy=second)))
 
 
 def test_accuracy_is_told_of_the_rounds_that_have_one():
-    text = said(a=summary(row(0, 1.0), row(1, 1.5, 0.0, 1.0, None), row(2, 1.6, 0.0, 1.0, 0.5), row(3, 1.7, 0.0, 1.0, 0.6)))
-    assert "rose from 0.500 (round 2) to 0.600 (round 3)" in text
+    rounds = moved(1, 0.5, 1.0, 900), moved(2, 0.5, 1.0, 900, accuracy=0.5), moved(3, 0.5, 1.0, 900, accuracy=0.6)
+    assert "rose from 0.500 (round 2) to 0.600 (round 3;" in said(a=summary(row(0, 1.0), *rounds))
 
 
-def test_final_gold_is_compared_between_arms_that_came_equally_far():
-    a, b = summary(row(0, 1.0), row(1, 2.0, 0.0, 1.0)), summary(row(0, 1.0), row(1, 3.0, 0.0, 1.0))
-    assert "Final gold: b 3.00, a 2.00. b ends highest." in said(a=a, b=b)
-    assert "Final gold: a 2.00, b 2.00. a and b are equal." in said(a=a, b=a)
-    longer = summary(*b["rounds"], row(2, 9.0, 0.0, 1.0))
+def test_final_gold_is_compared_on_the_same_prompts_by_arms_that_came_equally_far():
+    prompt = {str(i): float(i) for i in range(40)}  # easy and hard: unpaired, nothing could be told
+    a, b = (
+        summary(row(0, 1.0), moved(1, 0.5, 1.0, 40)) | {"last_gold": gold}
+        for gold in (prompt, {k: v + 0.5 + 0.1 * (v % 3) for k, v in prompt.items()})
+    )
+    text = said(a=a, b=b)
+    assert "Final gold against a, prompt by prompt: above: b +0.60 [0.57, 0.62]." in text, text
+    assert "Chance alone puts 5 % of rows beyond their intervals: about 0.1 of these 1." in text
+    longer = b | {"rounds": [*b["rounds"], moved(2, 9.0, 1.0, 40)]}
     text = said(a=a, b=longer)
-    assert "Final gold" not in text and "not finished equally many rounds (a 1, b 2), so their final gold is not compared" in text
+    assert "Final gold against" not in text and "Final gold of b (2) is not compared with that of a: it is not of round 1." in text
+    assert "above: c +0.60" in said(a=a, b=longer, c=b)
     assert "inal gold" not in said(a=a)
 
 
@@ -119,8 +136,27 @@ def test_the_table_shows_what_there_is():
     rows = row(0, 1.234), row(1, 2.0, 0.5, 0.75, 0.625, ess=17.4, win_rate=0.5, win_rate_low=0.25, win_rate_high=0.75)
     show({"mine": summary(*rows), "other": summary(*rows)}, Console(file=file, width=200))
     text = file.getvalue()
-    for cell in ("mine", "other", "SFT", "1.23", "0.625", "17", "0.50 [0.25, 0.75]", "–", "gold: true reward of the policy"):
+    for cell in ("mine", "other", "SFT", "1.23", "0.625", "17", ".50 [.25, .75]", "–", "gold: true reward of the policy"):
         assert cell in text, cell
+
+
+def test_the_table_has_as_many_intervals_as_fit():
+    arms = {
+        arm: summary(
+            row(0, 1.0),
+            moved(1, 0.5, 1.0, 40, accuracy=0.6)
+            | as_fields("gold", Interval(1.5, 1.2, 1.8, 40))
+            | as_fields("kl_sft", Interval(2.0, 1.5, 2.5, 40)),
+        )
+        for arm in ("ppo", "retrain")
+    }
+    printed = {}
+    for width in (60, 80, 120):
+        show(arms, Console(file=(file := io.StringIO()), width=width))
+        printed[width] = file.getvalue()
+        assert max(map(len, printed[width].splitlines())) <= width
+    assert "1.50 ±.30" in printed[80] and "over n = 40 prompts" in " ".join(printed[80].split())
+    assert all(cell in printed[120] for cell in ("1.50 ±.30", "2.00 ±.50", "0.600 ±.145")) and "±" not in printed[60].split("gold: true")[0]
 
 
 def test_without_gold_the_table_shows_the_accuracy_on_held_out_pairs():

@@ -9,14 +9,19 @@ import re
 import shutil
 import threading
 import urllib.request
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.error import HTTPError
 
 import numpy as np
 import pytest
+import yaml
 
 from jaxrlhf.commands import report as command
+from jaxrlhf.evaluation.intervals import Interval, as_fields
+from jaxrlhf.pipeline.table import findings as terminal_findings
+from jaxrlhf.pipeline.table import read_summaries
 from jaxrlhf.report import costs, runs
 from jaxrlhf.report.arms import as_text, collect, table
 from jaxrlhf.report.build import report, watched, write
@@ -158,10 +163,86 @@ def test_runs_side_by_side_keep_their_names_apart(make_run, tmp_path, undrawn):
 def test_the_table_for_papers(composed):
     text = composed.markdown
     head, rule, *rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert head.startswith("| arm | rounds | gold | peak gold |") and len(rows) == 2
+    assert head.startswith("| arm | rounds | gold | gold − ppo | peak gold |") and len(rows) == 2
     assert {line.count("|") for line in (head, rule, *rows)} == {head.count("|")}
-    assert rows[1].startswith("| ocrm | 2 | 2.500 | 2.500 | 1 | 0.000 |")
-    assert "ppo: gold was highest in round 1" in text.replace("\\", "")
+    assert rows[1].startswith("| ocrm | 2 | 2.500 | +1.000 | 2.500 | 1 | 0.000 |")
+
+
+def with_intervals(folder, half=0.2, **values):
+    """The run with the intervals that a run of this version keeps, each ± `half`, and some figures of its last round changed."""
+    path = folder / "summary.json"
+    body = json.loads(path.read_text())
+    body["rounds"][-1] |= values
+    for row in body["rounds"]:
+        for name in ("gold", "gold_change", "proxy_change", "kl_sft", "proxy", "reward_accuracy", "ece"):
+            if row.get(name) is not None:
+                row |= as_fields(name, Interval(row[name], row[name] - half, row[name] + half, 15))
+    path.write_text(json.dumps(body))
+    return folder
+
+
+def best(html):
+    return re.findall(r'<td class="text">([^<]*)</td>(?=(?:(?!</tr>).)*class=best)', html)
+
+
+def test_nothing_is_highlighted_that_is_not_two_errors_above_every_other(make_run, tmp_path, undrawn, composed):
+    assert best(composed.html) == []  # two arms of one seed
+    for name, shift in (("clear", 0.1), ("unclear", 2.0)):
+        for seed in (0, 1, 2):
+            make_run(tmp_path / name / f"seed-{seed}" / "ppo", arm="ppo", seed=seed)
+            make_run(tmp_path / name / f"seed-{seed}" / "ocrm", arm="ocrm", seed=seed, gold_shift=0.5 + shift * (seed - 1))
+    html = report([tmp_path / "clear"]).html  # 1 ± 0.1, by seed
+    assert best(html) == ["ocrm"]
+    assert "Final gold against ocrm, seed by seed: below: ppo −1.00" in html.replace("-1.00", "−1.00")
+    assert "Chance alone puts 18 % of rows beyond: about 0.2 of these 1." in html and "than two above every other arm" in html
+    unclear = report([tmp_path / "unclear"]).html  # 1 ± 2.3
+    assert best(unclear) == [] and "within noise (n = 3 seeds): ppo" in unclear
+
+
+def test_the_page_says_what_the_terminal_says(two_arms, tmp_path, undrawn):
+    """The same function writes both; of fifteen prompts neither calls anything a rise or a fall."""
+    home = shutil.copytree(two_arms, tmp_path / "demo")
+    for arm in ("ppo", "ocrm"):
+        with_intervals(home / arm, half=2.0, gold_change=-0.5, proxy_change=1.0)
+    said = terminal_findings(read_summaries(home))
+    html = report([home]).html
+    assert said and all(escape(line) in html for line in said), said
+    assert "ppo: gold is within noise in round 2 (n = 15)" in html
+    assert not [
+        word
+        for word in ("rose", " fell", "liked", "highest", "larger", "smaller")
+        if word in html.split("<footer>")[0].split("findings")[-1].split("</ul>")[0]
+    ]
+
+
+def test_intervals_stand_in_the_table_and_under_the_figures(make_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxrlhf.report.figures.DRAWINGS", [one for one in DRAWINGS if one.name in ("gold_kl", "win_rate", "cost_seconds")])
+    home = tmp_path / "demo"
+    for arm, accuracy in (("ppo", 0.6), ("ocrm", 0.7)):
+        with_intervals(make_run(home / arm, arm=arm, refits=arm == "ocrm"), reward_accuracy=accuracy)
+    done = report([home])
+    assert '1.500<span class="soft">[1.300, 1.700]</span>' in done.html
+    assert '0.700<span class="soft">[0.500, 0.900]</span>' in done.html and "KL to SFT 4.00 [3.80, 4.20]" in done.html  # the same in both
+    assert "Brackets: 95 % over prompts (n = 15;" in done.html and "one standard error" not in done.html
+    captions = {figure.name: figure.caption for figure in done.figures}
+    assert captions["gold_kl"].endswith("Bands and bars: 95 % intervals over prompts.") and "Bands" not in captions["cost_seconds"]
+    assert "length 6.0" in re.findall(r"The same in all arms: (.*?)\.</p>", done.html)[0]
+    with_intervals(make_run(home / "seed-1" / "ppo", arm="ppo", seed=1))
+    make_run(home / "seed-0" / "ppo", arm="ppo")
+    for figure in draw(collect([home / "seed-0", home / "seed-1"]).arms)[0]:
+        assert "over prompts." not in figure.caption  # bands mean one thing, whatever an arm has
+
+
+def test_the_header_says_of_what_and_with_what(run, undrawn):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    shape = {"family": "llama", "num_layers": 2, "hidden_size": 48}
+    (run / "config.yaml").write_text(
+        yaml.safe_dump(config | {"data": {"train": ["a/pairs.jsonl"]}, "model": {"source": None, "shape": shape}})
+    )
+    for path in run.glob("stages/*/stage.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"versions": {"jaxrlhf": "0.1.0", "jax": "0.10.2"}}))
+    said = "data: pairs.jsonl · model: llama from scratch, 2 layers of 48 · jaxrlhf 0.1.0 · jax 0.10.2 · last stage finished 2026-01-01"
+    assert said in report([run]).html
 
 
 # What is missing, broken or foreign

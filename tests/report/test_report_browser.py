@@ -24,7 +24,11 @@ def address(two_arms, tmp_path_factory):
 def browser():
     with sync_api.sync_playwright() as play:
         # Root has no sandbox of its own in a container; the page is ours, and asks the network for nothing.
-        chromium = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
+        chromium = play.chromium.launch(
+            executable_path=BROWSER,
+            args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"],
+            ignore_default_args=["--hide-scrollbars"],
+        )
         yield chromium
         chromium.close()
 
@@ -57,6 +61,18 @@ def test_nothing_overflows(page):
     assert page.evaluate("document.scrollingElement.scrollWidth") <= width
     page.evaluate("scrollTo(500, 0)")
     assert page.evaluate("scrollX") == 0
+
+
+def test_the_table_fits_a_desktop_and_scrolls_visibly_elsewhere(page):
+    """On a phone the arm's name stays, and there is a bar that says there is more."""
+    box, table = ("document.querySelector('#results .box')", "document.getElementById('summary')")
+    hidden = page.evaluate(f"{table}.scrollWidth - {box}.clientWidth")
+    if page.viewport_size["width"] > 1000:
+        assert hidden <= 0, f"{hidden} px of the table are out of sight"
+    else:
+        page.evaluate(f"{box}.scrollLeft = 300")
+        assert page.evaluate(f"{table}.rows[1].cells[0].getBoundingClientRect().left >= {box}.getBoundingClientRect().left")
+        assert page.evaluate(f"{box}.offsetHeight - {box}.clientHeight") > 8
 
 
 def test_every_figure_has_data_and_fits(page):

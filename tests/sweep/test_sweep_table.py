@@ -9,9 +9,10 @@ from rich.console import Console
 from scipy import stats
 
 from jaxrlhf.evaluation.curves import estimate
+from jaxrlhf.evaluation.intervals import Interval, as_fields, chance_beyond
 from jaxrlhf.formatting import with_numbers
 from jaxrlhf.sweep.findings import findings
-from jaxrlhf.sweep.statistics import Run, Sweep, chance_beyond, format_estimate
+from jaxrlhf.sweep.statistics import Run, Sweep
 from jaxrlhf.sweep.table import as_json, as_markdown, columns_of, show
 
 PPO = {
@@ -72,8 +73,7 @@ def test_sft_is_no_round_that_can_be_best():
 
 
 def test_spelled():
-    assert format_estimate(estimate([1.0, 2.0, 3.0]), 2) == "2.00 ± 0.58" and format_estimate(estimate([1.0]), 2, sign=True) == "+1.00"
-    assert format_estimate(None, 2) == "–"
+    assert estimate([1.0, 2.0, 3.0]).spelled(2) == "2.00 ± 0.58" and estimate([1.0]).spelled(2, sign=True) == "+1.00"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("n", [2, 3, 10])
@@ -87,8 +87,8 @@ def test_findings_name_the_rows_beyond_two_errors():
     runs += [done(seed, "down", 0.0, 0.5 - 0.1 * seed) for seed in (0, 1, 2)]
     runs += [done(seed, "same", 0.0, 1.0 + 0.3 * (seed - 0.9)) for seed in (0, 1, 2)]
     text = " ".join(findings(a_sweep(*runs)))
-    assert "above: up +1.10 ± 0.06; below: down -0.60 ± 0.06; within: same +0.03 ± 0.17." in text
-    assert "With 3 seeds, chance alone puts 18 % of rows beyond 2 standard errors: about 0.6 of these 3." in text
+    assert "above: up +1.10 ± 0.06; below: down -0.60 ± 0.06; within noise (n = 3 seeds): same +0.03 ± 0.17." in text
+    assert "Chance alone puts 18 % of rows beyond: about 0.6 of these 3." in text and "smaller than 2 standard errors are not" in text
     assert "one seed" not in text
 
 
@@ -113,11 +113,24 @@ def test_episodes_that_differ_are_named_and_equal_ones_too():
 
 
 def test_a_proxy_that_rose_while_gold_fell_is_counted():
-    runs = [done(seed, "a", 0.0, 2.0, last) for seed, last in enumerate((1.0, 1.5, 3.0))] + [done(0, "b", 0.0, 2.0, 1.0, proxy=(1.0, 0.5))]
-    assert "In the last round the proxy rose while gold fell: a in 2 of 3 runs." in findings(a_sweep(*runs))
-    for run in runs:
-        run.rounds[-1]["policy_start"] = 0  # of gold 0, which no run fell below
-    assert not any("gold fell" in line for line in findings(a_sweep(*runs)))
+    """Where both lie beyond their intervals over prompts: at seed 2 gold is within noise, and in b the proxy fell."""
+
+    def run(seed, arm, gold, proxy):
+        one = done(seed, arm, 0.0, 2.0, 1.0)
+        for name, value in (("gold_change", gold), ("proxy_change", proxy)):
+            one.rounds[-1].update(as_fields(name, Interval(value, value - 0.3, value + 0.3, 50)))
+        return one
+
+    text = findings(a_sweep(run(0, "a", -1.0, 1.0), run(1, "a", -0.5, 1.0), run(2, "a", -0.2, 1.0), run(0, "b", -1.0, -0.5)))
+    assert "In the last round the proxy rose while gold fell, both beyond their intervals: a in 2 of 3 runs." in text
+
+
+def test_accuracy_that_falls_over_seeds_is_said():
+    runs = [done(seed, arm, 0.0, 2.0, 1.0) for arm in "ab" for seed in range(3)]
+    for n, run in enumerate(runs):
+        run.rounds[1]["reward_accuracy"] = 0.7 + (0.01 * n if run.arm == "a" else 0.2 * (n % 3))
+    text = " ".join(findings(a_sweep(*runs)))
+    assert "last round less first: below: a -0.210 ± 0.006, b -0.400 ± 0.115. Chance alone puts 18 % of rows beyond" in text
 
 
 def test_failed_and_pending_runs_are_not_in_the_table_and_are_named():

@@ -9,7 +9,8 @@ import numpy as np
 from jaxrlhf import rng
 from jaxrlhf.data.read_report import ReadReport
 from jaxrlhf.data.tokens import finished_responses, pad_id_of, tokenize_prompts
-from jaxrlhf.evaluation.diagnostics import agreement_with_gold, reliability, write_reliability
+from jaxrlhf.evaluation.diagnostics import accuracy_interval, agreement_with_gold, reliability, write_reliability
+from jaxrlhf.evaluation.intervals import Interval, as_fields, from_fields, mean_interval
 from jaxrlhf.evaluation.samples import Samples, read_samples, write_samples
 from jaxrlhf.evaluation.winrate import win_rate
 from jaxrlhf.models.hub import Loaded, eos_ids
@@ -38,19 +39,21 @@ def evaluation_stage(
     config = run.config
 
     def build(folder: Path) -> dict[str, Any]:
-        run.log.note(f"{'SFT' if number == 0 else f'round {number}'} evaluation on {config.evaluation.num_prompts} prompts")
         loaded = run.load(policy, head="lm")
         gold = inputs.gold_of(config, run.mesh)
         samples = sample_responses(run, folder, loaded, gold, number)
         kl = np.zeros(len(samples.rows), np.float32) if policy.hash == sft.hash else kl_to(run, loaded, sft, samples.tables[0], number)
-        result = {**gold_figures(samples, gold), "kl_sft": float(kl.mean()), **length_figures(samples, loaded)}
+        earlier = read_samples(before.folder, pad_id_of(loaded.tokenizer)) if before is not None else samples
+        result = {**gold_figures(samples, gold), **gold_change(samples, earlier), **as_fields("kl_sft", mean_interval(kl))}
+        result |= length_figures(samples, loaded)
         proxy, start = None, None
         if rewards:
-            earlier = read_samples(before.folder, pad_id_of(loaded.tokenizer)) if before is not None else samples
             figures, proxy, start = proxy_figures(run, rewards, spread_of(ensemble, config), samples, earlier)
             result |= figures
             if earlier.gold is not None:
-                write_reliability(folder, reliability(start, earlier.gold))
+                diagram = reliability(start, earlier.gold)
+                write_reliability(folder, diagram)
+                result |= as_fields("ece", from_fields(diagram, "ece"))
         write_samples(folder, samples, kl, eos_ids(loaded), proxy=proxy, proxy_start=start)
         return result
 
@@ -77,6 +80,13 @@ def sample_responses(run: RunContext, folder: Path, loaded: Loaded, gold: Scorer
     table, cut = tokenize_prompts(rows, loaded.tokenizer, inputs.limits_of(config))
     run.report_rows(folder, "prompts", ReadReport(kept=len(rows)), cut)
     rows = [rows[i] for i in cut.rows]
+    asked = config.evaluation.num_prompts
+    few = (
+        ""
+        if len(rows) >= asked
+        else f" (warning: evaluation.num_prompts asks for {asked}, and no more are held out; intervals are as wide)"
+    )
+    run.log.note(f"{'SFT' if round == 0 else f'round {round}'} evaluation on {len(rows)} prompts{few}")
     key = rng.stream(rng.root_key(config.text_seed), "evaluation")  # π_SFT is evaluated once for all seeds that share it
     how = {"first": 0, "temperature": config.evaluation.temperature, "batch_size": config.evaluation.batch_size}
     tables, texts = two_responses(run, loaded, table, [key, key], "evaluation", round=round, **how)
@@ -85,20 +95,28 @@ def sample_responses(run: RunContext, folder: Path, loaded: Loaded, gold: Scorer
     return Samples(rows, tables, texts, scores)  # type: ignore[arg-type]
 
 
-def gold_figures(samples: Samples, gold: Scorer | None) -> dict[str, float | None]:
-    """Mean gold of the first responses, and how often they beat their references."""
-    nothing: dict[str, float | None] = {"win_rate": None, "win_rate_low": None, "win_rate_high": None, "tie_rate": None}
+def gold_figures(samples: Samples, gold: Scorer | None) -> dict[str, Any]:
+    """Mean gold of the first responses, and how often they beat their references, each with its interval over prompts."""
+    nothing = as_fields("win_rate", None) | {"tie_rate": None}
     if gold is None or samples.gold is None:
-        return {"gold": None, **nothing}
+        return {**as_fields("gold", None), **nothing}
     scores = samples.gold[0]
+    mean = as_fields("gold", mean_interval(scores))
     with_reference = [i for i, row in enumerate(samples.rows) if row.reference is not None]
     if not with_reference:
-        return {"gold": float(scores.mean()), **nothing}
+        return {**mean, **nothing}
     prompts, references = ([getattr(samples.rows[i], name) for i in with_reference] for name in ("prompt", "reference"))
     # A model in batches may round the same text twice to two scores; equal texts tie.
     same = [samples.texts[0][i] == samples.rows[i].reference for i in with_reference]
     won = win_rate(scores[with_reference], np.where(same, scores[with_reference], gold(prompts, references)))
-    return {"gold": float(scores.mean()), **{name: getattr(won, name) for name in nothing}}
+    return {**mean, **as_fields("win_rate", Interval(won.win_rate, won.win_rate_low, won.win_rate_high, won.n)), "tie_rate": won.tie_rate}
+
+
+def gold_change(samples: Samples, earlier: Samples) -> dict[str, Any]:
+    """What the round changed: gold of its policy less gold of the policy it started from, on the same prompts."""
+    if samples.gold is None or earlier.gold is None or earlier is samples:
+        return as_fields("gold_change", None)
+    return as_fields("gold_change", mean_interval(samples.gold[0].astype(np.float64) - earlier.gold[0]))
 
 
 def length_figures(samples: Samples, loaded: Loaded) -> dict[str, float]:
@@ -124,7 +142,7 @@ def kl_to(run: RunContext, loaded: Loaded, sft: Done, texts: TextBatch, round: i
 
 def proxy_figures(
     run: RunContext, rewards: tuple[Done, ...], spread_coef: float | None, samples: Samples, earlier: Samples
-) -> tuple[dict[str, float | None], np.ndarray, tuple[np.ndarray, np.ndarray]]:
+) -> tuple[dict[str, Any], np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """The reward model on what the round's policy writes (`proxy`) and on what it wrote before the round (`proxy_start`).
 
     (figures, scores [N] of the round's first responses, scores [N] of both responses from before the round).
@@ -137,7 +155,10 @@ def proxy_figures(
     scores, spreads = reward_scores(run, rewards, spread_coef, tables)
     proxy, start = scores[0], (scores[1], scores[2])
     accuracy = None if earlier.gold is None else agreement_with_gold(start, earlier.gold)
-    figures = {"proxy": float(proxy.mean()), "proxy_start": float(start[0].mean()), "reward_accuracy": accuracy}
+    change = proxy.astype(np.float64) - start[0]
+    values = {"proxy": proxy, "proxy_start": start[0], "proxy_change": change}  # the change is paired: the prompts are the same
+    figures = {key: x for name, one in values.items() for key, x in as_fields(name, mean_interval(one)).items()}
+    figures |= as_fields("reward_accuracy", earlier.gold and accuracy_interval(accuracy, earlier.gold))
     if spread_coef is not None:
         figures |= {"proxy_spread": float(spreads[0].mean()), "proxy_start_spread": float(spreads[1].mean())}
     return figures, proxy, start

@@ -11,7 +11,7 @@ from jaxrlhf.data.pairs import Prompt
 from jaxrlhf.evaluation.samples import Samples
 from jaxrlhf.pipeline.stages import ensemble
 from jaxrlhf.pipeline.stages.ensemble import reward_inputs, spread_of
-from jaxrlhf.pipeline.stages.evaluation import gold_figures, proxy_figures
+from jaxrlhf.pipeline.stages.evaluation import gold_change, gold_figures, proxy_figures
 from jaxrlhf.storage.stage import Done
 
 
@@ -44,7 +44,17 @@ def test_a_response_that_is_its_reference_ties_however_gold_rounds():
 @pytest.mark.parametrize("gold", [None, [1, 2]])
 def test_without_references_there_is_no_win_rate(gold):
     figures = gold_figures(samples(None, None, gold=gold), None if gold is None else length)
-    assert figures == {"gold": gold and 1.5, "win_rate": None, "win_rate_low": None, "win_rate_high": None, "tie_rate": None}
+    assert figures["gold"] == (gold and 1.5) and figures["win_rate"] is figures["win_rate_low"] is figures["tie_rate"] is None
+    assert figures["gold_n"] == (gold and 2)
+
+
+def test_what_a_round_changed_is_paired_over_prompts():
+    """Hard and easy prompts differ by far more than the policies do: unpaired the change would drown."""
+    before, after = samples(*"abcd", gold=[0, 10, 20, 30]), samples(*"abcd", gold=[1, 11.5, 21, 30.5])
+    change = gold_change(after, before)
+    assert change["gold_change"] == 1.0 and change["gold_change_low"] > 0.3 and change["gold_change_n"] == 4
+    assert gold_figures(after, length)["gold_low"] < 0
+    assert gold_change(after, after)["gold_change"] is None  # π_SFT, which no round made
 
 
 MEMBERS = [Done(name, Path(name), name, {}) for name in ("a", "b")]
@@ -74,7 +84,9 @@ def proxies(setting, members, spread_coef):
 
 def test_one_reward_model_speaks_for_itself(setting):
     figures, proxy, start = proxies(setting, MEMBERS[:1], None)
-    assert figures == {"proxy": 2.0, "proxy_start": 1.0, "reward_accuracy": 0.0} and proxy.tolist() == [1.0, 3.0]
+    assert (figures["proxy"], figures["proxy_start"], figures["reward_accuracy"]) == (2.0, 1.0, 0.0) and proxy.tolist() == [1.0, 3.0]
+    assert (figures["proxy_change"], figures["proxy_change_low"]) == (1.0, None)  # +1 twice: nothing varies
+    assert figures["reward_accuracy_n"] == 2 and figures["reward_accuracy_low"] == 0 and figures["reward_accuracy_high"] > 0.6
     assert [scores.tolist() for scores in start] == [[0.0, 2.0], [1.0, 1.0]]
 
 
@@ -94,3 +106,36 @@ def test_an_ensemble_speaks_with_one_voice(setting):
 def test_members_are_inputs_by_number_and_the_mean_has_no_coefficient():
     assert list(reward_inputs(MEMBERS[:1])) == ["reward"] and list(reward_inputs(MEMBERS)) == ["reward", "reward-1"]
     assert [spread_of(kind, Config()) for kind in (None, "mean", "mean-minus-spread")] == [None, 0.0, Config().reward.spread_coef]
+
+
+def test_the_note_says_how_many_prompts_there_are(tmp_path, tiny_config, monkeypatch):
+    """Fifteen were held out of data that was asked for 150: the note says 15, and that they are few."""
+    from jaxrlhf.pipeline.stages import evaluation
+
+    said: list[str] = []
+    prompts = [Prompt(str(i), f"p{i}", "", None) for i in range(15)]
+    table = SimpleNamespace(rows=list(range(15)))
+    monkeypatch.setattr(evaluation.inputs, "evaluation_prompts_of", lambda config, tokenizer: prompts)
+    monkeypatch.setattr(evaluation, "tokenize_prompts", lambda rows, tokenizer, limits: (None, table))
+    monkeypatch.setattr(evaluation, "two_responses", lambda *given, **how: ((), (["x"] * 15, ["y"] * 15)))
+    run = SimpleNamespace(
+        config=tiny_config(tmp_path, evaluation__num_prompts=150),
+        log=SimpleNamespace(note=said.append),
+        report_rows=lambda *given: None,
+        build=lambda stage, fn, round: fn(tmp_path),
+        load=lambda done, head: SimpleNamespace(tokenizer=None),
+        mesh=None,
+    )
+
+    class Stop(Exception):
+        pass
+
+    def stop(*given):
+        raise Stop
+
+    monkeypatch.setattr(evaluation, "gold_figures", stop)
+    monkeypatch.setattr(evaluation.inputs, "gold_of", lambda config, mesh: None)
+    done = Done("a", tmp_path, "a", {})
+    with pytest.raises(Stop):
+        evaluation.evaluation_stage(run, 0, policy=done, sft=done, rewards=(), ensemble=None, before=None)  # type: ignore[arg-type]
+    assert said[0].startswith("SFT evaluation on 15 prompts") and "evaluation.num_prompts asks for 150" in said[0], said
