@@ -56,7 +56,7 @@ def _is_named(node) -> bool:
 class SwapArguments(_Children):
     """f(a, b) → f(b, a), of neighbours without a name; not where both are one."""
 
-    COMMUTATIVE = ("maximum", "minimum", "max", "min", "logaddexp")
+    COMMUTATIVE = ("maximum", "minimum", "max", "min", "logaddexp", "swapaxes")
 
     def places(self, node):
         if node.type != "arglist" or _called(node) in self.COMMUTATIVE:
