@@ -176,7 +176,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started ends with it
     lock = (WORK / "lock").open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not given.report:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         sys.exit(f"{WORK} is in use by another run of this; wait for it, or end it and start again: it goes on where it was.")
     session = WorkDB(WORK / "session.sqlite", WorkDB.Mode.create)
