@@ -48,9 +48,10 @@ def test_every_forward_pass_of_scoring_keeps_to_its_size():
     completion = Completion(jnp.full((8, 3), 4), jnp.ones((8, 3), bool), jnp.full((8, 3), -1.0))
     controller = {"kl_coef": jnp.float32(0.1), "value_bias": jnp.float32(0.0)}
     rows: list[int] = []
-    trainer = trainer_of(CONFIG, rows)
+    trainer = trainer_of(replace(CONFIG, missing_eos_score=-2.0), rows)
     _, metrics = trainer.score(params, (prompts(), completion), controller, 0.0)
     assert set(rows) == {2} and len(rows) == 5
+    assert float(metrics["rollout/score"]) == -2  # no response ends in EOS
     assert float(metrics["rollout/kl"]) == 3 and float(metrics["kl/sft"]) == 9
     del params["sft"]  # the reference is π_SFT
     _, metrics = trainer.score(params, (prompts(), completion), controller, 0.0)
