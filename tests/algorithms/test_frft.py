@@ -169,3 +169,10 @@ def test_the_report_knows_the_last_round(context, pairs):
     here = context(round=3, kept_before=frozenset(before.ids))
     now, _ = nearest(here, pairs)
     assert report_of(here)["previous"]["both"] == len(set(before.ids) & set(now.ids)) and report_of(here)["round"] == 3
+
+
+def test_ocrm_weighs_what_the_filter_keeps(context, pairs, monkeypatch):
+    monkeypatch.setattr(frft, "nearest", lambda context, pairs: (pairs[:3], None))
+    monkeypatch.setattr(frft, "importance_weighted", lambda *given: given)
+    here = context()
+    assert frft.nearest_importance_weighted(here, pairs) == (here, pairs[:3])

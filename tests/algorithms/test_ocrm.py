@@ -113,12 +113,15 @@ def test_the_update_writes_what_its_weights_are_like(tmp_path, monkeypatch):
     """Log ratios of 0, 1 and 2 nats at lengths 1, 2.5 and 2 with η = 1: known weights, in the report, the file and the figure alike."""
     given = {"policy": columns([-5, -5, -5], [-3, -2, -1]), "sft": columns([-5, -5, -5], [-3, -3, -3])}
     policy, sft = (SimpleNamespace(name=name, tokenizer=None) for name in given)
-    monkeypatch.setattr(ocrm, "stored_pair_logps", lambda folder, rows, tokens, model, **_: given[model().name])
-    config = from_mapping({"pairs": {"source": "sample"}, "gold": {"kind": "toy"}, "weights": {"alpha": 0.0, "eta": 1.0}})
+    asked = []
+    monkeypatch.setattr(ocrm, "stored_pair_logps", lambda folder, rows, tokens, model, **how: [asked.append(how), given[model().name]][1])
+    read = {"temperature": 0.5, "max_tokens": 7, "batch_size": 3}
+    config = from_mapping({"pairs": {"source": "sample"}, "gold": {"kind": "toy"}, "weights": {"alpha": 0.0, "eta": 1.0, **read}})
     context = RoundContext(2, policy, sft, None, None, tmp_path, config, tmp_path, "p", "s")  # type: ignore[arg-type]
     pairs = stub_pairs([(1, 1), (3, 2), (4, 0)])
     same, weights = ocrm.importance_weighted(context, pairs)
     assert same is pairs
+    assert [how | read | {"limits": config.data.limits} for how in asked] == asked and len(asked) == 2  # under both models as configured
     np.testing.assert_allclose(weights, np.exp([0, 1, 2]), rtol=1e-6)
     report, health = (json.loads((tmp_path / name).read_text()) for name in ("report.json", "weight_health.json"))
     ess = np.exp([0, 1, 2]).sum() ** 2 / np.exp([0, 2, 4]).sum()

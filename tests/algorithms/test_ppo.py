@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf import sharding
 from jaxrlhf.algorithms.policy_updates import ppo_trainer
 from jaxrlhf.algorithms.ppo import PPOTrainer, RoundModels, train_ppo
 from jaxrlhf.config import PPOConfig
@@ -47,13 +48,25 @@ def test_every_forward_pass_of_scoring_keeps_to_its_size():
     completion = Completion(jnp.full((8, 3), 4), jnp.ones((8, 3), bool), jnp.full((8, 3), -1.0))
     controller = {"kl_coef": jnp.float32(0.1), "value_bias": jnp.float32(0.0)}
     rows: list[int] = []
-    trainer = trainer_of(CONFIG, rows)
+    trainer = trainer_of(replace(CONFIG, missing_eos_score=-2.0), rows)
     _, metrics = trainer.score(params, (prompts(), completion), controller, 0.0)
     assert set(rows) == {2} and len(rows) == 5
+    assert float(metrics["rollout/score"]) == -2  # no response ends in EOS
     assert float(metrics["rollout/kl"]) == 3 and float(metrics["kl/sft"]) == 9
     del params["sft"]  # the reference is π_SFT
     _, metrics = trainer.score(params, (prompts(), completion), controller, 0.0)
     assert float(metrics["kl/sft"]) == float(metrics["rollout/kl"]) == 3
+
+
+def test_the_update_is_the_sections(monkeypatch):
+    monkeypatch.setattr(sharding, "step", lambda make_step, mesh: make_step)
+    config = replace(
+        CONFIG, num_ppo_epochs=3, num_mini_batches=2, gradient_accumulation_steps=4, adaptive_kl=True, kl_target=5.0, kl_horizon=70
+    )
+    given = trainer_of(config, []).update.keywords
+    counts = {"num_ppo_epochs": 3, "num_mini_batches": 2, "accumulate": 4}
+    assert given | counts | {"adaptive": {"target": 5.0, "horizon": 70}} == given
+    assert trainer_of(replace(config, adaptive_kl=False), []).update.keywords["adaptive"] is None
 
 
 def test_prompts_are_checked_before_they_are_placed():

@@ -113,6 +113,19 @@ def test_copies_draw_different_text_and_a_mesh_the_same():
     assert np.array_equal(on_mesh.tokens_BT, tokens)
 
 
+def test_the_schedule_ends_with_the_round():
+    """48 episodes in batches of 16, two epochs of three minibatches: 18 steps."""
+    config = replace(
+        CONFIG, total_episodes=48, batch_size=16, num_mini_batches=3, lr_scheduler_type="linear", learning_rate=0.1, adam_epsilon=1e-12
+    )
+    optimizer = rloo_trainer(*models([]), config, plugin, **HOW).optimizer
+    state, moved = optimizer.init(jnp.zeros(1)), []
+    for _ in range(18):
+        updates, state = optimizer.update(jnp.ones(1), state, jnp.zeros(1))
+        moved.append(-float(updates[0]))
+    np.testing.assert_allclose(moved, [0.1 * (1 - t / 18) for t in range(18)], rtol=1e-4)
+
+
 def test_it_learns_without_a_critic():
     """Responses should end in GOOD, which one of six tokens is; three forward passes score, and the state holds the policy alone."""
     state, metrics, passes = trained(updates=16)

@@ -31,7 +31,12 @@ def test_round_trip_keeps_values_types_and_the_order_asked_for(folder):
         assert got[name].dtype == values.dtype
         np.testing.assert_array_equal(got[name], values[[2, 0]])
     assert join_columns(IDS, folder, ["logp"], expect={"dataset": "d"}).keys() == {"logp"}
-    assert read_header(folder)["rows"] == 3
+    said = read_header(folder)
+    assert said["rows"] == 3 and said["format"] == 1 and said["columns"]["vector"] == {"dtype": "float32", "shape": [2]}
+
+
+def test_a_fingerprint_sees_what_a_header_says_and_not_in_which_order():
+    assert C.fingerprint(dict(sorted(HEADER.items()))) == C.fingerprint(HEADER) != C.fingerprint(HEADER | {"model": "n"})
 
 
 def test_no_rows_are_columns_too(tmp_path):

@@ -239,8 +239,13 @@ def test_split_by_prompt_leaks_no_prompt_and_ignores_order():
     again = split_by_prompt(rows[::-1], 0.2, seed=1)[1]
     assert {r.id for r in again} == {r.id for r in valid} != {r.id for r in split_by_prompt(rows, 0.2, seed=2)[1]}
     assert split_by_prompt(rows, 0.0, seed=1) == (rows, [])
+    both = split_by_prompt([Pair(p, p, "c", "r", "x") for p in "ab"], 0.9, seed=1)
+    assert [[row.prompt for row in side] for side in both] == [["b"], ["a"]]  # two prompts: one a side
     with pytest.raises(DataError, match="distinct prompt"):
         split_by_prompt(rows[:1], 0.5, seed=1)
+    for fraction in (-0.1, 1.0):
+        with pytest.raises(DataError, match=rf"the validation fraction is {fraction}; it must be in \[0, 1\)"):
+            split_by_prompt(rows, fraction, seed=1)
 
 
 def test_dataset_hash_sees_texts_and_ids_but_not_order_or_file():
@@ -248,6 +253,15 @@ def test_dataset_hash_sees_texts_and_ids_but_not_order_or_file():
     base = dataset_hash(rows)
     assert base == dataset_hash([Pair("b", "p", "c", "s", "g:9"), rows[0]])
     assert len({base, dataset_hash(rows[:1]), dataset_hash([rows[0], Pair("b", "p", "s", "c", "f:2")])}) == 3
+    assert dataset_hash([Pair("ü", "p", "ja ✓", "nein", "f:1")]) == "7554a0e9dad54d62de20b58668c737a3"  # columns that lie on disk name it
+
+
+def test_a_report_names_the_first_five(capsys):
+    report = P.ReadReport(1, [(f"f:{i}", "empty chosen") for i in range(7)])
+    report.say("pairs: ")
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("pairs: 1 rows kept, 7 dropped (7 empty chosen)\n")
+    assert "f:4: empty chosen" in said.err and "f:5" not in said.err and "… and 2 more; ReadReport.write(path)" in said.err
 
 
 def test_write_pairs_reads_back(tmp_path):

@@ -56,6 +56,12 @@ def test_pairs_round_trip(tmp_path, margin):
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.parquet"]  # nothing half-written stays
 
 
+def test_a_pair_without_a_margin_beside_one_that_has_it_has_0(tmp_path):
+    rows, tokens = table(0.5)
+    write_pair_table(tmp_path / "pairs.parquet", [rows[0], replace(rows[1], margin=None)], tokens, pad_id=7)
+    assert read_pair_table(tmp_path / "pairs.parquet")[1].columns["margin"].tolist() == [0.5, 0.0]
+
+
 def test_a_broken_file_says_what_to_do(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(DataError, match=r"x.parquet cannot be read .*delete its stage folder to make it again"):
@@ -74,6 +80,7 @@ def test_metadata_and_texts(tmp_path):
 COLUMNS = {
     "gap": (np.array([0.25, -1.5]), np.float32),
     "count": (np.array([2**24 + 1, -7], np.int64), np.int32),
+    "limits": (np.array([2**31 - 1, -(2**31)], np.int64), np.int32),
     "seen": (np.array([True, False]), np.bool_),
     "vector": (np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], np.float16), np.float32),
     "cluster": (np.array([[3, 2**24 + 3], [1, 0]], np.uint32), np.int32),

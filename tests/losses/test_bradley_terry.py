@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrlhf.losses import bradley_terry_loss
-from jaxrlhf.losses.bradley_terry import bradley_terry_margin_pair_loss, pair_metrics
+from jaxrlhf.losses.bradley_terry import bradley_terry_margin_pair_loss, bradley_terry_pair_loss, pair_metrics
 
 CHOSEN, REJECTED = jnp.array([1.0, 0.0, -2.0]), jnp.array([0.0, 0.0, 1.0])
 
@@ -115,6 +115,19 @@ def test_metrics_count_rows_once_and_ties_half(pairs):
     assert float(metrics["margin"]) == pytest.approx((1 + 0 - 3 + 1) / 4)
     assert float(metrics["chosen"]) == pytest.approx(0.75) and float(metrics["rejected"]) == pytest.approx(1.0)
     assert float(metrics["weight"]) == pytest.approx(float(jnp.mean(batch.weights_B[:4])))
+
+
+@pytest.mark.parametrize("loss", [bradley_terry_pair_loss, bradley_terry_margin_pair_loss])
+def test_pair_losses_take_the_sides_and_the_margin_in_order(loss, pairs):
+    outputs, batch = pairs
+    chosen, rejected, weights, margin = (
+        x[:4].tolist() for x in (outputs.chosen_B, outputs.rejected_B, batch.weights_B, batch.columns["margin"])
+    )
+    margin = margin if loss is bradley_terry_margin_pair_loss else [0.0] * 4
+    value, metrics = loss(outputs, batch, center=0.1)
+    assert float(value) == pytest.approx(loop(chosen, rejected, weights, margin, 0.1, [True] * 4), rel=1e-5)
+    expected = {"chosen": np.mean(chosen), "rejected": np.mean(rejected), "margin": np.mean(chosen) - np.mean(rejected)}
+    assert {name: float(metrics[name]) for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_missing_column_is_named(pairs):

@@ -1,3 +1,4 @@
+import functools
 import math
 from dataclasses import replace
 
@@ -40,7 +41,7 @@ def test_against_a_loop_with_weights_and_fillers():
         assert empty[0] == 0 and bool(jnp.all(empty[1] == 0))
 
 
-@pytest.mark.parametrize("loss", [dpo_loss, ipo_loss])
+@pytest.mark.parametrize("loss", [dpo_loss, ipo_loss, functools.partial(dpo_loss, label_smoothing=0.2)])
 def test_microbatches_and_order(loss):
     whole = float(loss(H_CHOSEN, H_REJECTED, beta=0.4))
     parts = [loss(H_CHOSEN[s], H_REJECTED[s], beta=0.4, total=3) for s in (slice(0, 1), slice(1, 3))]
@@ -48,9 +49,10 @@ def test_microbatches_and_order(loss):
     assert float(loss(H_CHOSEN[::-1], H_REJECTED[::-1], beta=0.4)) == pytest.approx(whole, rel=1e-6)
 
 
-def test_label_smoothing_must_stay_below_a_half():
-    with pytest.raises(ValueError, match=r"label_smoothing 0\.5"):
-        dpo_loss(H_CHOSEN, H_REJECTED, beta=0.1, label_smoothing=0.5)
+def test_label_smoothing_is_a_chance_below_a_half():
+    for chance in (0.5, -0.1):
+        with pytest.raises(ValueError, match=rf"label_smoothing {chance} must lie in \[0, 0\.5\)"):
+            dpo_loss(H_CHOSEN, H_REJECTED, beta=0.1, label_smoothing=chance)
 
 
 def from_golden(data):
@@ -111,6 +113,8 @@ def test_ipo_per_token_asks_the_same_gap_of_every_length(pairs):
     assert ipo_mean_pair_loss(outputs, one, beta=0.3)[0] == ipo_mean_pair_loss(outputs, other, beta=0.3)[0] > 0
     assert float(ipo_mean_pair_loss(outputs, one, beta=0.3)[0]) == pytest.approx((0.5 + 0.25 - 1 / 0.6) ** 2, rel=1e-5)
     assert ipo_pair_loss(outputs, one, beta=0.3)[0] != ipo_pair_loss(outputs, other, beta=0.3)[0]
+    empty = replace(one, chosen_mask_BT=mask & False)  # counts as one token
+    assert float(ipo_mean_pair_loss(outputs, empty, beta=0.3)[0]) == pytest.approx((1 + 0.25 - 1 / 0.6) ** 2, rel=1e-5)
     outputs, batch = pairs  # with rows that fill the batch, and are NaN
     value, gradient = jax.value_and_grad(lambda chosen: ipo_mean_pair_loss(replace(outputs, chosen_B=chosen), batch)[0])(outputs.chosen_B)
     assert bool(jnp.isfinite(value)) and bool(jnp.all(jnp.isfinite(gradient))) and bool(jnp.all(gradient[4:] == 0))
@@ -123,6 +127,10 @@ def test_pair_losses_subtract_the_reference_and_report_implicit_rewards(pairs):
         outputs.rejected_B - batch.columns["reference_rejected_logp"],
     ]
     for pair_loss, loss in ((dpo_pair_loss, dpo_loss), (ipo_pair_loss, ipo_loss)):
-        value, metrics = pair_loss(outputs, batch, beta=0.3)
+        value, _ = pair_loss(outputs, batch, beta=0.3)
         assert float(value) == pytest.approx(float(loss(h[0][:4], h[1][:4], batch.weights_B[:4], beta=0.3)), rel=1e-6)
-        assert float(metrics["margin"]) == pytest.approx(0.3 * float(jnp.mean((h[0] - h[1])[:4])), rel=1e-5)
+    for pair_loss in (dpo_pair_loss, ipo_pair_loss, ipo_mean_pair_loss):
+        _, metrics = pair_loss(outputs, batch, beta=0.3)
+        expected = {"chosen": h[0], "rejected": h[1], "margin": h[0] - h[1]}
+        means = {name: 0.3 * float(jnp.mean(value[:4])) for name, value in expected.items()}
+        assert {name: float(metrics[name]) for name in means} == pytest.approx(means, rel=1e-5)

@@ -90,8 +90,10 @@ def test_adaptive_coefficient():
     assert float(adaptive_kl(0.2, 0.0, target=6, horizon=10000, steps=1000)) == pytest.approx(0.2 * 0.98)
     traced = jax.jit(lambda coef, kl: adaptive_kl(coef, kl, target=6, horizon=100, steps=10))(jnp.float32(0.1), jnp.float32(9))
     assert float(traced) == pytest.approx(0.1 * 1.02)
-    with pytest.raises(ValueError, match="target 0 and horizon 10"):
-        adaptive_kl(0.1, 1.0, target=0, horizon=10, steps=1)
+    assert float(adaptive_kl(0.2, 0.55, target=0.5, horizon=1, steps=1)) == pytest.approx(0.2 * 1.1)
+    for target, horizon in ((0, 10), (10, 0)):
+        with pytest.raises(ValueError, match=f"target {target} and horizon {horizon} must be above 0"):
+            adaptive_kl(0.1, 1.0, target=target, horizon=horizon, steps=1)
 
 
 def test_against_torch(golden):

@@ -31,6 +31,10 @@ def test_against_a_loop(temperature):
     np.testing.assert_array_equal(token_logp(LOGITS, TOKENS, temperature=temperature), stats.logp_BT)
 
 
+def test_the_temperature_is_1_unless_given():
+    np.testing.assert_array_equal(token_logp(LOGITS, TOKENS), token_logp(LOGITS, TOKENS, temperature=1.0))
+
+
 def test_uniform_logits_by_hand():
     stats = token_stats(jnp.full((1, 1, 8), 3.0), jnp.zeros((1, 1), jnp.int32), temperature=0.5)
     assert float(stats.logp_BT[0, 0]) == pytest.approx(-math.log(8))

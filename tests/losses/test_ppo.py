@@ -73,6 +73,8 @@ def test_a_collapsed_token_does_not_poison_the_gradient():
             jnp.array([[sign * 500.0]]), jnp.zeros((1, 1)), jnp.array([[1.0]]), ONE, clip=0.2
         )
         assert bool(jnp.isfinite(loss)) and bool(jnp.isfinite(gradient[0, 0]))
+    stats = ppo_policy_stats(jnp.array([[500.0]]), jnp.zeros((1, 1)), jnp.ones((1, 1)), ONE, clip=0.2)
+    assert stats["approxkl"] == 0.5 * 60**2  # where the log-ratio is cut
 
 
 def test_the_unchanged_policy_has_the_policy_gradient():
@@ -122,6 +124,16 @@ def test_value_loss_against_a_loop_with_rubbish_outside_the_mask(seed):
     assert float(stats["return"]) == pytest.approx(np.mean(returns[mask]), rel=1e-5, abs=1e-6)
 
 
+def test_microbatches_with_the_global_total_add_up():
+    arrays = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 4)), jnp.float32)
+    mask = jnp.arange(4) < jnp.array([[1], [4], [2]])
+    for function in (ppo_policy_loss, ppo_policy_stats, ppo_value_loss, ppo_value_stats):
+        whole = function(*arrays, mask, clip=0.2)
+        parts = [function(*arrays[:, s], mask[s], clip=0.2, total=7) for s in (slice(0, 1), slice(1, 3))]
+        summed = jax.tree.map(lambda a, b: float(a + b), *parts)
+        assert summed == pytest.approx(jax.tree.map(float, whole), rel=1e-5)
+
+
 def test_nothing_to_learn_from_is_zero():
     rubbish, nothing = jnp.full((2, 3), jnp.nan), jnp.zeros((2, 3), bool)
     for loss in (ppo_policy_loss, ppo_value_loss):
@@ -159,3 +171,6 @@ def test_rollout_loss_leaves_fillers_out_and_takes_the_entropy_off(rollout):
     assert sorted(metrics) == ["approxkl", "clipfrac", "entropy", "ratio"]
     bonus, _ = ppo_rollout_loss(stats, batch, clip=0.1, dual_clip=2, entropy_coef=0.5)
     assert float(bonus) == pytest.approx(float(plain) - 0.5 * entropy, rel=1e-5)
+    _, wider = ppo_rollout_loss(stats, batch, clip=0.1, clip_high=0.3)
+    arrays = (stats.logp_BT, batch.logp_BT, batch.advantages_BT, mask)
+    assert wider["clipfrac"] == ppo_policy_stats(*arrays, clip=0.1, clip_high=0.3)["clipfrac"] < metrics["clipfrac"]

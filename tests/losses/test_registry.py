@@ -96,6 +96,21 @@ def test_every_hyperparameter_has_a_default_can_be_bound_and_matters(kind, name,
         assert bound.loss(*arrays, total=1)[0] != bound.loss(*arrays)[0]
 
 
+# The usual ones of the field: a config that names none of them asks for these.
+DEFAULTS = {
+    "bradley_terry": {"center": 0.0}, "bradley_terry_margin": {"center": 0.0},
+    "dpo": {"beta": 0.1, "label_smoothing": 0.0}, "ipo": {"beta": 0.1}, "ipo_mean": {"beta": 0.1},
+    "wpo": {"beta": 0.1, "label_smoothing": 0.0, "clip": 1.0},
+    "ppo": {"clip": 0.2, "clip_high": None, "dual_clip": None, "entropy_coef": 0.0},
+}  # fmt: skip
+
+
+def test_the_losses_there_are_and_their_defaults():
+    entries = {**PAIR_LOSSES, **POLICY_LOSSES}
+    parameters = {name: inspect.signature(entry.loss).parameters for name, entry in entries.items()}
+    assert {name: {p: parameters[name][p].default for p in hyperparameter_names(entries[name])} for name in entries} == DEFAULTS
+
+
 def test_binding_an_unknown_hyperparameter_names_the_known_ones():
     with pytest.raises(TypeError, match="no hyperparameter bata; it has beta, label_smoothing"):
         bind(PAIR_LOSSES["dpo"], bata=0.1)

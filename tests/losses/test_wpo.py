@@ -85,6 +85,8 @@ def test_pair_loss_multiplies_both_kinds_of_weights(pairs):
     expected = dpo_loss(chosen[:4], rejected[:4], (weights * batch.weights_B)[:4], beta=0.2)
     value, metrics = wpo_pair_loss(outputs, batch, beta=0.2)
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
+    for name, ratio in (("chosen", chosen), ("rejected", rejected)):
+        assert float(metrics[name]) == pytest.approx(0.2 * float(jnp.mean(ratio[:4])), rel=1e-5)
     assert float(metrics["wpo_weight"]) == pytest.approx(float(jnp.mean(weights[:4])), rel=1e-6)
 
 

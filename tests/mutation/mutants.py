@@ -54,15 +54,22 @@ def _is_named(node) -> bool:
 
 
 class SwapArguments(_Children):
-    """f(a, b) → f(b, a), of neighbours without a name."""
+    """f(a, b) → f(b, a), of neighbours without a name; not where both are one."""
+
+    COMMUTATIVE = ("maximum", "minimum", "max", "min", "logaddexp", "swapaxes")
 
     def places(self, node):
-        if node.type != "arglist":
+        if node.type != "arglist" or _called(node) in self.COMMUTATIVE:
             return []
         return [(i, i + 3) for i in range(0, len(node.children) - 2, 2) if all(node.children[j].type != "argument" for j in (i, i + 2))]
 
     def changed(self, children, start, stop):
         return children[:start] + children[start:stop][::-1] + children[stop:]
+
+
+def _called(arguments) -> str:
+    before = arguments.parent.get_previous_sibling()
+    return "" if before is None else before.get_code().strip(" .")
 
 
 class DropEntry(_Children):

@@ -10,6 +10,7 @@ on where it was, a survivor is tried again when its tests have changed, a mutant
 import argparse
 import fcntl
 import hashlib
+import re
 import shutil
 import signal
 import sys
@@ -19,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from cosmic_ray.work_db import WorkDB
 from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkItem, WorkResult
@@ -31,7 +33,8 @@ SHARE = 0.95  # of those that are not equivalent, killed
 
 
 def chosen(config: dict, only: list[str]) -> list[Mutant]:
-    """All mutants of the folders under `whole`, and of the others the `sample` that comes first in a seeded order."""
+    """All mutants of the folders under `whole`, then of the others the `sample` that comes first in a seeded order, in that order: what
+    an ended run has tried of them is a sample too."""
 
     def of(folders: list[str]) -> list[Mutant]:
         files = sorted(file for folder in folders for file in (ROOT / "jaxrlhf" / folder).rglob("*.py"))
@@ -39,7 +42,7 @@ def chosen(config: dict, only: list[str]) -> list[Mutant]:
         return [mutant for name, source in each for mutant in mutants_of(name, source, config["operators"], config["seed"])]
 
     sampled = sorted(of(config["sampled"]), key=lambda mutant: mutant.draw)[: config["sample"]]
-    return [m for m in of(config["whole"]) + sorted(sampled) if not only or any(m.module.startswith(name) for name in only)]
+    return [m for m in of(config["whole"]) + sampled if not only or any(m.module.startswith(name) for name in only)]
 
 
 def tests_of(module: str, table: dict[str, list[str]]) -> tuple[str, ...]:
@@ -58,23 +61,39 @@ def results_of(session: WorkDB) -> dict[str, WorkResult]:
     return {item.job_id: result for item, result in session.completed_work_items}
 
 
-def pending(mutants: list[Mutant], results: dict[str, WorkResult], table: dict, equivalent: dict) -> list[Mutant]:
+class Equivalent(NamedTuple):
+    """equivalent.toml: single mutants, and kinds of them by what alone differs."""
+
+    single: dict[tuple[str, str, str], str]
+    kinds: dict[str, str]
+
+    @classmethod
+    def read(cls) -> "Equivalent":
+        listed = tomllib.loads((Path(__file__).parent / "equivalent.toml").read_text())
+        single = {(one["module"], one["was"], text): one["why"] for one in listed["equivalent"] for text in one["becomes"]}
+        return cls(single, {kind["pattern"]: kind["why"] for kind in listed["kind"]})
+
+    def reason(self, mutant: Mutant) -> str | None:
+        """Why no test can see it, where that is known."""
+        for pattern, why in self.kinds.items():
+            was, becomes = (re.sub(r"[\s,]", "", re.sub(pattern, "", text)) for text in (mutant.was, mutant.becomes))
+            if was == becomes:
+                return why
+        return self.single.get((mutant.module, mutant.was, mutant.becomes))
+
+
+def pending(mutants: list[Mutant], results: dict[str, WorkResult], table: dict, equivalent: Equivalent) -> list[Mutant]:
     """Those without a result, and survivors whose tests are others than then."""
 
     def settled(mutant: Mutant) -> bool:
         result = results.get(mutant.id)
         tests = hash_of(tests_of(mutant.module, table))
-        return reason_of(mutant, equivalent) is not None or (result is not None and (result.is_killed or result.output.startswith(tests)))
+        return equivalent.reason(mutant) is not None or (result is not None and (result.is_killed or result.output.startswith(tests)))
 
     return [mutant for mutant in mutants if not settled(mutant)]
 
 
-def reason_of(mutant: Mutant, equivalent: dict) -> str | None:
-    """Why no test can see it, where that is known."""
-    return equivalent.get((mutant.module, mutant.was, mutant.becomes))
-
-
-def run(mutants: list[Mutant], config: dict, session: WorkDB, equivalent: dict, jobs: int) -> None:
+def run(mutants: list[Mutant], config: dict, session: WorkDB, equivalent: Equivalent, jobs: int) -> None:
     table = config["tests"]
     todo = pending(mutants, results_of(session), table, equivalent)
     if not todo:
@@ -93,8 +112,7 @@ def run(mutants: list[Mutant], config: dict, session: WorkDB, equivalent: dict, 
         print(f"unchanged: {outcome.seconds:5.0f} s  {' '.join(outcome.job.tests)}", flush=True)
     trees = [first, *(Path(shutil.copytree(first, WORK / f"tree{n}", dirs_exist_ok=True)) for n in range(1, jobs))]
     by_id, started = {mutant.id: mutant for mutant in todo}, time.monotonic()
-    order = sorted(todo, key=lambda mutant: (tests_of(mutant.module, table), mutant.module, mutant.line))
-    waiting = (_job(mutant, tests_of(mutant.module, table), seconds) for mutant in order)
+    waiting = (_job(mutant, tests_of(mutant.module, table), seconds) for mutant in todo)
     for done, outcome in enumerate(run_all(waiting, trees), start=1):
         mutant = by_id[outcome.job.id]
         session.set_result(mutant.id, _result(mutant, outcome))
@@ -118,12 +136,12 @@ def _result(mutant: Mutant, outcome: Outcome) -> WorkResult:
     return WorkResult(WorkerOutcome.NORMAL, output, survived, f"- {mutant.was}\n+ {mutant.becomes}")
 
 
-def report(mutants: list[Mutant], results: dict[str, WorkResult], equivalent: dict) -> Iterator[str]:
+def report(mutants: list[Mutant], results: dict[str, WorkResult], equivalent: Equivalent) -> Iterator[str]:
     """The table by folder, then what lives and why."""
     counts: dict[str, Counter] = {}
     alive, excused = [], []
-    for mutant in mutants:
-        result, why = results.get(mutant.id), reason_of(mutant, equivalent)
+    for mutant in sorted(mutants):
+        result, why = results.get(mutant.id), equivalent.reason(mutant)
         state = "equivalent" if why else "not tried" if result is None else "killed" if result.is_killed else "survived"
         for name in (mutant.module.split("/")[0], "all"):
             counts.setdefault(name, Counter())[state] += 1
@@ -141,7 +159,7 @@ def report(mutants: list[Mutant], results: dict[str, WorkResult], equivalent: di
         yield f"| {name} | {count.total()} | " + " | ".join(str(count[state]) for state in states) + f" | {share} |"
     yield from ("", f"{len(alive)} survivors:", *alive, "", f"{len(excused)} equivalent:", *excused)
     used = {(mutant.module, mutant.was, mutant.becomes) for mutant in mutants}
-    yield from (f"equivalent.toml names a mutant that is not one: {key}" for key in equivalent if key not in used)
+    yield from (f"equivalent.toml names a mutant that is not one: {key}" for key in equivalent.single if key not in used)
     if not alive and not counts["all"]["not tried"]:
         yield "Every mutant was killed or is equivalent."
 
@@ -153,13 +171,13 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="say what is known and try nothing")
     given = parser.parse_args()
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutants"]
-    listed = tomllib.loads((Path(__file__).parent / "equivalent.toml").read_text()).get("equivalent", [])
-    equivalent = {(one["module"], one["was"], text): one["why"] for one in listed for text in one["becomes"]}
+    equivalent = Equivalent.read()
     WORK.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started ends with it
     lock = (WORK / "lock").open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not given.report:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         sys.exit(f"{WORK} is in use by another run of this; wait for it, or end it and start again: it goes on where it was.")
     session = WorkDB(WORK / "session.sqlite", WorkDB.Mode.create)
@@ -168,7 +186,7 @@ def main() -> None:
         run(mutants, config, session, equivalent, given.jobs)
     results = results_of(session)
     print(*report(mutants, results, equivalent), sep="\n")
-    tried = [results[m.id].is_killed for m in mutants if m.id in results and reason_of(m, equivalent) is None]
+    tried = [results[m.id].is_killed for m in mutants if m.id in results and equivalent.reason(m) is None]
     if not given.report and sum(tried) < SHARE * len(tried):
         sys.exit(f"{sum(tried)} of {len(tried)} mutants were killed, less than {SHARE:.0%}")
 

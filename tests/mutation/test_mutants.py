@@ -1,5 +1,6 @@
 """The tool of `make mutants` on a module of a few lines: which changes it makes, and what a test run in a fork says of them."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,14 @@ pytest.importorskip("cosmic_ray", reason="pip install -e '.[mutants]'")
 sys.path.insert(0, str(Path(__file__).parent))
 
 from mutants import mutants_of
+from run import Equivalent
 
 SOURCE = '''"""A module of 3 lines."""
 
 def share(part: "int | 4", whole, *, scale=2) -> "float < 3":
     if part < 0:
         raise ValueError(f"{part} < {0}")
-    return dict(value=max(part, 0) / whole, **{"σ": scale})
+    return dict(value=pow(part, 0) / whole, **{"σ": scale})
 '''
 
 
@@ -26,7 +28,7 @@ def made(*operators, seed=0):
 
 def test_one_change_each_and_none_in_strings_annotations_and_signatures():
     division, *none = made("ReplaceBinaryOperator_Div_Mul", "ReplaceBinaryOperator_Mul_Div", "ReplaceBinaryOperator_BitOr_BitAnd")
-    assert division.becomes == 'return dict(value=max(part, 0) * whole, **{"σ": scale})' and division.line == 6 and not none
+    assert division.becomes == 'return dict(value=pow(part, 0) * whole, **{"σ": scale})' and division.line == 6 and not none
     assert [mutant.becomes for mutant in made("ReplaceComparisonOperator_Lt_LtE")] == ["if part <= 0:"]
     assert {(mutant.line, mutant.becomes.replace(" ", "")) for mutant in made("NumberReplacer") if mutant.line == 4} == {
         (4, "ifpart<1:"), (4, "ifpart<-1:"),
@@ -39,9 +41,10 @@ def test_one_change_each_and_none_in_strings_annotations_and_signatures():
 def test_arguments_and_entries():
     last = SOURCE.splitlines()[-1].strip()
     dropped = [mutant.becomes for mutant in made("DropArgument")]
-    assert [text.replace(" ", "") for text in dropped] == ['returndict(**{"σ":scale})', "returndict(value=max(part,0)/whole)"]
+    assert [text.replace(" ", "") for text in dropped] == ['returndict(**{"σ":scale})', "returndict(value=pow(part,0)/whole)"]
     assert [mutant.becomes for mutant in made("SwapArguments")] == [last.replace("part, 0", " 0,part")]
     assert [mutant.becomes for mutant in made("DropEntry")] == [last.replace('"σ": scale', "")]
+    assert not list(mutants_of("most.py", "most = jnp.maximum(a, max(b, c))", ["SwapArguments"], 0))  # the same in either order
     assert all(compile(mutant.source, "share.py", "exec") for mutant in made("DropArgument", "SwapArguments", "DropEntry"))
 
 
@@ -51,6 +54,15 @@ def test_the_draw_stays_while_its_lines_do_and_the_id_does_not():
     assert [m.draw for m in moved] == [m.draw for m in made(*names)] and len({m.draw for m in moved}) == len(moved)
     assert not {m.id for m in moved} & {m.id for m in made(*names)}
     assert [m.draw for m in made(*names, seed=1)] != [m.draw for m in made(*names)]
+
+
+def test_a_kind_of_equivalents_is_told_by_what_alone_differs():
+    known = Equivalent({}, {r"strict=\s*\w+": "equal lengths"})
+    source = "both = zip(a, b, strict=True)"
+    dropped, loosened, swapped = mutants_of("both.py", source, ["DropArgument", "ReplaceTrueWithFalse", "SwapArguments"], 0)
+    assert [known.reason(mutant) for mutant in (dropped, loosened, swapped)] == ["equal lengths", "equal lengths", None]
+    single = Equivalent({("both.py", source, swapped.becomes): "sets"}, {})
+    assert [single.reason(mutant) for mutant in (dropped, swapped)] == [None, "sets"]
 
 
 PROGRAM = """
@@ -77,7 +89,13 @@ def test_runs_in_forks_on_a_copy(tmp_path):
     (root / "jaxrlhf" / "__init__.py").touch()
     (root / "jaxrlhf" / "share.py").write_text("def half(x):\n    return x / 2\n")
     (root / "tests" / "test_share.py").write_text("from jaxrlhf.share import half\n\ndef test_half():\n    assert half(4) == 2\n")
-    sources = [("same", "half = lambda x: x * 0.5"), ("other", "half = lambda x: x"), ("none", "def half("), ("endless", "while 1: pass")]
+    sources = [
+        ("same", "half = lambda x: x * 0.5"),
+        ("other", "half = lambda x: x"),
+        ("none", "def half("),
+        ("endless", "import time; time.sleep(60)"),
+    ]
     program = PROGRAM.format(here=str(Path(__file__).parent), root=str(root), work=str(tmp_path / "work"), sources=sources)
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split("\n")
+    env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    said = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout.split("\n")
     assert said[:5] == ["same|True|", "other|False|a test", "none|False|a test", "endless|False|the time limit", "True"]

@@ -11,7 +11,7 @@ import pytest
 
 from jaxrlhf.losses.logp import token_logp
 from jaxrlhf.rollouts.credit import gae_credit, rloo_credit
-from jaxrlhf.rollouts.score import Readings, RolloutModels, assemble_rollout, has_ended, score_rollout
+from jaxrlhf.rollouts.score import Readings, RolloutModels, _by_microbatch, assemble_rollout, has_ended, score_rollout
 from jaxrlhf.steps.pair import response_scores
 from jaxrlhf.types import Completion, Model, Outputs, PromptBatch, TokenStats
 
@@ -252,6 +252,13 @@ def test_microbatch_changes_nothing():
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), parts, whole)
     with pytest.raises(ValueError, match="microbatch 3 does not divide 8 rows; try 2"):
         score_rollout(MODELS, PARAMS, prompts, completion, temperature=0.7, microbatch=3, **OPTIONS)
+
+
+@pytest.mark.parametrize(("size", "devices", "share"), [(4, 2, 2), (2, 4, 1), (16, 2, 8)])
+def test_each_of_several_devices_takes_its_share_of_a_microbatch(size, devices, share):
+    seen = []
+    again = _by_microbatch(lambda rows: [seen.append(len(rows)), rows][1], jnp.arange(8), size, devices)
+    assert set(seen) == {share} and again.tolist() == list(range(8))
 
 
 def test_every_model_keeps_to_the_microbatch():

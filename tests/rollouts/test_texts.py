@@ -2,13 +2,17 @@
 
 import io
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from jaxrlhf.data.toy import toy_tokenizer
 from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.hub import initialise, save
+from jaxrlhf.rollouts import texts
 from jaxrlhf.rollouts.texts import generate_texts
 
 OPTIONS = {
@@ -43,6 +47,14 @@ def test_samples(folder, tmp_path, capsys):
     path.write_text("".join(json.dumps({"id": f"row {i}", "prompt": text}) + "\n" for i, text in enumerate(prompts[:2])))
     again = list(generate_texts(**{**options, "file": str(path)}))
     assert [row["response"] for row in again] == [row["response"] for row in rows] and again[0]["id"] == "row 0"
+
+
+def test_an_answer_ended_where_its_own_eos_stands(monkeypatch):
+    mask = np.array([[True, True, False], [True, True, True], [True, False, False]])
+    out = SimpleNamespace(response_BT=np.array([[5, 1, 0], [5, 6, 7], [5, 1, 1]]), response_mask_BT=mask)
+    monkeypatch.setattr(texts, "sample_texts", lambda *given, **how: (out, ["a", "b", "c"]))
+    given: Any = (None, None, None, SimpleNamespace(eos_ids=(1,)))
+    assert texts.answers(*given) == [("a", True), ("b", False), ("c", False)]
 
 
 def test_what_it_cannot_do(folder, monkeypatch):

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from jaxrlhf.losses import PAIR_LOSSES, POLICY_LOSSES, bind
-from jaxrlhf.steps.accumulate import accumulate_gradients
+from jaxrlhf.steps.accumulate import accumulate_gradients, shards
 from jaxrlhf.steps.pair import make_pair_step
 from jaxrlhf.steps.ppo import make_ppo_step, policy_part, value_part
 from jaxrlhf.steps.sft import make_sft_step
@@ -99,3 +99,7 @@ def test_the_rows_of_a_microbatch_are_strided():
 
     grads, total, metrics = accumulate_gradients(loss, jnp.float32(1.0), rows, steps=4)
     assert float(grads) == float(total) == 28 and float(metrics["first"]) == 0 + 1 + 2 + 3 and float(metrics["rows"]) == 8
+
+
+def test_under_plain_jit_no_rows_are_split_by_hand():
+    assert shards(None) == 1

@@ -268,8 +268,8 @@ def test_adaptive_kl_moves_towards_its_target(tiny, noisy):
     step = jax.jit(step_of(tiny, adaptive={"target": 1.0, "horizon": 10.0}))
     masked = noisy.mask_BT & noisy.row_mask_B[:, None]
     for kl, error in ((3.0, 0.2), (0.1, -0.2), (1.1, 0.1), (0.85, -0.15)):  # two beyond the clip, two inside it
-        # Every response of the five real rows is kl nats above its reference, however many tokens it has.
-        per_token = jnp.where(masked, kl / jnp.maximum(masked.sum(1, keepdims=True), 1), 0.0)
+        # Every response of the five real rows is kl nats above its reference, however many tokens it has; what pads them is not looked at.
+        per_token = jnp.where(masked, kl / jnp.maximum(masked.sum(1, keepdims=True), 1), 9.0)
         rollout = replace(noisy, reference_logp_BT=noisy.logp_BT - per_token)
         state, _ = step(state_of(tiny, kl_coef=jnp.float32(0.05)), rollout, jax.random.key(0))
         np.testing.assert_allclose(state.controller["kl_coef"], 0.05 * (1 + error * 5 / 10), rtol=1e-5)
