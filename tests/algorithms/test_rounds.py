@@ -1,5 +1,7 @@
 """The table of methods against one written out by hand, and what a round is where no refit is due."""
 
+import dataclasses
+
 import pytest
 
 from jaxrlhf.algorithms.frft import nearest, nearest_importance_weighted, random_subset
@@ -165,3 +167,8 @@ def test_unknown_names_offer_the_nearest():
     assert reward_update_named("mine:update", lambda name: {"mine:update": unweighted}[name]) is unweighted
     with pytest.raises(ValueError, match=r"reward update 'mine:other' is a int; name a function \(RoundContext, Pairs\)"):
         reward_update_named("mine:other", lambda name: 3)  # type: ignore[arg-type,return-value]
+
+
+def test_a_row_of_the_table_is_not_changed_in_place():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        METHODS["ppo"].reference = "previous"  # pyright: ignore[reportAttributeAccessIssue]

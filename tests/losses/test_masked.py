@@ -19,6 +19,10 @@ def test_response_mask_by_hand():
     np.testing.assert_array_equal(response_mask(tokens, (2, 9)), np.array(expected, bool))
 
 
+def test_response_mask_of_one_response():
+    assert response_mask(jnp.array([5, 2, 7]), (2,)).tolist() == [True, True, False]
+
+
 def test_response_mask_without_eos_ids_is_full():
     assert bool(jnp.all(response_mask(jnp.zeros((2, 3), jnp.int32), ())))
 
@@ -92,3 +96,4 @@ def test_row_mean_divides_by_rows_not_by_weights():
     assert bool(jnp.all(jax.grad(row_mean, argnums=1)(losses, weights, rows) == 0))
     ones = jnp.ones(3)
     assert row_mean(losses, ones, rows) == row_mean(losses, None, rows)
+    assert row_mean(losses, weights, rows, total=8) == pytest.approx((3 + 1) / 8)

@@ -224,7 +224,7 @@ def test_eta_at_the_edges():
     forbidden = jnp.array([0.0, 0.0, 0.0, 0.0, -jnp.inf])
     assert ETA_FOR_ESS(forbidden, same, target=0.8) == 1
     assert float(ETA_FOR_ESS(forbidden, same, target=0.9)) == 0
-    assert eta_for_ess(same, same, target=1) == 1
+    assert eta_for_ess(same, same, target=1) == eta_for_ess(same + 90, same, target=1) == 1  # also where exp overflows
     for target in (1.5, 0):
         with pytest.raises(ValueError, match=rf"target {target} must lie in \(0, 1\]"):
             eta_for_ess(same, same, target=target)

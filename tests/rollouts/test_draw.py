@@ -70,6 +70,8 @@ def test_a_cumulative_sum_that_is_off_by_rounding():
     up = np.nextafter(np.float32(0.5), np.float32(1))
     p = jnp.array([[0.5, 0.0, 0.5, 0.0]] * 4)
     cumulative = jnp.array([[0.5, up, 1.0, 1.0], [up, 0.5, 1.0, 1.0], [0.5, 0.5, 1.0, 1.0], [0.5, up, 1.0, 1.0]], jnp.float32)
+    short = first_above(jnp.array([[1.0, 0.0, 0.0]]), jnp.ones((1, 3)), jnp.ones(1))[0]
+    assert short.tolist() == [0]  # no sum is above the target, and the first alone has any weight
     found, rest = first_above(p, cumulative, jnp.array([0.5, 0.5, 1.0, 0.25], jnp.float32))
     assert found.tolist() == [2, 0, 2, 0]
     np.testing.assert_allclose(rest, [0.0, 0.5, 0.5, 0.25], atol=1e-6)

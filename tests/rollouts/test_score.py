@@ -224,6 +224,8 @@ def test_forward_passes_against_loops():
         kl_sft.append(float(rollout.logp_BT[row, :n].sum()) - logp.sum())
     np.testing.assert_allclose(metrics["kl/sft"], np.mean(kl_sft), rtol=1e-5)
     np.testing.assert_allclose(metrics["rollout/score"], np.mean(rollout.scores_B), rtol=1e-6)
+    apart = np.abs(np.asarray(rollout.logp_BT) - completion.logp_BT)[np.asarray(completion.mask_BT)]
+    np.testing.assert_allclose(metrics["rollout/decode_mismatch"], apart.mean(), rtol=1e-5)
 
 
 def test_rows_that_fill_the_batch_count_nowhere():
@@ -349,6 +351,15 @@ def test_rloo_by_hand():
     assert rollout.value_mask_BT.tolist() == rollout.mask_BT.tolist() and not rollout.values_BT.any()
     close(metrics["rollout/reward"], (0.8 - 2.15) / 2)
     close([metrics["rollout/score"], metrics["rollout/score_raw"], metrics["kl/penalty"]], [-0.5, 0.25, 1.75])
+
+
+def test_whitened_returns_of_rloo_keep_their_mean():
+    """Scores 0 and 4, mean 2 and deviation 2."""
+    rows, mask = jnp.ones(2, bool), jnp.ones((2, 1), bool)
+    given = (jnp.array([0.0, 4.0]), jnp.zeros((2, 1)), jnp.zeros((2, 1)), mask, rows)
+    credit = rloo_credit(*given, kl_coef=0.1, samples=2, whiten_rewards=True)
+    np.testing.assert_allclose(credit.returns_BT, [[1.0], [3.0]], rtol=1e-6)
+    np.testing.assert_allclose(credit.advantages_BT, [[-2.0], [2.0]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("microbatch", [None, 2])

@@ -9,11 +9,14 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrlhf.data.pairs import Prompt
+from jaxrlhf.data.tokens import Limits
 from jaxrlhf.data.toy import toy_tokenizer
 from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.hub import initialise, save
-from jaxrlhf.rollouts import texts
+from jaxrlhf.rollouts import dataset, texts
 from jaxrlhf.rollouts.texts import generate_texts
+from jaxrlhf.types import Completion, PromptBatch
 
 OPTIONS = {
     "prompts": [], "file": None, "max_new_tokens": 4, "max_prompt_length": 6, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
@@ -55,6 +58,28 @@ def test_an_answer_ended_where_its_own_eos_stands(monkeypatch):
     monkeypatch.setattr(texts, "sample_texts", lambda *given, **how: (out, ["a", "b", "c"]))
     given: Any = (None, None, None, SimpleNamespace(eos_ids=(1,)))
     assert texts.answers(*given) == [("a", True), ("b", False), ("c", False)]
+
+
+def test_prompts_are_as_wide_as_few_shapes_allow():
+    loaded: Any = SimpleNamespace(tokenizer=toy_tokenizer())
+    table, kept = texts.tokens_of(loaded, [Prompt("a", "farmers sold apples", "x"), Prompt("b", "nurses", "x")], Limits(20, 4))
+    assert table.prompt_BL.shape == (2, 8) and kept == [0, 1]
+
+
+def test_a_dataset_has_the_responses_with_their_masks(monkeypatch):
+    """Three prompts, two at once: what fills the last batch is cut off."""
+
+    def generate(model, params, prompt_BL, mask_BL, key, *, index_B, **how):
+        ends = np.asarray(index_B)[:, None] % 3
+        return Completion(10 * np.asarray(index_B)[:, None] + np.arange(3), np.arange(3) <= ends, np.zeros((len(index_B), 3)))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(dataset, "generate", generate)
+    ones = np.ones((3, 2), np.int32)
+    prompts = PromptBatch(ones, ones > 0, np.array([True, True, False]), np.arange(3, dtype=np.int32))  # type: ignore[arg-type]
+    model: Any = None
+    table = dataset.sample_dataset(model, {}, prompts, jax.random.key(0), dataset.Sampling(3, (1,)), batch_size=2)
+    assert table.response_BT.tolist() == [[0, 1, 2], [10, 11, 12], [20, 21, 22]] and table.row_mask_B is prompts.row_mask_B
+    assert table.response_mask_BT.tolist() == [[True, False, False], [True, True, False], [True, True, True]]
 
 
 def test_what_it_cannot_do(folder, monkeypatch):
