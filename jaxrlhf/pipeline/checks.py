@@ -54,6 +54,7 @@ def check(config: Config) -> None:
     mesh = sharding.mesh_of(config.mesh)
     if config.model.offload_frozen:
         sharding.check_offload(mesh)
+    rng.root_key(config.seed)  # refuses a flag that moves its bits, before there is a stage to lose
     used = ["sft"] + ["reward"] * method.needs_reward + ["dpo" if method.policy_update in PREFERENCE else "ppo"]
     check_shards(config, used, sharding.data_shards(mesh))
 

@@ -326,6 +326,8 @@ def test_a_process_that_computes_in_other_widths_is_refused(tmp_path):
     rows = lines(tmp_path / "t.jsonl", PAIR, PAIR | {"prompt": "q"})
     with jax.enable_x64(True), pytest.raises(ValueError, match="JAX_ENABLE_X64 is on"):
         check(config(rows))
+    with jax.threefry_partitionable(False), pytest.raises(ValueError, match="JAX_THREEFRY_PARTITIONABLE is off"):
+        check(config(rows))
     with jax.enable_x64(True), pytest.raises(ValueError, match="JAX_ENABLE_X64 is on"):
         load(real_folder(tmp_path / "model", "llama"), head="lm")  # what evaluate, generate and embed begin with
 
