@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrlhf.evaluation.intervals import Interval
+from jaxrlhf.evaluation.intervals import Interval, varies
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Estimate(NamedTuple):
 
     @property
     def interval(self) -> Interval:
-        """± two standard errors, within which nothing is called a difference; no ends of one seed."""
-        reach = math.nan if self.se is None else 2 * self.se
+        """± two standard errors, within which nothing is called a difference; no ends of one seed, or where seeds do not vary."""
+        reach = 2 * self.se if self.se is not None and varies(self.se, self.mean) else math.nan
         return Interval(self.mean, self.mean - reach, self.mean + reach, self.n)
 
     def spelled(self, digits: int, *, sign: bool = False) -> str:

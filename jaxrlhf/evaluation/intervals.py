@@ -61,10 +61,15 @@ def mean_interval(values_N: np.ndarray) -> Interval:
         raise ValueError("a mean was asked of a value that is not finite; look at the scorer's output first.")
     n = len(values)
     mean = float(values.mean()) if n else math.nan
-    if n < 2 or values.min() == values.max():
+    if n < 2 or not varies(float(values.std()), mean):
         return Interval(mean, math.nan, math.nan, n)
     half = float(stdtrit(n - 1, LEVEL) * values.std(ddof=1) / math.sqrt(n))
     return Interval(mean, mean - half, mean + half, n)
+
+
+def varies(spread: float, mean: float) -> bool:
+    """Whether values of this spread differ by more than rounding: where they do not, nothing tells how far off they are."""
+    return spread > 1e-9 * abs(mean)
 
 
 def unpaired_difference(after: Interval, before: Interval) -> Interval:

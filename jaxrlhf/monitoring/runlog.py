@@ -160,7 +160,8 @@ class StageLog:
         """Log `metrics`, name → scalar, of step `n` (the first is 1), which was just dispatched.
 
         `tokens`: how many were processed since the last call; not every step has to be logged. Writes the step before; a step without
-        metrics only moves the progress. Raises ValueError for metrics that are not scalars.
+        metrics only moves the progress. What is shown beside a step are the last figures written, and beside the last step its own.
+        Raises ValueError for metrics that are not scalars.
         """
         if any(name in RESERVED for name in metrics):
             raise ValueError(f"metrics of stage {self._name} may not be called {', '.join(RESERVED)}; rename them.")
@@ -170,6 +171,8 @@ class StageLog:
         first = not self._times
         self._times.append((time.monotonic(), n, tokens or 0))
         self._step, self._phase = n, ""
+        if n == self._total:
+            self.flush()
         self._show(force=first or n == self._total)
 
     def note(self, text: str) -> None:

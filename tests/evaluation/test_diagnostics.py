@@ -8,6 +8,7 @@ from scipy.stats import binom
 
 from jaxrlhf.evaluation.curves import Curve, Point, curve_of, estimate, over_seeds
 from jaxrlhf.evaluation.diagnostics import agreement_with_gold, drift, kl_budget, reliability
+from jaxrlhf.evaluation.intervals import mean_interval
 
 
 def logit(p):
@@ -152,6 +153,14 @@ def test_a_scale_holds_until_the_next_fit():
     curve = curve_of(rows, starts={3: 0}, fitted={1, 3}, scales={1: 2.0, 3: 5.0}, gold_scale=None)
     assert [p.proxy_scale for p in curve.points] == [None, 2.0, 2.0, 5.0]
     assert [p.refit for p in curve.points] == [False, False, False, True] and [p.start for p in curve.points] == [0, 0, 1, 0]
+
+
+def test_seeds_that_do_not_vary_tell_no_difference():
+    """One pair more of 19 at each of two seeds: the spread is 0, or 4e-17 by rounding, and would call anything a difference."""
+    for changes in ([13 / 19 - 12 / 19, 12 / 19 - 11 / 19], [0.0, 0.0], [0.25, 0.25]):
+        assert estimate(changes).interval.direction == 0 == mean_interval(np.array(changes)).direction
+        assert math.isnan(estimate(changes).interval.low) and math.isnan(mean_interval(np.array(changes)).low)
+    assert estimate([0.25, 0.26]).interval.direction == 1
 
 
 def test_bands():

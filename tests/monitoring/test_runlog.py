@@ -115,6 +115,14 @@ def test_plain_output_says_what_is_going_on_at_a_measured_pace(tmp_path):
     assert said[4:] == ["round 1 reward: kept 3 rows"]
 
 
+def test_the_last_step_is_shown_with_its_own_figures(tmp_path):
+    out = StringIO()
+    with RunLog(tmp_path, plain=True, every=0, file=out) as log, log.stage("sft", total_steps=2) as stage:
+        stage.step(1, {"loss/sft": 4.0})
+        stage.step(2, {"loss/sft": 3.0})
+    assert next(line for line in out.getvalue().splitlines() if "step 2/2" in line).endswith("loss/sft 3")
+
+
 def test_the_time_left_does_not_count_the_first_step(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("jaxrlhf.monitoring.runlog.time.monotonic", lambda: now[0])
@@ -144,7 +152,7 @@ with RunLog(sys.argv[1]) as log, log.stage("policy", round=2, total_steps=3) as 
         until_seen(n)
     log.note("[bold] is no markup")
 """
-SHOWN = {0: ("compiling", "0/3"), 1: ("1/3",), 2: ("2/3",), 3: ("3/3", "tokens/s", "loss/ppo 0.5")}
+SHOWN = {0: ("compiling", "0/3"), 1: ("1/3",), 2: ("2/3",), 3: ("3/3", "tokens/s", "loss/ppo 0.75")}
 
 
 def test_a_terminal_gets_a_live_display(tmp_path):
@@ -167,7 +175,7 @@ def test_a_terminal_gets_a_live_display(tmp_path):
     os.close(leader)
     assert process.wait() == 0, shown.decode()
     text = shown.decode()
-    for expected in ("round 2 policy", "compiling", "0/3", "3/3", "tokens/s", "loss/ppo 0.5", "[bold] is no markup", "\x1b["):
+    for expected in ("round 2 policy", "compiling", "0/3", "3/3", "tokens/s", "loss/ppo 0.75", "[bold] is no markup", "\x1b["):
         assert expected in text, text
 
 
