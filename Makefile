@@ -5,6 +5,7 @@
 #   make test lint types             what every change has to pass; no torch
 #   make parity                      every comparison with torch and transformers, in an environment of its own
 #   make mutants                     how many small changes of the code the tests see; an hour or two, goes on where it was
+#   make faults                      kills, damage and hostile input, at length; an hour at most, goes on where it was
 #   make bench                       the benchmarks
 #
 # Variables: PYTHON (3.11 or newer), JOBS (test processes), TORCH (what to install for parity; for a CPU wheel from another index:
@@ -33,7 +34,7 @@ define environment
 	@touch $@
 endef
 
-.PHONY: help quickstart frft test parity lint types mutants bench clean
+.PHONY: help quickstart frft test parity faults lint types mutants bench clean
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
@@ -62,10 +63,13 @@ frft: $(VENV)/.installed-encoder
 	$(VENV)/bin/jaxrlhf run configs/frft_quickstart.yaml $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python $(PYTEST) -m "not parity" $(ARGS)
+	$(VENV)/bin/python $(PYTEST) -m "not parity and not faults" $(ARGS)
 
 parity: $(PARITY)/.installed
 	$(PARITY)/bin/python $(PYTEST) -m parity $(ARGS)
+
+faults: $(VENV)/.installed-dev
+	$(VENV)/bin/python $(PYTEST) -m faults tests/faults $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
