@@ -37,10 +37,6 @@ def line_of(item: pytest.Item) -> str:
 @cache
 def code(test: Path) -> str:
     """A digest of the package, of this test's file and of what the tests share."""
-    files = [
-        *sorted((ROOT / "jaxrlhf").rglob("*.py")),
-        *sorted((ROOT / "tests" / "golden").glob("*.py")),
-        *sorted(HERE.glob("[!t]*.py")),
-        test,
-    ]
+    shared = [(ROOT / "jaxrlhf", "*.py"), (ROOT / "tests" / "golden", "*.py"), (HERE, "[!t]*.py")]
+    files = [*(file for folder, names in shared for file in sorted(folder.rglob(names))), test]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
