@@ -1,27 +1,32 @@
-"""Files that readers see whole or not at all, locks, and digests of files."""
+"""Files that readers see whole or not at all, that go whole, and that say when they were damaged; locks, and digests of files."""
 
 import errno
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import platform
-import secrets
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 _log = logging.getLogger(__name__)
+# What a process writes or removes has such a name meanwhile; eight digits: in earlier versions, which did not say which process.
+_MEANWHILE = re.compile(r"\.(.+)\.(?:([0-9]+)\.(?:partial|gone)|old|(?:old\.)?[0-9a-f]{8})")
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path beside `path` to write to. It takes the place of `path` when the block ends well, and is gone when it does not."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _meanwhile(path, "partial")
+    sweep(path.parent, path.name)
     try:
         yield partial
         os.replace(partial, path)
@@ -33,19 +38,67 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def finished_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its name at the end, replacing what was there; on an error nothing changes."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    work, old = _meanwhile(folder, "partial"), folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():  # a process was killed between the two renames below
+        os.replace(old, folder)
+    sweep(folder.parent, folder.name)
+    for left in (work, old):
+        _delete(left)
     work.mkdir()  # and not tempfile's: its folders are for the owner alone, whatever the umask says
     try:
         yield work
         if folder.exists():
-            old = folder.with_name(f".{folder.name}.old.{secrets.token_hex(4)}")
             os.replace(folder, old)
-            work.rename(folder)
-            shutil.rmtree(old)
-        else:
-            work.rename(folder)
+        work.rename(folder)
+        _delete(old)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _delete(work)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, link or folder, if it is there. It loses its name first: of a folder no process that dies leaves a half."""
+    gone = _meanwhile(path, "gone")
+    _delete(gone)
+    with suppress(FileNotFoundError):
+        os.replace(path, gone)
+    _delete(gone)
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what dead processes left in `folder` of what they wrote or removed: of the file or folder `name`, else of all.
+
+    For `name` None the caller holds the lock of `folder`, and no process is alive that writes there.
+    """
+    for left in leftovers(folder):
+        match = _MEANWHILE.fullmatch(left.name)
+        if name is None or (match and match[1] == name and match[2] and not _is_alive(int(match[2]))):
+            _delete(left)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What processes, dead or alive, are writing or removing in `folder`."""
+    return [folder / name for name in (os.listdir(folder) if folder.is_dir() else ()) if _MEANWHILE.fullmatch(name)]
+
+
+def _meanwhile(path: Path, what: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{what}")
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes, *, errors: str = "strict") -> None:
@@ -77,7 +130,7 @@ def sync(path: str | os.PathLike[str]) -> None:
 def locked(path: Path, work: str) -> Iterator[None]:
     """Lock `path` for this process while it does `work`; wait for another that does. The lock ends with the process, however that ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
+    with open(path, "a+", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -92,6 +145,53 @@ def locked(path: Path, work: str) -> Iterator[None]:
         yield
 
 
+def identities(folder: Path, names: Iterable[str]) -> dict[str, list[Any]]:
+    """Name → [bytes, sha256] of files in a folder: what `faults` compares with."""
+    names = list(names)
+    found = digests([folder / name for name in names])
+    return {name: [(folder / name).stat().st_size, digest.hex()] for name, digest in zip(names, found, strict=True)}
+
+
+def faults(folder: Path, files: Mapping[str, Any], *, read: bool = True) -> Iterator[str]:
+    """What is wrong with the files in `folder`, one after the other; `files` are their `identities` when they were written.
+
+    A file is read once a process, unless it changes. Without `read` only their sizes are looked at.
+    """
+    whole = []
+    for name, (size, _) in files.items():
+        file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_file():
+            yield f"{file} is missing"
+        elif (now := file.stat().st_size) != size:
+            yield f"{file} is damaged: it has {now} bytes, and was written with {size}"
+        else:
+            whole.append(name)
+    for name, digest in zip(whole, digests([folder / name for name in whole]) if read else (), strict=False):
+        if digest.hex() != files[name][1]:
+            yield f"{folder / name} is damaged: its content (sha256) is another than was written"
+
+
+def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its own checksum, which `read_sealed` holds it to; `files` may be added to it later."""
+    plain = json.loads(json.dumps(body))
+    return plain | {"seal": _seal(plain)}
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """A JSON object, sealed or from a version that did not seal. Raises ValueError where it is damaged, OSError where it cannot be read."""
+    body = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(body, dict):
+        raise ValueError("it is not a JSON object")
+    if body.get("seal", seal := _seal(body)) != seal:
+        raise ValueError("it is damaged: its content is another than was written")
+    return body
+
+
+def _seal(body: Mapping[str, Any]) -> str:
+    text = json.dumps({name: value for name, value in body.items() if name not in ("seal", "files")}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def digests(files: list[Path]) -> list[bytes]:
     """The sha256 of each file, several at a time."""
     with ThreadPoolExecutor() as pool:
@@ -103,7 +203,7 @@ def _digest(file: Path) -> bytes:
     return _digest_of_version(file.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=100_000)
 def _digest_of_version(file: Path, *version: int) -> bytes:
     """All bytes are read, once a process for a file that does not change: a sample of a model's weights would miss a trained head."""
     del version

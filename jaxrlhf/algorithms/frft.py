@@ -21,7 +21,7 @@ from jaxrlhf.data.columns import cached_columns, fingerprint
 from jaxrlhf.data.pairs import Pair, dataset_hash
 from jaxrlhf.data.tokens import Limits, tokenize_prompts
 from jaxrlhf.evaluation.filter_report import filter_report, write_filter_report
-from jaxrlhf.files import write_whole
+from jaxrlhf.files import read_sealed, sealed, write_whole
 from jaxrlhf.offline.encoder_identity import encoder_identity
 from jaxrlhf.offline.nearest import nearest_index, nearest_similarity, own_similarity
 from jaxrlhf.offline.select import NAMES, keep_flags, select, similarity_header, texts_of
@@ -133,7 +133,7 @@ def similarities(context: RoundContext, pairs: Pairs) -> tuple[Filter, dict[str,
     section, encoder, asked = context.config.filter, context.config.encoder, _asked(context, pairs)
     facts = {"policy": context.policy_hash, "prompts": asked.prompts, "seed": context.config.seed, "round": context.round}
     facts |= {"max_new_tokens": _max_new_tokens(context), **{name: getattr(section, name) for name in SAMPLED}}
-    answers = _kept_on_disk(context.columns / f"generations-{fingerprint(facts)}.json", lambda: _answers(context, asked))
+    answers = _kept_on_disk(context.columns / f"texts-{fingerprint(facts)}.json", lambda: _answers(context, asked))
     embedding = {"folder": context.columns / "embeddings", "batch_size": encoder.batch_size, **encoder_options(encoder)}
     here = Filter(section, pairs.rows, asked.prompts, answers, asked.own_N, embedding, context.mesh, context.progress)
     header = similarity_header(
@@ -167,8 +167,11 @@ def _kept_on_disk(path: Path, make: Callable[[], list[str]]) -> list[str]:
     if not distributed.agree(leads and path.exists(), f"texts {path.name}"):
         texts = make()
         if leads:
-            write_whole(path, json.dumps(texts, ensure_ascii=False))
-    return distributed.agree(json.loads(path.read_text(encoding="utf-8")) if leads else None, f"the texts of {path.name}")
+            write_whole(path, json.dumps(sealed({"texts": texts}), ensure_ascii=False))
+    try:
+        return distributed.agree(read_sealed(path)["texts"] if leads else None, f"the texts of {path.name}")
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete it, and the texts are written again.") from error
 
 
 def _asked(context: RoundContext, pairs: Pairs) -> FilterPrompts:

@@ -38,7 +38,7 @@ class CheckpointConfig:
     __pydantic_config__ = STRICT
 
     every: int = 500  # steps of a stage; a stopped stage resumes from its last checkpoint
-    keep: int = 1
+    keep: int = 2  # the newest so many; where the last is damaged, the stage goes on from the one before
 
 
 @dataclass(frozen=True)

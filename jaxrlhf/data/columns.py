@@ -1,20 +1,22 @@
 """Facts about pairs that are computed once and kept on disk (log-probs, similarities), joined to a table by pair id.
 
 A folder of Parquet shards and `header.json`, which says what the numbers were computed from: data set, model and tokenizer hashes,
-temperature, limits, and whatever else the writer adds. A header that differs from what the reader expects makes the column stale.
+temperature, limits, and whatever else the writer adds. A header that differs from what the reader expects makes the column stale. Beside it
+stand the checksums of the shards, which readers hold them to.
 """
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxrlhf import distributed
-from jaxrlhf.files import finished_folder
+from jaxrlhf.files import faults, finished_folder, identities, locked, read_sealed, sealed
 
 FORMAT = 1
 _ROWS_PER_SHARD = 100_000
@@ -62,6 +64,7 @@ def write_columns(
             pq.write_table(pa.table(data), partial / shards[-1])
         kinds = {name: {"dtype": a.dtype.name, "shape": list(a.shape[1:])} for name, a in arrays.items()}
         body = {"format": FORMAT, "header": _plain(header), "rows": len(ids), "columns": kinds, "shards": shards}
+        body = sealed(body) | {"files": identities(partial, shards)}
         (partial / "header.json").write_text(json.dumps(body, indent=1, sort_keys=True), encoding="utf-8")
     return folder
 
@@ -70,9 +73,11 @@ def read_header(folder: str | Path) -> dict[str, Any]:
     """What a folder of columns says about itself: {"format", "header", "rows", "columns", "shards"}."""
     path = Path(folder) / "header.json"
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        body = read_sealed(path)
+    except FileNotFoundError as error:
         raise ColumnError(f"{folder} holds no columns ({error}); run the precompute stage that writes it.") from error
+    except (OSError, ValueError) as error:
+        raise ColumnError(f"{path} cannot be read ({error}). Compute the columns again (delete the folder).") from error
     if body.get("format") != FORMAT:
         raise ColumnError(f"{folder} has column format {body.get('format')!r}, this version reads {FORMAT}; compute the columns again.")
     return body
@@ -86,14 +91,11 @@ def cached_columns(
     Raises ColumnError as `join_columns`.
     """
     leads = distributed.is_leader()
-    if not distributed.agree(leads and folder.exists(), f"columns {folder.name}"):
-        columns = compute()
-        try:
+    with locked(folder.parent / ".locks" / folder.name, f"{folder} is being computed") if leads else nullcontext():
+        if not distributed.agree(leads and folder.exists(), f"columns {folder.name}"):
+            columns = compute()
             if leads:
                 write_columns(folder, ids, columns, header)
-        except OSError:
-            if not folder.exists():  # else another run was first; what it wrote is checked like any other
-                raise
     return distributed.agree_on_columns(join_columns(ids, folder, names, expect=header) if leads else None, f"columns of {folder.name}")
 
 
@@ -122,6 +124,8 @@ def join_columns(pair_ids: Sequence[str], folder: str | Path, names: Sequence[st
     lacking = [name for name in names if name not in body["columns"]]
     if lacking:
         raise ColumnError(f"{folder} has no column {lacking[0]!r}; it holds {', '.join(sorted(body['columns']))}.")
+    for fault in faults(folder, body.get("files", {})):
+        raise ColumnError(f"{fault}. Compute the columns again (delete the folder).")
     try:
         table = pa.concat_tables([pq.read_table(folder / shard, columns=["id", *names]) for shard in body["shards"]])
     except (OSError, pa.ArrowException) as error:

@@ -1,6 +1,6 @@
 """Vectors of texts on disk: keyed by the text's content and the encoder's identity, computed once, memory-mapped.
 
-    FOLDER/<encoder key>/index.json              the encoder, the dimension, and every shard that counts
+    FOLDER/<encoder key>/index.json              the encoder, the dimension, and every shard that counts, with checksums of its files
                          vectors-00000.npy       float32 [n, D]
                          keys-00000.npy          uint8 [n, 32]: sha256 of each text (UTF-8)
 
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf import distributed
-from jaxrlhf.files import locked, sync
+from jaxrlhf.files import faults, identities, locked, read_sealed, sealed, sync
 from jaxrlhf.offline.encoder_identity import Backend, EncoderIdentity, encoder_identity
 from jaxrlhf.offline.encoders import check_texts, open_encoder
 from jaxrlhf.storage.remote import is_url
@@ -151,13 +151,15 @@ class _Store:
             identity = {name: value for name, value in self.identity._asdict().items() if name != "source"}
             return {"format": FORMAT, "encoder": identity, "dimension": None, "shards": []}
         try:
-            index = json.loads(path.read_text(encoding="utf-8"))
+            index = read_sealed(path)
         except ValueError as error:
-            raise VectorError(f"{path} is not valid JSON ({error}); delete {self.folder} and embed again.") from error
+            raise VectorError(f"{path} cannot be read ({error}); delete {self.folder} and embed again.") from error
         if index.get("format") != FORMAT:
             raise VectorError(
                 f"{path} has format {index.get('format')!r}, this version reads {FORMAT}; delete {self.folder} and embed again."
             )
+        for fault in faults(self.folder, index.get("files", {})):
+            raise VectorError(f"{fault}; delete {self.folder} and embed again.")
         return index
 
     def read(self, index: dict[str, Any] | None = None) -> dict[bytes, int]:
@@ -209,9 +211,11 @@ class _Store:
                 continue
             number = len(index["shards"])
             keys = np.frombuffer(b"".join(key for key, _ in part), np.uint8).reshape(len(part), 32)
-            _write_array(self.folder / f"vectors-{number:05d}.npy", np.ascontiguousarray(vectors, np.float32))
-            _write_array(self.folder / f"keys-{number:05d}.npy", keys)
-            index |= {"dimension": vectors.shape[1], "shards": [*index["shards"], {"rows": len(part)}]}
+            names = (f"vectors-{number:05d}.npy", f"keys-{number:05d}.npy")
+            _write_array(self.folder / names[0], np.ascontiguousarray(vectors, np.float32))
+            _write_array(self.folder / names[1], keys)
+            index |= sealed(index | {"dimension": vectors.shape[1], "shards": [*index["shards"], {"rows": len(part)}]})
+            index["files"] = index.get("files", {}) | identities(self.folder, names)
             _write(self.folder / INDEX, lambda file, index=index: file.write((json.dumps(index, indent=1) + "\n").encode()))
 
 

@@ -2,29 +2,34 @@
 
 A checkpoint is a folder named after its step with the items `params`, `opt_state`, `state` (step and controller) and `meta` (JSON). Every
 item is stored as a flat table from path ("layers/0/query/kernel") to array, so that it does not depend on the Python types of an
-optimizer's state. Random keys and data positions are not stored: they derive from the step.
+optimizer's state. Random keys and data positions are not stored: they derive from the step. `files.json` beside the items has the size
+and the checksum of each of their files: orbax's own do not cover the arrays.
 """
 
 import errno
+import json
 import logging
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxrlhf import distributed
+from jaxrlhf.files import faults, identities, read_sealed, remove, sweep, write_whole
 from jaxrlhf.monitoring.recompiles import ignore_compilations
-from jaxrlhf.sharding import path_of
 from jaxrlhf.storage import copies, remote
+from jaxrlhf.storage.checkpoint_items import CheckpointError, compare, flat, items_of, stored_in, struct, unflat
 from jaxrlhf.types import TrainState
 
+_log = logging.getLogger(__name__)
 _FILES = "files.json"  # at a URL: uploaded after all other files of a checkpoint
+_GONE = ".gone"  # where orbax puts a checkpoint that is to be removed, by one rename
+T = TypeVar("T")
 
 
 @cache
@@ -39,8 +44,8 @@ def _orbax() -> Any:
     return ocp
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message says why and what to do."""
+class _Unreadable(CheckpointError):
+    """What orbax raised while it read: of a checkpoint without checksums, damage."""
 
 
 class Checkpoints:
@@ -55,13 +60,17 @@ class Checkpoints:
     writing. A checkpoint gets its name by an atomic rename, so a half-written one is never seen; orbax removes it. One process (or one
     group of JAX processes) at a time may have a folder open.
 
+    What is read is held to its checksums. A damaged checkpoint is named and set aside as .damaged-STEP, and the one before it is read:
+    whoever reads takes the steps after that again. Where that would be another result, `whole` is the folder to delete, and it is an error.
+
     `folder` may be a URL. To gs:// every process writes its own part directly. For other protocols a checkpoint is written on this machine
     and uploaded before `save` returns, the list of its files last; opening downloads what is missing here, so another machine can resume.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 2):
+    def __init__(self, folder: str | Path, *, keep: int = 2, whole: Path | str | None = None):
         if keep < 1:
             raise ValueError(f"keep {keep}: at least one checkpoint must be kept; try 1.")
+        self._whole = whole
         self._url = str(folder) if remote.is_url(str(folder)) else None
         self._direct = self._url is not None and self._url.split("://")[0] in remote.DIRECT
         if self._url is not None and not self._direct and distributed.count() > 1:
@@ -75,8 +84,11 @@ class Checkpoints:
             elif self._url is not None:
                 self._fetch(self._url)
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
             ocp = _orbax()
-            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+            callback = ocp.AsyncOptions(post_finalization_callback=None if self._direct else self._sign)
+            how: dict[str, Any] = {"cleanup_tmp_directories": True, "todelete_subdir": _GONE, "async_options": callback}
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, **how)
             handlers: Any = {name: ocp.StandardCheckpointHandler() for name in ("params", "opt_state", "state")}
             handlers["meta"] = ocp.JsonCheckpointHandler()
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -91,10 +103,12 @@ class Checkpoints:
         """
         if distributed.agree(step in self._manager.all_steps(), f"checkpoint {step}"):  # all processes save, or none
             return
-        items = _items(state)
+        items = items_of(state)
+        self.wait()
+        self._sweep()
         self._check_room(items)
         args = _orbax().args
-        saves = {name: args.StandardSave(_flat(tree)) for name, tree in items.items() if jax.tree.leaves(tree)}
+        saves = {name: args.StandardSave(flat(tree)) for name, tree in items.items() if jax.tree.leaves(tree)}
         with ignore_compilations(), _clear_errors(self.folder, "write"):  # orbax slices what several processes hold, and that compiles
             self._manager.save(step, args=args.Composite(meta=args.JsonSave(meta or {}), **saves), force=True)
         if self._url is not None and not self._direct:
@@ -106,33 +120,97 @@ class Checkpoints:
         """(state, meta) of the newest checkpoint; None where there is none.
 
         `template` is a state of the same shapes: arrays, or ShapeDtypeStructs from `sharding.template` that say where every leaf goes;
-        the mesh may differ from the one that saved. Raises CheckpointError where shapes, dtypes or names differ.
+        the mesh may differ from the one that saved. Raises CheckpointError where shapes, dtypes or names differ, or files are damaged.
         """
-        self.wait()
-        step = distributed.agree(self._manager.latest_step(), f"the checkpoints in {self.folder}")
-        if step is None:
-            return None
-        folder, items = self.folder / str(step), _items(template)
-        flat = {name: _flat(tree) for name, tree in items.items()}
-        with _clear_errors(folder, "read"):
-            described = dict(self._manager.item_metadata(step).items())
-            for name, table in flat.items():
-                if table:
-                    _compare(folder / name, table, _stored(described.get(name)))
-            args = _orbax().args
-            reads = {name: args.StandardRestore({k: _struct(v) for k, v in table.items()}) for name, table in flat.items() if table}
-            got = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore(), **reads))
-        back = {name: _unflat(tree, got[name] if flat[name] else {}) for name, tree in items.items()}
-        return TrainState(back["state"]["step"], back["params"], back["opt_state"], back["state"]["controller"]), got["meta"]
+        return self._read_newest(lambda step: self._restore(step, template))
 
     def newest(self) -> dict[str, Any] | None:
         """The `meta` of the newest checkpoint; None where there is none."""
+        meta = _orbax().args.JsonRestore()
+        return self._read_newest(lambda step: self._manager.restore(step, args=_orbax().args.Composite(meta=meta))["meta"])
+
+    def prune(self) -> None:
+        """Remove all but the newest checkpoint: of a training that is finished."""
         self.wait()
-        step = distributed.agree(self._manager.latest_step(), f"the newest in {self.folder}")
-        if step is None:
-            return None
-        with _clear_errors(self.folder / str(step), "read"):
-            return self._manager.restore(step, args=_orbax().args.Composite(meta=_orbax().args.JsonRestore()))["meta"]
+        for step in self._manager.all_steps()[:-1]:
+            self._manager.delete(step)
+        if distributed.is_leader() and not self._direct:
+            for aside in self.folder.glob(".damaged-*"):
+                remove(aside)
+        if self._url is not None and not self._direct:
+            self._put(self._url)
+
+    def _restore(self, step: int, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        items, args = items_of(template), _orbax().args
+        tables = {name: table for name, tree in items.items() if (table := flat(tree))}
+        described = dict(self._manager.item_metadata(step).items())
+        for name, table in tables.items():
+            if described.get(name) is None and not self._is_signed(step):
+                raise FileNotFoundError(f"{self.folder / str(step) / name} is missing")
+            compare(self.folder / str(step) / name, table, stored_in(described.get(name)))
+        reads = {name: args.StandardRestore({k: struct(v) for k, v in table.items()}) for name, table in tables.items()}
+        got = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore(), **reads))
+        back = {name: unflat(tree, got[name] if name in tables else {}) for name, tree in items.items()}
+        return TrainState(back["state"]["step"], back["params"], back["opt_state"], back["state"]["controller"]), got["meta"]
+
+    def _read_newest(self, read: Callable[[int], T]) -> T | None:
+        """`read(step)` of the newest checkpoint whose files are those that were written; None where there is none."""
+        self.wait()
+        while (step := distributed.agree(self._manager.latest_step(), f"the checkpoints in {self.folder}")) is not None:
+            folder = self.folder / str(step)
+            fault = distributed.agree(self._fault(step) if distributed.is_leader() else None, f"whether {folder} is damaged")
+            if fault is None:
+                try:
+                    with _clear_errors(folder, "read"):
+                        return read(step)
+                except _Unreadable as error:
+                    if self._is_signed(step):  # its bytes are right: it is not the checkpoint that is at fault
+                        raise
+                    if self._direct or distributed.count() > 1:
+                        raise CheckpointError(f"{error}; delete {folder} to go on from the checkpoint before it.") from error
+                    fault = str(error)
+            self._set_aside(step, fault)
+        return None
+
+    def _is_signed(self, step: int) -> bool:
+        return not self._direct and (self.folder / str(step) / _FILES).exists()
+
+    def _fault(self, step: int) -> str | None:
+        """What is wrong with the files of a checkpoint. One without checksums (at gs://, or of an earlier version) is not looked at."""
+        path = self.folder / str(step) / _FILES
+        try:
+            return next(faults(path.parent, read_sealed(path)["files"]), None) if self._is_signed(step) else None
+        except (ValueError, KeyError, TypeError) as error:
+            return f"{path} is damaged ({error})"
+
+    def _set_aside(self, step: int, fault: str) -> None:
+        if self._whole is not None:  # the copy of what lies at a URL is downloaded again
+            place = self.folder if self._url is not None else self._whole
+            raise CheckpointError(f"{fault}. No other checkpoint can take its place: delete {place}, then run the same command again.")
+        aside = self.folder / f".damaged-{step}"
+        again = self._url is not None and not aside.exists()
+        if distributed.is_leader():
+            remove(aside)
+            os.replace(self.folder / str(step), aside)
+        distributed.barrier(f"checkpoint {step} is set aside")
+        if again and self._url is not None:
+            self._fetch(self._url)
+        self._manager.reload()
+        if distributed.is_leader():
+            left = self._manager.latest_step()
+            then = "none is left: the stage starts from its beginning" if left is None else f"checkpoint {left} is used"
+            _log.warning("%s. The checkpoint is set aside as %s; %s.", fault, aside, then)
+
+    def _sign(self) -> None:
+        """Write the checksums of the checkpoint that orbax has just written: called in its thread, before the checkpoint has its name."""
+        for folder in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            names = [name for name in copies.files_in(folder) if "/" in name]  # orbax writes on in its notes beside, and reads none of them
+            write_whole(folder / _FILES, json.dumps({"files": identities(folder, names)}))
+
+    def _sweep(self) -> None:
+        if distributed.is_leader() and not self._direct:
+            shutil.rmtree(self.folder / _GONE, ignore_errors=True)
+            sweep(self.folder)
 
     def wait(self) -> None:
         """Return once everything saved is on disk. Raises CheckpointError where that failed."""
@@ -143,6 +221,7 @@ class Checkpoints:
         """`wait`, and release the folder."""
         with _clear_errors(self.folder, "write"):
             self._manager.close()
+        self._sweep()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -167,8 +246,13 @@ class Checkpoints:
         """Download what is missing here: another machine may have continued."""
         for step in sorted(_steps_at(url)):
             folder = self.folder / str(step)
-            if not folder.is_dir() and copies.fetch_folder(remote.join(url, str(step)), folder, last=_FILES):
-                (folder / _FILES).unlink()
+            try:
+                if not folder.is_dir():
+                    copies.fetch_folder(remote.join(url, str(step)), folder, last=_FILES)
+            except remote.DamagedError as fault:
+                if self._whole is not None:
+                    raise
+                _log.warning("%s The checkpoint is left out.", fault)
 
     def _check_room(self, items: dict[str, Any]) -> None:
         if self._direct:
@@ -188,57 +272,6 @@ def _steps_at(url: str) -> set[int]:
     return {int(part[0]) for part in parts if len(part) == 2 and part[0].isdigit() and part[1] == _FILES}
 
 
-def _items(state: TrainState) -> dict[str, Any]:
-    return {"params": state.params, "opt_state": state.opt_state, "state": {"step": state.step, "controller": state.controller}}
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-    """Path → array. A Python or numpy scalar becomes a 0-d array: orbax does not return scalars exactly."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    table = {path_of(path): leaf if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else np.asarray(leaf) for path, leaf in leaves}
-    if len(table) != len(leaves):
-        raise ValueError("two leaves of the state have the same path; do not use '/' in the names of parameters.")
-    return table
-
-
-def _unflat(tree: Any, table: dict[str, Any]) -> Any:
-    """The leaves of `table` in the structure of `tree`, Python scalars with the type they have in `tree`."""
-
-    def leaf(path: tuple[Any, ...], like: Any) -> Any:
-        value = table[path_of(path)]
-        return type(like)(value.item()) if isinstance(like, bool | int | float) else value
-
-    return jax.tree_util.tree_map_with_path(leaf, tree)
-
-
-def _struct(leaf: Any) -> Any:
-    """What orbax needs to restore a leaf; host arrays stay host arrays (64-bit ones would lose bits on a device)."""
-    if isinstance(leaf, jax.Array):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-    return leaf
-
-
-def _stored(described: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Path → (shape, dtype) of an item on disk; empty where the checkpoint lacks the item."""
-    return {} if described is None else {name: (tuple(entry.shape), np.dtype(entry.dtype)) for name, entry in dict(described.tree).items()}
-
-
-def _compare(path: Path, template: dict[str, Any], stored: dict[str, tuple[tuple[int, ...], np.dtype]]) -> None:
-    """Raise CheckpointError at the first difference: orbax would cast or pad without a message."""
-    way_out = "the config changed since this checkpoint; restore with the old config, or start in another folder."
-    for what, names in (("lacks", template.keys() - stored.keys()), ("also holds", stored.keys() - template.keys())):
-        if names:
-            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise CheckpointError(f"checkpoint {path} {what} {shown}: {way_out}")
-    for name, leaf in template.items():
-        shape, dtype = stored[name]
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            continue
-        if shape != tuple(leaf.shape) or dtype != np.dtype(leaf.dtype):
-            have, want = f"{list(shape)} {dtype}", f"{list(leaf.shape)} {np.dtype(leaf.dtype)}"
-            raise CheckpointError(f"checkpoint {path} holds {name} as {have}, and the config needs {want}: {way_out}")
-
-
 @contextmanager
 def _clear_errors(folder: Path | str, verb: str) -> Iterator[None]:
     """Turn whatever orbax raises into one CheckpointError, a full disk above all."""
@@ -249,4 +282,6 @@ def _clear_errors(folder: Path | str, verb: str) -> Iterator[None]:
     except Exception as error:
         full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "no space left" in str(error).lower()
         reason = "the disk is full; free some space, then run the same command again to resume" if full else str(error) or repr(error)
-        raise CheckpointError(f"cannot {verb} checkpoint in {folder}: {reason}") from error
+        ours = isinstance(error, MemoryError | PermissionError) or "RESOURCE_EXHAUSTED" in str(error)
+        kind = CheckpointError if verb != "read" or full or ours else _Unreadable
+        raise kind(f"cannot {verb} checkpoint in {folder}: {reason}") from error

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.files import replacing
+from jaxrlhf.files import faults, identities, remove, replacing, sweep
 from jaxrlhf.storage.record import RECORD
-from jaxrlhf.storage.remote import RemoteError, clear_errors, fetch_file, is_url, join, names, put_file, read, write
+from jaxrlhf.storage.remote import DamagedError, RemoteError, clear_errors, fetch_file, is_url, join, names, put_file, read, write
 
 LINKS = "links.json"  # in a run folder at a URL: the name of each link among its stages → the URL of the stage
 WORK = "JAXRLHF_WORK"  # environment variable: the folder of the copies on this machine
@@ -30,22 +30,25 @@ def put_folder(folder: Path, url: str, *, last: str) -> None:
     `last` is uploaded with the key `files`: size and sha256 of each other file. A reader that finds it finds all files, and can tell
     whether one was replaced since. Where `folder` has no file `last`, the uploaded one holds `files` alone.
     """
-    files = {name: _identity(folder / name) for name in files_in(folder) if name != last}
+    files = identities(folder, (name for name in files_in(folder) if name != last))
+    record = json.loads((folder / last).read_text(encoding="utf-8")) if (folder / last).exists() else {}
+    for fault in faults(folder, record.get("files", {})):
+        raise RemoteError(f"{fault}, and it is not put to {url}; delete {folder}, and it is made again.")
     for name in files:
         put_file(folder / name, join(url, name))
-    record = json.loads((folder / last).read_text(encoding="utf-8")) if (folder / last).exists() else {}
     write(join(url, last), (json.dumps(record | {"files": files}, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def fetch_folder(url: str, folder: Path, *, last: str, keep: Callable[[str], bool] = lambda name: True) -> bool:
     """Download what `put_folder` uploaded into `folder`, which appears whole or not at all; whether there was such a folder.
 
-    `keep` chooses files by name. Raises RemoteError where a file still differs from its entry in `last` at the second attempt.
+    `keep` chooses files by name. Raises DamagedError where a file still differs from its entry in `last` at the second attempt.
     """
     again = False
     while (content := read(join(url, last))) is not None:
         files = _files(content, join(url, last))
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}.fetch")
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        sweep(folder.parent, folder.name)
         shutil.rmtree(partial, ignore_errors=True)
         try:
             wrong = _fetch(url, partial, {name: facts for name, facts in files.items() if keep(name)})
@@ -56,7 +59,7 @@ def fetch_folder(url: str, folder: Path, *, last: str, keep: Callable[[str], boo
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         if again:
-            raise RemoteError(
+            raise DamagedError(
                 f"{join(url, wrong)} is not the file that {last} beside it names: another run is writing it, or it is damaged. Try again; "
                 f"if it stays so, delete {url}, and it is built again."
             )
@@ -71,7 +74,7 @@ def _take_place(partial: Path, folder: Path, last: str) -> None:
     except OSError:  # not empty
         if (folder / last).exists() and (folder / last).read_bytes() == (partial / last).read_bytes():
             return
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         os.replace(partial, folder)
 
 
@@ -79,7 +82,7 @@ def _fetch(url: str, folder: Path, files: Mapping[str, Any]) -> str | None:
     """Download the files; the name of the first that is missing or differs."""
     folder.mkdir(parents=True)
     for name, facts in files.items():
-        if not fetch_file(join(url, name), folder / name) or _identity(folder / name) != list(facts):
+        if not fetch_file(join(url, name), folder / name) or any(faults(folder, {name: facts})):
             return name
     return None
 
@@ -95,10 +98,13 @@ def cached(url: str) -> Path:
     names = ("size", "etag", "ETag", "md5Hash", "generation", "LastModified", "mtime", "updated", "created")
     version = repr([str(facts.get(name)) for name in names])
     file = work_folder(f"{url}#{hashlib.sha256(version.encode()).hexdigest()[:16]}") / url.rstrip("/").rsplit("/", 1)[1]
-    if not file.exists():
+    if not file.exists() or file.stat().st_size != facts.get("size", file.stat().st_size):
+        file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as partial:
             if not fetch_file(url, partial):
                 raise FileNotFoundError(f"{url}: no such file.")
+            if partial.stat().st_size != facts.get("size", partial.stat().st_size):
+                raise DamagedError(f"{url} came with {partial.stat().st_size} bytes and has {facts['size']} there. Try again.")
     return file
 
 
@@ -111,7 +117,8 @@ def cached_folder(url: str) -> Path:
     content = read(join(url, RECORD))
     if content is not None:
         folder = work_folder(f"{url}#{hashlib.sha256(content).hexdigest()[:16]}")
-        if not folder.is_dir():
+        if not folder.is_dir() or any(faults(folder, _files(content, join(url, RECORD)))):
+            remove(folder)
             fetch_folder(url, folder, last=RECORD)
         return folder
     files = [name for name in names(url) if "/" not in name]
@@ -124,10 +131,19 @@ def cached_folder(url: str) -> Path:
                 _same_file(copy, folder / copy.name)
         return folder
     linked = re.fullmatch(r"(.+)/stages/([^/]+)/?", url)
-    links = read(join(linked[1], LINKS)) if linked else None
-    if linked and links and linked[2] in (targets := json.loads(links)) and is_url(targets[linked[2]]):
-        return cached_folder(targets[linked[2]])
+    targets = links_in(read(join(linked[1], LINKS)), linked[1]) if linked else {}
+    if linked and is_url(target := targets.get(linked[2])):
+        return cached_folder(target)
     raise FileNotFoundError(f"{url}: no such folder, or nothing in it.")
+
+
+def links_in(content: bytes | None, url: str) -> dict[str, str]:
+    """What the links.json of the run at `url` says: names, none of which leads out of a folder, and where they lead."""
+    try:
+        links = {} if content is None else dict(json.loads(content))
+    except (ValueError, TypeError) as error:
+        raise DamagedError(f"{join(url, LINKS)} cannot be read ({error}); delete it, and the next run to {url} writes it again.") from error
+    return {name: target for name, target in links.items() if "/" not in name and name not in ("", ".", "..")}
 
 
 def _same_file(file: Path, other: Path) -> None:
@@ -150,14 +166,12 @@ def files_in(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
     return sorted(found)
 
 
-def _identity(file: Path) -> list[Any]:
-    with file.open("rb") as stream:
-        return [file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
-
-
 def _files(content: bytes, url: str) -> dict[str, Any]:
     """The files that a record names, with size and sha256 of each."""
     try:
-        return dict(json.loads(content)["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RemoteError(f"{url} cannot be read ({error}); delete its folder, and it is built again.") from error
+        files = {name: [size, digest] for name, (size, digest) in json.loads(content)["files"].items()}
+        if outside := [name for name in files if name.startswith("/") or ".." in name.split("/")]:
+            raise ValueError(f"it names {outside[0]!r}, outside of its folder")
+        return files
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{url} cannot be read ({error}); delete its folder, and it is built again.") from error

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.storage.stage import STAGE_FORMAT, Stage, StageError, canonical_json
+from jaxrlhf.files import read_sealed, sealed
+from jaxrlhf.storage.stage import STAGE_FORMAT, Done, Stage, StageError, canonical_json
 
 RECORD = "stage.json"
 
@@ -16,19 +17,19 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """The stage.json of a stage folder. Raises StageError with the way out where it is missing or broken."""
     path = Path(folder) / RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_sealed(path)
     except FileNotFoundError:
         raise StageError(f"{path} is missing, so the stage is not complete; delete {Path(folder)} to build it again.") from None
     except (OSError, ValueError) as error:
         raise StageError(f"{path} cannot be read ({error}); delete {Path(folder)} to build the stage again.") from error
-    if not isinstance(record, dict) or not record.get("finished"):
+    if not record.get("finished"):
         raise StageError(f"{path} is not the record of a finished stage; delete {Path(folder)} to build it again.")
     return record
 
 
 def record_of(stage: Stage, result: dict[str, Any] | None, resumed: bool, *, seconds: float, compile_seconds: float) -> dict[str, Any]:
     """`seconds` and `compile_seconds`: of the process that finished the stage, and of others up to the checkpoints it went on from."""
-    return {
+    record = {
         "kind": stage.kind,
         "name": stage.name,
         "function": stage.function,
@@ -45,6 +46,17 @@ def record_of(stage: Stage, result: dict[str, Any] | None, resumed: bool, *, sec
         "format": STAGE_FORMAT,
         "compile_seconds": round(compile_seconds, 3),
     }
+    return sealed(record)
+
+
+def check_stage(folder: Path) -> None:
+    """Raise StageError where `folder` is that of a finished stage, or a copy of one, and a file in it is not what was written."""
+    if (folder / RECORD).is_file():
+        record = read_record(folder)
+        try:
+            Done(record.get("name", ""), folder, record.get("hash", ""), record).check()
+        except StageError as error:
+            raise StageError(f"{error} If it is a copy that you changed, delete its {RECORD}.") from None
 
 
 def _version(package: str) -> str | None:

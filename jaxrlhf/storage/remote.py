@@ -21,6 +21,10 @@ class RemoteError(RuntimeError):
     """A URL that cannot be read or written; the message says why and what to do."""
 
 
+class DamagedError(RemoteError):
+    """A file at a URL that is not the one that was put there."""
+
+
 def is_url(path: object) -> TypeGuard[str]:
     """Whether it is a URL outside of this machine's file system."""
     match = _URL.match(path) if isinstance(path, str) else None

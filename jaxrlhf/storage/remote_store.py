@@ -1,16 +1,16 @@
 """The store of finished stages at a URL, and the store that a config asks for."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config import Config
+from jaxrlhf.files import remove
 from jaxrlhf.monitoring.metrics_file import FILE
 from jaxrlhf.storage import copies, remote
 from jaxrlhf.storage.record import RECORD
-from jaxrlhf.storage.stage import Done, Stage
-from jaxrlhf.storage.store import STATE, Store
+from jaxrlhf.storage.stage import STATE, Done, Stage
+from jaxrlhf.storage.store import Store
 
 
 def store_of(config: Config) -> Store:
@@ -28,7 +28,6 @@ class RemoteStore(Store):
     def __init__(self, url: str):
         super().__init__(copies.work_folder(url))
         self.url = url.rstrip("/")
-        self._unneeded: set[str] = set()  # stages whose training state is removed once they are uploaded
 
     def state(self, folder: Path) -> str:
         return self._state(self.shared(folder).name.removeprefix(".partial-"))
@@ -36,8 +35,12 @@ class RemoteStore(Store):
     def state_of(self, done: Done) -> str:
         return self._state(done.hash)
 
-    def drop_state(self, folder: Path) -> None:
-        self._unneeded.add(folder.name.removeprefix(".partial-"))  # removed once the stage is uploaded
+    def _tidy(self, done: Done, keep_state: bool) -> None:
+        super()._tidy(done, keep_state)
+        if not keep_state:
+            remote.remove(remote.join(self.url, f".state-{done.hash}"))
+            for url in (self.state_of(done), f"{self.state_of(done)}/best"):
+                remove(copies.work_folder(url))
 
     def saving(self, folder: Path) -> None:
         if (folder / FILE).exists():
@@ -46,13 +49,13 @@ class RemoteStore(Store):
     def _state(self, hash: str, name: str = STATE) -> str:
         return remote.join(self.url, f".state-{hash}", name)
 
-    def _build(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None]) -> Done:
+    def _build(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None], keep_state: bool) -> Done:
         def resumed(folder: Path) -> dict[str, Any] | None:
             if not any(folder.iterdir()):  # another machine may have begun it
                 remote.fetch_file(self._state(stage.hash, FILE), folder / FILE)
             return fn(folder)
 
-        return super()._build(stage, resumed)
+        return super()._build(stage, resumed, keep_state)
 
     def _load(self, stage: Stage, *, cached: bool) -> Done | None:
         done = super()._load(stage, cached=cached)
@@ -60,11 +63,7 @@ class RemoteStore(Store):
             self._fetch(stage.hash)
             return super()._load(stage, cached=cached)
         if remote.read(remote.join(self.url, stage.hash, RECORD)) is None:
-            copies.put_folder(done.folder, remote.join(self.url, stage.hash), last=RECORD)
-        if stage.hash in self._unneeded:
-            self._unneeded.discard(stage.hash)
-            remote.remove(remote.join(self.url, f".state-{stage.hash}"))
-            shutil.rmtree(copies.work_folder(self._state(stage.hash)), ignore_errors=True)
+            copies.put_folder(done.place, remote.join(self.url, stage.hash), last=RECORD)
         return done
 
     def _fetch(self, hash: str) -> None:

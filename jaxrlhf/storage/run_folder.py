@@ -11,14 +11,13 @@ stage at once, and the upload of the last one stays; the contents are equal.
 import hashlib
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from jaxrlhf import distributed
 from jaxrlhf.config import Config
-from jaxrlhf.files import write_whole
+from jaxrlhf.files import read_sealed, remove, sealed, write_whole
 from jaxrlhf.monitoring.metrics_file import FILE
 from jaxrlhf.storage import copies, remote
 from jaxrlhf.storage.copies import LINKS
@@ -81,11 +80,11 @@ def open_run(config: Config) -> None:
     for name in TAKEN:
         content = remote.read(remote.join(url, name))
         if content is not None and hashlib.sha256(content).hexdigest() != put["files"].get(name):
-            (folder / name).write_bytes(content)
+            write_whole(folder / name, content)
             put["files"][name] = hashlib.sha256(content).hexdigest()
     store = store_of(config)
     put["store"] = store.url if isinstance(store, RemoteStore) else str(store.root)
-    write_whole(folder / PUT, json.dumps(put, indent=1))
+    write_whole(folder / PUT, json.dumps(sealed(put), indent=1))
 
 
 def publish(folder: Path) -> None:
@@ -107,7 +106,7 @@ def publish(folder: Path) -> None:
     if links and put["files"].get(LINKS) != targets:
         remote.write(remote.join(put["url"], LINKS), (json.dumps(targets, indent=1) + "\n").encode())
         put["files"][LINKS] = targets
-    write_whole(folder / PUT, json.dumps(put, indent=1))
+    write_whole(folder / PUT, json.dumps(sealed(put), indent=1))
 
 
 def fetch_run(url: str) -> Path:
@@ -119,17 +118,20 @@ def fetch_run(url: str) -> Path:
     for name in there:
         remote.fetch_file(remote.join(url, name), folder / name)
     for name in (name for name in there if name.split("/")[-1] == LINKS):
-        links = json.loads((folder / name).read_text(encoding="utf-8"))
+        links = copies.links_in((folder / name).read_bytes(), remote.join(url, *name.split("/")[:-1]))
         stages = (folder / name).parent / "stages"
         for link, target in links.items():
             if remote.is_url(target) and hash_of(stages / link) != target.rsplit("/", 1)[1]:
                 copies.fetch_folder(target, stages / link, last=RECORD, keep=lambda file: not file.endswith(WEIGHTS))
         for stale in stages.iterdir() if stages.is_dir() else ():
             if stale.name not in links:
-                shutil.rmtree(stale)
+                remove(stale)
     return folder
 
 
 def _put(folder: Path) -> dict[str, Any] | None:
     path = folder / PUT
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        return read_sealed(path) if path.exists() else None
+    except ValueError as error:
+        raise remote.DamagedError(f"{path} cannot be read ({error}); delete it, and the same run puts all files again.") from error

@@ -3,11 +3,17 @@
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxrlhf.files import faults
+from jaxrlhf.monitoring.metrics_file import FILE
+
+_log = logging.getLogger(__name__)
+STATE = "checkpoint"  # the folder of training state inside a stage's; its checkpoints have checksums of their own
 STAGE_FORMAT = 1  # raise it when the content of stage folders changes its meaning: every stage is then built again
 KINDS = ("model", "data", "report")
 
@@ -18,13 +24,34 @@ class StageError(RuntimeError):
 
 @dataclass(frozen=True)
 class Done:
-    """A finished stage: its folder in the store, its hash and its stage.json. `cached`: it was found, not built."""
+    """A finished stage: its place in the store, its hash and its stage.json. `cached`: it was found, not built."""
 
     name: str
-    folder: Path
+    place: Path
     hash: str
     record: dict[str, Any]
     cached: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Its folder, to read from, checked. Where nothing is read, `place` is the same."""
+        self.check()
+        return self.place
+
+    def check(self) -> None:
+        """Raise StageError where a file is not what was written: all but metrics and training state are read, once a process."""
+        files = {name: facts for name, facts in self.record.get("files", {}).items() if name != FILE and Path(name).parts[0] != STATE}
+        for fault in faults(self.place, files):
+            raise StageError(f"{fault}; delete {self.place} to build stage {self.name} again.")
+
+    @property
+    def metrics(self) -> Path | None:
+        """Its metrics.jsonl, if it has one. A damaged one is named and left out: no result depends on it."""
+        files = self.record.get("files", {})
+        for fault in faults(self.place, {FILE: files[FILE]} if FILE in files else {}):
+            _log.warning("%s; the curves of stage %s are left out.", fault, self.name)
+            return None
+        return self.place / FILE if (self.place / FILE).exists() else None
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,20 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jaxrlhf import distributed
-from jaxrlhf.files import locked, sync
+from jaxrlhf.files import faults, identities, leftovers, locked, remove, sweep, sync
+from jaxrlhf.monitoring.metrics_file import FILE
 from jaxrlhf.monitoring.recompiles import CompileWatch, count_compilations
+from jaxrlhf.storage.copies import files_in
 from jaxrlhf.storage.record import RECORD, hash_of, read_record, record_of
-from jaxrlhf.storage.stage import Done, Stage, StageError
+from jaxrlhf.storage.stage import STATE, Done, Stage, StageError
 
 _log = logging.getLogger(__name__)
-STATE = "checkpoint"  # the folder of training state inside a stage's
 
 
 @dataclass
@@ -47,8 +49,10 @@ class Store:
         """The finished stage, or None. Raises StageError where its folder exists and its record is broken."""
         return self._load(stage, cached=True)
 
-    def build(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None]) -> Done:
+    def build(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None], *, keep_state: bool = True) -> Done:
         """The finished stage: found, or built by `fn(folder)`, whose returned dict (JSON) is kept in the record as `result`.
+
+        Without `keep_state` its training state goes once it is finished: a process that dies before that need not train again.
 
         If `fn` raises or the process dies, the partial folder stays, and the next `build` continues in it. A second process that builds
         the same stage waits for the first. Raises StageError where the record of a finished stage is broken.
@@ -56,7 +60,11 @@ class Store:
         The processes of one run all call it, and `fn` runs in all of them. The leader locks and finishes the stage; the others pass `fn` a
         scratch folder, which is deleted. What all of them write goes to `shared(folder)`.
         """
-        return self._build(stage, fn) if distributed.count() == 1 else self._build_together(stage, fn)
+        done = self._build(stage, fn, keep_state) if distributed.count() == 1 else self._build_together(stage, fn, keep_state)
+        if distributed.is_leader():
+            with suppress(OSError):  # a store of somebody else, who may write to it
+                self._tidy(done, keep_state)
+        return done
 
     def shared(self, folder: Path) -> Path:
         """The folder of the stage built in `folder` that is the same in all processes, for the checkpoint that all of them write."""
@@ -68,11 +76,16 @@ class Store:
 
     def state_of(self, done: Done) -> Path | str:
         """Where the training state of a finished stage is, if it was kept."""
-        return done.folder / STATE
+        return done.place / STATE
 
-    def drop_state(self, folder: Path) -> None:
-        """Remove the training state of the stage in `folder`."""
-        shutil.rmtree(folder / STATE, ignore_errors=True)
+    def _tidy(self, done: Done, keep_state: bool) -> None:
+        """Remove of a finished stage what killed processes left, and the training state that is not to be kept."""
+        stale = not keep_state and (done.place / STATE).exists()
+        if stale or leftovers(done.place):
+            with locked(self.root / ".locks" / done.hash, f"stage {done.name} is being tidied"):
+                if stale:
+                    remove(done.place / STATE)
+                sweep(done.place)
 
     def saving(self, folder: Path) -> None:
         """Called before the stage in `folder` saves its training state; a store at a URL uploads the metrics so far."""
@@ -89,7 +102,7 @@ class Store:
     def _fetch(self, hash: str) -> None:
         """Get a stage that another process has finished; here they share the folder."""
 
-    def _build_together(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None]) -> Done:
+    def _build_together(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None], keep_state: bool) -> Done:
         what = f"stage {stage.name} {stage.hash}"
 
         def announced(folder: Path) -> dict[str, Any] | None:
@@ -99,7 +112,7 @@ class Store:
             return result
 
         if distributed.is_leader():
-            done = self._build(stage, announced)
+            done = self._build(stage, announced, keep_state)
             distributed.agree({"record": done.record, "cached": done.cached}, what)
             return done
         told = distributed.agree(None, what)
@@ -116,7 +129,7 @@ class Store:
     def _partial(self, hash: str) -> Path:
         return self.root / f".partial-{hash}"
 
-    def _build(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None]) -> Done:
+    def _build(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None], keep_state: bool) -> Done:
         found = self.find(stage)
         if found:
             return found
@@ -128,13 +141,14 @@ class Store:
             partial = self._partial(hash)
             resumed = partial.is_dir()
             partial.mkdir(exist_ok=True)
+            sweep(partial)
             try:
                 with count_compilations() as compiled:
                     self._costs[partial] = _Cost(time.monotonic(), compiled)
                     result = fn(partial)
                 record = record_of(stage, result, resumed, **self.spent(partial))
                 del self._costs[partial]
-                _finish(partial, self.root / hash, record)
+                _finish(partial, self.root / hash, record, without=() if keep_state else (STATE,))
             except BaseException as error:
                 error.add_note(_resume_hint(stage, partial, error))
                 raise
@@ -153,11 +167,11 @@ class Store:
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_name(f".{target.name}.new")
-        _remove(fresh)
+        remove(fresh)
         if not standalone:
             try:
                 # Both ends resolved: a relative link through a symlinked folder would point to another place.
-                fresh.symlink_to(os.path.relpath(done.folder.resolve(), target.parent.resolve()), target_is_directory=True)
+                fresh.symlink_to(os.path.relpath(done.place.resolve(), target.parent.resolve()), target_is_directory=True)
             except OSError as error:
                 _log.warning("%s takes no symbolic links (%s); stage %s is copied.", target.parent, error.strerror, done.name)
                 standalone = True
@@ -166,7 +180,7 @@ class Store:
                 return target
             shutil.copytree(done.folder, fresh)
         if target.is_dir() and not target.is_symlink():
-            _remove(target)
+            remove(target)
         elif standalone:
             target.unlink(missing_ok=True)  # a folder cannot be renamed over a link
         os.replace(fresh, target)
@@ -182,13 +196,20 @@ class Store:
             raise StageError(
                 f"{folder / RECORD} is of stage {record.get('hash')!r}: the folder was renamed; delete {folder} to build it again."
             )
+        for fault in faults(folder, {name: facts for name, facts in record.get("files", {}).items() if name != FILE}, read=False):
+            raise StageError(f"{fault}; delete {folder} to build stage {stage.name} again.")
         return Done(stage.name, folder, hash, record, cached)
 
 
-def _finish(partial: Path, final: Path, record: dict[str, Any]) -> None:
-    """Write the record, sync all files and rename, so that a power cut leaves a complete stage or a partial folder."""
+def _finish(partial: Path, final: Path, record: dict[str, Any], *, without: tuple[str, ...]) -> None:
+    """Write the record, sync all files and rename, so that a power cut leaves a complete stage or a partial folder.
+
+    The record names every file with its size and checksum, but for those in the folders `without`, which do not belong to the stage.
+    """
+    record["files"] = identities(partial, (name for name in files_in(partial, skip=without) if name != RECORD))
     (partial / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    for folder, _, files in os.walk(partial):
+    for folder, folders, files in os.walk(partial):
+        folders[:] = [name for name in folders if name not in without]
         for path in [*(os.path.join(folder, name) for name in files), folder]:
             if not os.path.islink(path):
                 sync(path)
@@ -201,10 +222,3 @@ def _resume_hint(stage: Stage, partial: Path, error: BaseException) -> str:
     stopped = isinstance(error, KeyboardInterrupt | SystemExit)
     first = "the disk is full: free some space, then run" if full else "run" if stopped else "fix the cause, then run"
     return f"stage {stage.name} is not finished; its work so far is in {partial}: {first} the same command again to continue it."
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

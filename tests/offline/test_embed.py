@@ -252,9 +252,11 @@ def test_damaged_folders_and_broken_encoders_are_refused(counted, bert, tmp_path
     folder = embed_cached(["a", "bb"], folder=tmp_path, **how).folder
     whole = files_of(folder)
     for name, spoilt, words in (
-        ("vectors-00000.npy", whole["vectors-00000.npy"][:-5], "cannot be read"),
-        ("keys-00000.npy", whole["vectors-00000.npy"], "not uint8"),
-        ("index.json", b"{", "not valid JSON"),
+        ("vectors-00000.npy", whole["vectors-00000.npy"][:-5], "vectors-00000.npy is damaged: it has 147 bytes, and was written with 152"),
+        ("vectors-00000.npy", whole["vectors-00000.npy"][:-1] + b"\0", r"vectors-00000.npy is damaged: its content \(sha256\) is another"),
+        ("keys-00000.npy", whole["vectors-00000.npy"], "keys-00000.npy is damaged"),
+        ("index.json", b"{", "index.json cannot be read"),
+        ("index.json", whole["index.json"].replace(b'"rows": 2', b'"rows": 1'), "index.json cannot be read .it is damaged"),
         ("index.json", b'{"format": 99}', "format 99"),
     ):
         (folder / name).write_bytes(spoilt)

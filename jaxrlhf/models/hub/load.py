@@ -19,6 +19,7 @@ from jaxrlhf.models.hub.tokenizer import read_tokenizer
 from jaxrlhf.models.model import build_model
 from jaxrlhf.models.transformer import DecoderConfig
 from jaxrlhf.storage import copies, remote
+from jaxrlhf.storage.record import check_stage
 from jaxrlhf.types import Params
 
 # The files of a model folder that anything here reads: what is fetched from the hub, and what a folder's identity consists of.
@@ -85,11 +86,15 @@ def rehead(loaded: Loaded, *, head: str, key: Array | None = None, dtype: str | 
 
 
 def resolve(source: str | Path) -> Path:
-    """A local folder as it is, one at a URL as the copy of it here; anything else is a hub id, fetched into or found in the hub's cache."""
+    """A local folder as it is, one at a URL as the copy of it here; anything else is a hub id, fetched into or found in the hub's cache.
+
+    Raises StageError for the folder of a finished stage of which a file is damaged.
+    """
     if remote.is_url(source):
         return copies.cached_folder(source)
     folder = remote.as_path(source).expanduser()
     if (folder / "config.json").is_file():
+        check_stage(folder)
         return folder
     text = str(source)
     if folder.exists() or text.startswith(("/", "./", "../", "~")) or text.count("/") > 1:

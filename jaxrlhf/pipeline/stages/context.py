@@ -15,7 +15,6 @@ from jaxrlhf.algorithms.training import HeldOut
 from jaxrlhf.config import Config
 from jaxrlhf.data.read_report import ReadReport
 from jaxrlhf.models.hub import Loaded, load, save
-from jaxrlhf.monitoring.metrics_file import FILE
 from jaxrlhf.monitoring.recompiles import CompileWatch, ignore_compilations
 from jaxrlhf.monitoring.runlog import RunLog, StageLog
 from jaxrlhf.storage.checkpoint import Checkpoints
@@ -64,24 +63,24 @@ class RunContext:
     ) -> Done:
         """The finished stage, built if need be, linked into the run folder in the order of asking.
 
-        With `keep_state` its training state stays in the folder, for a method that carries optimizer or critic into the next round;
+        With `keep_state` its last checkpoint stays in the folder, for a method that carries optimizer or critic into the next round;
         else the checkpoints go when all else is done: until then a stage that dies need not train again.
         """
 
         def whole(folder: Path) -> dict[str, Any] | None:
             result = fn(folder)
-            distributed.barrier(f"{stage.name}: done with its checkpoints")
-            if not keep_state and distributed.is_leader():
-                self.store.drop_state(folder)
+            if keep_state:
+                with Checkpoints(self.store.state(folder)) as checkpoints:
+                    checkpoints.prune()
             return result
 
         name = stage.name.removeprefix(f"r{round}-")  # what it logs under
         self.logged.add((name, round))
-        done = self.store.build(stage, whole)
+        done = self.store.build(stage, whole, keep_state=keep_state)
         if done.cached:
-            self.log.note(f"{stage.name}: finished before ({done.record['seconds']:.0f} s), taken from {done.folder}")
-            if (done.folder / FILE).exists():
-                self.log.replay(done.folder / FILE, name, round=round)
+            self.log.note(f"{stage.name}: finished before ({done.record['seconds']:.0f} s), taken from {done.place}")
+            if done.metrics is not None:
+                self.log.replay(done.metrics, name, round=round)
         self.store.link(done, self.folder, len(self.stages), standalone=self.config.standalone)
         self.stages.append(done)
         if distributed.is_leader():
@@ -163,7 +162,7 @@ class RunContext:
         if steps == 0:
             return state
         checkpoint, place = self.config.checkpoint, self.store.state(folder)
-        best = Checkpoints(f"{place}/best", keep=1) if held_out is not None and held_out.best else nullcontext()
+        best = Checkpoints(f"{place}/best", keep=1, whole=place) if held_out is not None and held_out.best else nullcontext()
         with Checkpoints(place, keep=checkpoint.keep) as checkpoints, best as kept:
             found = checkpoints.restore(sharding.template(state, self.mesh))
             if found is not None:

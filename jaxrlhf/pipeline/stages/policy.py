@@ -127,10 +127,10 @@ def with_previous_state(run: RunContext, state: TrainState, previous: Done, rest
     restart_optimizer, restart_critic = restarts
     if restart_optimizer and restart_critic:
         return state
-    with Checkpoints(run.store.state_of(previous)) as checkpoints:
+    with Checkpoints(run.store.state_of(previous), whole=previous.place) as checkpoints:
         found = checkpoints.restore(sharding.template(state, run.mesh))
     if found is None:
-        raise FileNotFoundError(f"{previous.folder} holds no training state to go on from; delete it to train that round again.")
+        raise FileNotFoundError(f"{previous.place} holds no training state to go on from; delete it to train that round again.")
     old = sharding.uncommitted(found[0], run.mesh)
     opt_state = state.opt_state if restart_optimizer else restarted_schedules(old.opt_state)
     if restart_critic:
