@@ -19,7 +19,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn that t
 RECIPE_COMMANDS = (*RUN_COMMANDS, "sweep", "plan")  # take a recipe and --section.key VALUE
 # Command → its module in jaxrlhf.commands.
 COMMANDS = dict.fromkeys(RUN_COMMANDS, "run") | {
-    name: name for name in ("sweep", "plan", "embed", "nearest", "generate", "evaluate", "report", "launch")
+    name: name for name in ("sweep", "plan", "embed", "nearest", "generate", "evaluate", "report", "verify", "launch")
 }
 
 

@@ -172,7 +172,7 @@ def faults(folder: Path, files: Mapping[str, Any], *, read: bool = True) -> Iter
 
 
 def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with its own checksum, which `read_sealed` holds it to; `files` may be added to it later."""
+    """A JSON object with its own checksum, which `read_sealed` holds it to."""
     plain = json.loads(json.dumps(body))
     return plain | {"seal": _seal(plain)}
 
@@ -188,7 +188,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def _seal(body: Mapping[str, Any]) -> str:
-    text = json.dumps({name: value for name, value in body.items() if name not in ("seal", "files")}, sort_keys=True)
+    text = json.dumps({name: value for name, value in body.items() if name != "seal"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -9,6 +9,7 @@ jaxrlhf embed | nearest DATA --output FOLDER        vectors of preference pairs;
 jaxrlhf generate FOLDER [PROMPT …] [--file F]       sample from a policy
 jaxrlhf evaluate A [B] --gold … | --judge MODEL     policies, stored responses or references against each other
 jaxrlhf report RUN [RUN …] [--serve]                one page: table, figures, samples; --serve keeps it fresh
+jaxrlhf verify RUN [RUN …]                          read every file of runs or stores, and name what is damaged
 jaxrlhf launch --processes 2 run CONFIG.yaml [--…]  several processes on this machine, one run
 jaxrlhf run CONFIG.yaml --help                      every key of the config
 """

@@ -64,7 +64,7 @@ def write_columns(
             pq.write_table(pa.table(data), partial / shards[-1])
         kinds = {name: {"dtype": a.dtype.name, "shape": list(a.shape[1:])} for name, a in arrays.items()}
         body = {"format": FORMAT, "header": _plain(header), "rows": len(ids), "columns": kinds, "shards": shards}
-        body = sealed(body) | {"files": identities(partial, shards)}
+        body = sealed(body | {"files": identities(partial, shards)})
         (partial / "header.json").write_text(json.dumps(body, indent=1, sort_keys=True), encoding="utf-8")
     return folder
 

@@ -214,8 +214,8 @@ class _Store:
             names = (f"vectors-{number:05d}.npy", f"keys-{number:05d}.npy")
             _write_array(self.folder / names[0], np.ascontiguousarray(vectors, np.float32))
             _write_array(self.folder / names[1], keys)
-            index |= sealed(index | {"dimension": vectors.shape[1], "shards": [*index["shards"], {"rows": len(part)}]})
-            index["files"] = index.get("files", {}) | identities(self.folder, names)
+            index |= {"dimension": vectors.shape[1], "shards": [*index["shards"], {"rows": len(part)}]}
+            index |= sealed(index | {"files": index.get("files", {}) | identities(self.folder, names)})
             _write(self.folder / INDEX, lambda file, index=index: file.write((json.dumps(index, indent=1) + "\n").encode()))
 
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import jax
 
 from jaxrlhf import distributed
-from jaxrlhf.files import faults, identities, read_sealed, remove, sweep, write_whole
+from jaxrlhf.files import faults, identities, read_sealed, remove, sealed, sweep, write_whole
 from jaxrlhf.monitoring.recompiles import ignore_compilations
 from jaxrlhf.storage import copies, remote
 from jaxrlhf.storage.checkpoint_items import CheckpointError, compare, flat, items_of, stored_in, struct, unflat
@@ -205,7 +205,7 @@ class Checkpoints:
         """Write the checksums of the checkpoint that orbax has just written: called in its thread, before the checkpoint has its name."""
         for folder in self.folder.glob("*.orbax-checkpoint-tmp*"):
             names = [name for name in copies.files_in(folder) if "/" in name]  # orbax writes on in its notes beside, and reads none of them
-            write_whole(folder / _FILES, json.dumps({"files": identities(folder, names)}))
+            write_whole(folder / _FILES, json.dumps(sealed({"files": identities(folder, names)})))
 
     def _sweep(self) -> None:
         if distributed.is_leader() and not self._direct:

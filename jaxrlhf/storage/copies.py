@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.files import faults, identities, remove, replacing, sweep
+from jaxrlhf.files import faults, identities, read_sealed, remove, replacing, sealed, sweep
 from jaxrlhf.storage.record import RECORD
 from jaxrlhf.storage.remote import DamagedError, RemoteError, clear_errors, fetch_file, is_url, join, names, put_file, read, write
 
@@ -31,12 +31,12 @@ def put_folder(folder: Path, url: str, *, last: str) -> None:
     whether one was replaced since. Where `folder` has no file `last`, the uploaded one holds `files` alone.
     """
     files = identities(folder, (name for name in files_in(folder) if name != last))
-    record = json.loads((folder / last).read_text(encoding="utf-8")) if (folder / last).exists() else {}
+    record = read_sealed(folder / last) if (folder / last).exists() else {}
     for fault in faults(folder, record.get("files", {})):
         raise RemoteError(f"{fault}, and it is not put to {url}; delete {folder}, and it is made again.")
     for name in files:
         put_file(folder / name, join(url, name))
-    write(join(url, last), (json.dumps(record | {"files": files}, indent=1, ensure_ascii=False) + "\n").encode())
+    write(join(url, last), (json.dumps(sealed(record | {"files": files}), indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def fetch_folder(url: str, folder: Path, *, last: str, keep: Callable[[str], bool] = lambda name: True) -> bool:

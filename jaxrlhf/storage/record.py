@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.files import read_sealed, sealed
+from jaxrlhf.files import read_sealed
 from jaxrlhf.storage.stage import STAGE_FORMAT, Done, Stage, StageError, canonical_json
 
 RECORD = "stage.json"
@@ -29,7 +29,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 def record_of(stage: Stage, result: dict[str, Any] | None, resumed: bool, *, seconds: float, compile_seconds: float) -> dict[str, Any]:
     """`seconds` and `compile_seconds`: of the process that finished the stage, and of others up to the checkpoints it went on from."""
-    record = {
+    return {
         "kind": stage.kind,
         "name": stage.name,
         "function": stage.function,
@@ -46,7 +46,6 @@ def record_of(stage: Stage, result: dict[str, Any] | None, resumed: bool, *, sec
         "format": STAGE_FORMAT,
         "compile_seconds": round(compile_seconds, 3),
     }
-    return sealed(record)
 
 
 def check_stage(folder: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxrlhf import distributed
 from jaxrlhf.files import faults
 from jaxrlhf.monitoring.metrics_file import FILE
 
@@ -39,7 +40,12 @@ class Done:
         return self.place
 
     def check(self) -> None:
-        """Raise StageError where a file is not what was written: all but metrics and training state are read, once a process."""
+        """Raise StageError where a file is not what was written: all but metrics and training state are read, once a process.
+
+        Of several processes the leader does: if it ends, all do.
+        """
+        if not distributed.is_leader():
+            return
         files = {name: facts for name, facts in self.record.get("files", {}).items() if name != FILE and Path(name).parts[0] != STATE}
         for fault in faults(self.place, files):
             raise StageError(f"{fault}; delete {self.place} to build stage {self.name} again.")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf import distributed
-from jaxrlhf.files import faults, identities, leftovers, locked, remove, sweep, sync
+from jaxrlhf.files import faults, identities, leftovers, locked, remove, sealed, sweep, sync
 from jaxrlhf.monitoring.metrics_file import FILE
 from jaxrlhf.monitoring.recompiles import CompileWatch, count_compilations
 from jaxrlhf.storage.copies import files_in
@@ -206,7 +206,8 @@ def _finish(partial: Path, final: Path, record: dict[str, Any], *, without: tupl
 
     The record names every file with its size and checksum, but for those in the folders `without`, which do not belong to the stage.
     """
-    record["files"] = identities(partial, (name for name in files_in(partial, skip=without) if name != RECORD))
+    files = identities(partial, (name for name in files_in(partial, skip=without) if name != RECORD))
+    record = sealed(record | {"files": files})
     (partial / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     for folder, folders, files in os.walk(partial):
         folders[:] = [name for name in folders if name not in without]

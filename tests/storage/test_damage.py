@@ -1,0 +1,321 @@
+"""Files that are damaged are named and never used; what a killed process leaves is no dead end, and is swept by the next."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import files
+from jaxrlhf.cli import main
+from jaxrlhf.data.columns import write_columns
+from jaxrlhf.files import finished_folder, write_whole
+from jaxrlhf.models.hub import resolve
+from jaxrlhf.storage.checkpoint import CheckpointError, Checkpoints
+from jaxrlhf.storage.record import RECORD
+from jaxrlhf.storage.stage import Stage, StageError
+from jaxrlhf.storage.store import Store
+from jaxrlhf.types import TrainState
+
+WAYS = ("missing", "empty", "cut", "flipped", "garbage")
+SFT = Stage("sft", "model", "sft", {"steps": 3})
+
+
+def damage(file: Path, way: str) -> None:
+    raw = file.read_bytes()
+    middle = len(raw) // 2
+    if way == "missing":
+        file.unlink()
+    else:
+        flipped = raw[:middle] + bytes([raw[middle] ^ 0x10]) + raw[middle + 1 :]
+        file.write_bytes({"empty": b"", "cut": raw[:middle], "flipped": flipped, "garbage": np.random.default_rng(0).bytes(len(raw))}[way])
+
+
+def state_at(step):
+    return TrainState(jnp.int32(step), {"w": jnp.linspace(0.1, 1, 300) * step}, {"m": jnp.full(3, 0.1) * step}, {})
+
+
+def found_in(folder, **how):
+    """The step of the newest checkpoint that is read; its arrays are those of that step, whatever was damaged."""
+    with Checkpoints(folder, **how) as checkpoints:
+        found = checkpoints.restore(state_at(0))
+    if found is None:
+        return None
+    step = int(found[0].step)
+    want = state_at(step)
+    assert (
+        found[1] == {"n": step}
+        and (found[0].params["w"] == want.params["w"]).all()
+        and (found[0].opt_state["m"] == want.opt_state["m"]).all()
+    )
+    return step
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A folder of the checkpoints 1 and 2, made once."""
+    folder = tmp_path_factory.mktemp("two")
+    with Checkpoints(folder) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state_at(step), {"n": step})
+    return folder
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(two, tmp_path, caplog):
+    """Each kind of file of the newest, damaged so that orbax sees it or does not; nothing of it is ever read as if it were whole."""
+    places = sorted(str(path.relative_to(two)) for path in (two / "2").rglob("*") if path.is_file())
+    places = [place for place in places if not place.startswith(("2/opt_state", "2/state"))]  # as params
+    assert sum("ocdbt.process_0/d/" in place for place in places) >= 2 and "2/files.json" in places
+    for number, place in enumerate(places):
+        way = "flipped" if "process_0/d/" in place else WAYS[number % len(WAYS)]
+        folder = tmp_path / str(number)
+        shutil.copytree(two, folder)
+        damage(folder / place, way)
+        unread = place.count("/") == 1 and (
+            place != "2/files.json" or way == "missing"
+        )  # orbax's own notes; a list of files that is not there
+        caplog.clear()
+        assert found_in(folder) == (2 if unread else 1), (place, way)
+        assert unread or (str(folder / place) in caplog.text and "; checkpoint 1 is used" in caplog.text)
+        assert (folder / ".damaged-2").is_dir() == (not unread)
+
+
+def test_where_no_checkpoint_is_left_the_stage_begins_anew_and_the_step_can_be_saved_again(two, tmp_path, caplog):
+    shutil.copytree(two, tmp_path / "x")
+    for step in ("1", "2"):
+        damage(tmp_path / "x" / step / "meta" / "metadata", "cut")
+    with Checkpoints(tmp_path / "x") as checkpoints:
+        assert checkpoints.newest() is None and "none is left: the stage starts from its beginning" in caplog.text
+        checkpoints.save(2, state_at(2), {"n": 2})
+    assert found_in(tmp_path / "x") == 2
+    with Checkpoints(tmp_path / "x") as checkpoints:
+        checkpoints.save(3, state_at(3), {"n": 3})
+        checkpoints.prune()
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["3"]  # of a finished training the newest stays, and nothing of its past
+
+
+def test_where_another_checkpoint_would_be_another_result_damage_is_an_error(two, tmp_path):
+    shutil.copytree(two, tmp_path / "x")
+    file = next((tmp_path / "x" / "2" / "params" / "ocdbt.process_0" / "d").iterdir())
+    damage(file, "flipped")
+    with pytest.raises(CheckpointError, match=rf"{file} is damaged: .*: delete /the/stage, then run the same command again"):
+        found_in(tmp_path / "x", whole="/the/stage")
+    assert (tmp_path / "x" / "2").is_dir()  # nothing was moved: the next process says the same
+
+
+def test_a_checkpoint_without_checksums_is_used_if_it_can_be_read(two, tmp_path, caplog):
+    """Of an earlier version, or half-removed by one."""
+    shutil.copytree(two, tmp_path / "x")
+    for step in ("1", "2"):
+        (tmp_path / "x" / step / "files.json").unlink()
+    assert found_in(tmp_path / "x") == 2
+    shutil.rmtree(tmp_path / "x" / "2" / "opt_state")
+    assert found_in(tmp_path / "x") == 1 and "2/opt_state is missing" in caplog.text
+
+
+def built(store, **how):
+    def fn(folder):
+        (folder / "model.safetensors").write_bytes(bytes(range(256)))
+        (folder / "metrics.jsonl").write_text('{"loss": 1.5}\n')
+        with Checkpoints(store.state(folder)) as checkpoints:
+            checkpoints.save(1, state_at(1), {"n": 1})
+        return {"loss": 0.12345, "name": "π"}
+
+    return store.build(SFT, fn, **how)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_damaged_file_of_a_finished_stage_is_named(tmp_path, way):
+    """A size is seen when the stage is found, a content when it is read; of stage.json both at once."""
+    done = Store(tmp_path).build(SFT, lambda folder: (folder / "model.safetensors").write_bytes(bytes(range(256))) and {"loss": 0.12345})
+    file = done.place / "model.safetensors"
+    whole = file.read_bytes()
+    damage(file, way)
+    with pytest.raises(StageError, match=rf"{file} is .*; delete {done.place} to build stage sft again"):
+        found = Store(tmp_path).find(SFT)
+        assert found is not None and way in ("flipped", "garbage")  # a stat does not see those
+        found.folder  # noqa: B018
+    file.write_bytes(whole)
+    assert Store(tmp_path).find(SFT).folder == done.place
+    damage(done.place / RECORD, way)
+    with pytest.raises(StageError, match=rf"{done.place / RECORD} .*; delete {done.place} to build"):
+        Store(tmp_path).find(SFT)
+
+
+def test_a_figure_of_a_record_that_is_another_is_seen_and_a_record_without_checksums_is_taken(tmp_path):
+    done = Store(tmp_path).build(SFT, lambda folder: {"loss": 0.12345})
+    record = done.place / RECORD
+    text = record.read_text()
+    record.write_text(text.replace("0.12345", "0.12346"))
+    with pytest.raises(StageError, match=r"it is damaged: its content is another than was written"):
+        Store(tmp_path).find(SFT)
+    old = {name: value for name, value in json.loads(text).items() if name not in ("seal", "files")}
+    record.write_text(json.dumps(old))
+    assert Store(tmp_path).find(SFT).folder == done.place
+
+
+def test_damaged_metrics_of_a_finished_stage_block_nothing(tmp_path, caplog):
+    done = built(Store(tmp_path))
+    assert done.metrics == done.place / "metrics.jsonl"
+    for way in ("flipped", "missing"):
+        damage(done.place / "metrics.jsonl", way)
+        found = Store(tmp_path).find(SFT)
+        assert found.folder == done.place and found.metrics is None
+        assert f"{done.place / 'metrics.jsonl'} is" in caplog.text and "the curves of stage sft are left out" in caplog.text
+
+
+def killed_in_removing(monkeypatch, what):
+    """Whoever removes a folder of this name dies with half of its files gone."""
+    rmtree = shutil.rmtree
+
+    def half(path, *rest, **options):
+        if what not in Path(path).name or not Path(path).exists():
+            return rmtree(path, *rest, **options)
+        for file in sorted(file for file in Path(path).rglob("*") if file.is_file())[::2]:
+            file.unlink()
+        raise SystemExit("killed")
+
+    monkeypatch.setattr(shutil, "rmtree", half)
+
+
+def test_a_stop_while_training_state_is_removed_is_no_dead_end(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        killed_in_removing(patch, "checkpoint")
+        with pytest.raises(SystemExit):
+            built(Store(tmp_path), keep_state=False)
+    assert list((tmp_path / SFT.hash).glob(".checkpoint.*.gone"))
+    done = built(Store(tmp_path), keep_state=False)
+    assert done.cached and sorted(path.name for path in done.folder.iterdir()) == ["metrics.jsonl", "model.safetensors", RECORD]
+    kept = Store(tmp_path / "kept")
+    assert found_in(kept.state_of(built(kept))) == 1  # and where it is to be kept it is
+
+
+def test_a_stop_before_training_state_is_removed_leaves_none_behind(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_tidy", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            built(Store(tmp_path), keep_state=False)
+    assert (tmp_path / SFT.hash / "checkpoint" / "1").is_dir() and not any(
+        "check" in name for name in Store(tmp_path).find(SFT).record["files"]
+    )
+    assert not (built(Store(tmp_path), keep_state=False).folder / "checkpoint").exists()
+
+
+def test_a_stop_while_an_old_checkpoint_is_removed_is_no_dead_end(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        killed_in_removing(patch, ".gone")
+        with pytest.raises(SystemExit), Checkpoints(tmp_path, keep=1) as checkpoints:
+            for step in (1, 2, 3):
+                checkpoints.save(step, state_at(step), {"n": step})
+    assert (tmp_path / ".gone").is_dir()
+    assert found_in(tmp_path) == 2 and [path.name for path in tmp_path.iterdir()] == ["2"]
+
+
+@pytest.fixture
+def dead():
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_dead_process_left_is_swept_and_that_of_a_living_one_is_not(tmp_path, dead):
+    left, living = tmp_path / f".summary.json.{dead}.partial", tmp_path / f".summary.json.{os.getppid()}.partial"
+    other = tmp_path / f".another.json.{dead}.partial"
+    for path in (left, living, other):
+        path.touch()
+    write_whole(tmp_path / "summary.json", "{}")
+    assert not left.exists() and living.exists() and other.exists()  # another.json is swept by who writes it
+    folder = tmp_path / f".model.{dead}.partial"
+    folder.mkdir()
+    with finished_folder(tmp_path / "model") as work:
+        (work / "a").touch()
+    assert not folder.exists() and (tmp_path / "model" / "a").exists()
+
+
+def test_what_a_stage_was_left_with_is_swept_by_the_next_process(tmp_path):
+    store = Store(tmp_path)
+    names = ("..model.1f2e3d4c", "..model.77.partial", "..model.old", ".out.txt.78.partial", ".checkpoint.79.gone")
+
+    def litter(folder):
+        for name in names:
+            (folder / name).mkdir(parents=True)
+            (folder / name / "x").touch()
+
+    litter(tmp_path / f".partial-{SFT.hash}")
+    done = store.build(SFT, lambda folder: (folder / ".mine").touch())
+    assert sorted(path.name for path in done.folder.iterdir()) == [".mine", RECORD]
+    litter(done.place)
+    assert sorted(path.name for path in store.build(SFT, lambda folder: None).folder.iterdir()) == [".mine", RECORD]
+
+
+def test_a_folder_that_was_being_replaced_comes_back(tmp_path, monkeypatch):
+    """Killed between the two renames: the next process finds the old one, and then replaces it or does not."""
+    with finished_folder(tmp_path / "model") as work:
+        (work / "old").touch()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Path, "rename", lambda *_: sys.exit("killed"))
+        with finished_folder(tmp_path / "model") as work:
+            (work / "new").touch()
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(InterruptedError), finished_folder(tmp_path / "model"):
+        raise InterruptedError
+    assert (tmp_path / "model" / "old").exists() and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_file_is_read_once_a_process(tmp_path, monkeypatch):
+    done = Store(tmp_path).build(SFT, lambda folder: (folder / "x").write_bytes(b"123") and None)
+    read, digest = [], files._digest_of_version
+    monkeypatch.setattr(files, "_digest_of_version", lambda file, *version: digest(file, *version))
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *rest, **how: read.append(self.name) or opened(self, *rest, **how))
+    for _ in range(3):
+        assert done.folder
+    assert read == ["x"]
+
+
+def test_a_model_folder_that_is_a_damaged_stage_is_not_loaded(tmp_path):
+    """Also by who reads it by its path: `jaxrlhf.load`, evaluate, generate. A copy that was changed on purpose says how to say so."""
+    done = Store(tmp_path).build(SFT, lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}') and None)
+    assert resolve(done.place) == done.place
+    (done.place / "config.json").write_text('{"model_type": "gpt3"}')
+    with pytest.raises(StageError, match=r"config\.json is damaged: .* If it is a copy that you changed, delete its stage\.json"):
+        resolve(done.place)
+    (done.place / RECORD).unlink()
+    assert resolve(done.place) == done.place
+
+
+def test_verify_reads_everything_and_names_each_fault(tmp_path, capsys):
+    run, store = tmp_path / "runs" / "toy", Store(tmp_path / "runs" / ".stages")
+    done = built(store)
+    other = store.build(Stage("pairs", "data", "pairs", {}), lambda folder: (folder / "train.parquet").write_bytes(b"0123") and None)
+    for number, stage in enumerate((done, other)):
+        store.link(stage, run, number)
+    write_whole(run / "summary.json", "{}")
+    write_columns(store.root / "columns" / "logps", ["a", "b"], {"logp": np.zeros(2)}, {"dataset": "d"})
+    assert main(["verify", str(run)]) == 0
+    said = capsys.readouterr().out
+    listed = len(done.record["files"]) + len(other.record["files"])
+    assert f"{listed} files, " in said and "all as they were written\n1 more have no checksum and were not verified: summary.json\n" in said
+    state = next((done.place / "checkpoint" / "1" / "params" / "ocdbt.process_0" / "d").iterdir())
+    shard = store.root / "columns" / "logps" / "columns-00000.parquet"
+    for file, way in ((state, "flipped"), (other.place / "train.parquet", "cut"), (shard, "garbage")):
+        damage(file, way)
+    assert main(["verify", str(run), str(store.root)]) == 1
+    said = capsys.readouterr().out.splitlines()
+    flipped, again = "is damaged: its content (sha256) is another than was written", "and the same run makes it again."
+    cut = "is damaged: it has 2 bytes, and was written with 4"
+    expected = ((state, flipped, done.place), (other.place / "train.parquet", cut, other.place), (shard, flipped, shard.parent))
+    assert sorted(said[:3]) == sorted(f"{file} {fault}; delete {folder}, {again}" for file, fault, folder in expected)
+    assert said[3].endswith(": 3 faults")
+    damage(done.place / RECORD, "flipped")
+    shutil.rmtree(other.place)
+    assert main(["verify", str(run)]) == 1
+    said = capsys.readouterr().out
+    assert f"{done.place / RECORD} cannot be read (" in said and "01-pairs leads nowhere; the same run makes it again" in said
+    assert main(["verify", str(tmp_path / "none")]) == 1 and "is not a folder" in capsys.readouterr().err
