@@ -19,7 +19,7 @@ from jaxrlhf.storage import copies, remote
 from jaxrlhf.storage.checkpoint import Checkpoints
 from jaxrlhf.storage.remote import RemoteError
 from jaxrlhf.storage.remote_store import RemoteStore
-from jaxrlhf.storage.run_folder import check_seen_by_all
+from jaxrlhf.storage.run_folder import check_seen_by_all, fetch_run
 from jaxrlhf.storage.stage import Stage, StageError
 from jaxrlhf.types import TrainState
 
@@ -186,7 +186,63 @@ def test_checkpoints_go_on_from_another_machine(tmp_path, machine, monkeypatch):
             assert int(checkpoints.restore(state_at(0))[0].step) == step
 
 
-def test_state_goes_once_the_stage_is_there(tmp_path, machine):
+def damaged(file):
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+
+
+def test_a_checkpoint_that_is_damaged_here_is_downloaded_again_and_one_there_is_left_out(tmp_path, machine, caplog):
+    with Checkpoints("bucket://s/state", keep=2) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(step, state_at(step))
+    data = next(name for name in copies.files_in(checkpoints.folder / "4") if "params/ocdbt.process_0/d/" in name)
+    damaged(checkpoints.folder / "4" / data)
+    with Checkpoints("bucket://s/state", keep=2) as checkpoints:
+        assert int(checkpoints.restore(state_at(0))[0].step) == 4
+    assert f"4/{data} is damaged" in caplog.text and "; checkpoint 4 is used" in caplog.text
+    damaged(bucket(tmp_path, "s", "state", "4", data))
+    machine("two")
+    with Checkpoints("bucket://s/state", keep=2) as checkpoints:
+        assert int(checkpoints.restore(state_at(0))[0].step) == 2 and "The checkpoint is left out." in caplog.text
+
+
+def test_what_is_damaged_here_is_not_put_and_a_copy_is_fetched_again(tmp_path, machine, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(copies, "put_folder", lambda *_, last: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            RemoteStore("bucket://s").build(sft(), made("weights"))
+    here = RemoteStore("bucket://s").root / sft().hash / "sub" / "model.safetensors"
+    damaged(here)
+    with pytest.raises(
+        RemoteError, match=rf"{here} is damaged: .*, and it is not put to bucket://s/.*; delete {here.parents[1]}, and it is made"
+    ):
+        RemoteStore("bucket://s").find(sft())
+    shutil.rmtree(here.parents[1])  # the way out
+    RemoteStore("bucket://s").build(sft(), made("weights"))
+    copy = copies.cached_folder(f"bucket://s/{sft().hash}") / "sub" / "model.safetensors"
+    damaged(copy)
+    assert (copies.cached_folder(f"bucket://s/{sft().hash}") / "sub" / "model.safetensors").read_text() == "weights"
+
+
+def test_a_bucket_cannot_have_files_written_elsewhere(tmp_path, machine):
+    RemoteStore("bucket://s").build(sft(), made("weights"))
+    there = bucket(tmp_path, "s", sft().hash)
+    (there / "stage.json").write_text(json.dumps({"files": {"../outside": [7, "0"]}}))
+    (there.parent / "outside").write_text("hostile")
+    machine("two")
+    with pytest.raises(RemoteError, match=r"stage\.json cannot be read \(it names '../outside', outside of its folder\)"):
+        RemoteStore("bucket://s").find(sft())
+    assert not list((tmp_path / "two").rglob("outside"))
+    links = bucket(tmp_path, "runs", "toy", "links.json")
+    links.parent.mkdir(parents=True)
+    links.write_text("{")
+    with pytest.raises(RemoteError, match=r"bucket://runs/toy/links\.json cannot be read .*; delete it"):
+        fetch_run("bucket://runs/toy")
+    with pytest.raises(RemoteError, match=r"bucket://runs/toy/links\.json cannot be read"):
+        copies.cached_folder("bucket://runs/toy/stages/00-sft")
+    assert copies.links_in(b'{"../../x": "a", "..": "b", "00-sft": "c"}', "") == {"00-sft": "c"}
+
+
+def test_state_goes_once_the_stage_is_there(tmp_path, machine, monkeypatch):
     store = RemoteStore("bucket://s")
 
     def train(folder):
@@ -196,12 +252,21 @@ def test_state_goes_once_the_stage_is_there(tmp_path, machine):
             checkpoints.save(1, state_at(1))
         assert bucket(tmp_path, "s", f".state-{sft().hash}", "checkpoint", "1", "files.json").exists()
         assert bucket(tmp_path, "s", f".state-{sft().hash}", "metrics.jsonl").read_text() == "{}\n"
-        store.drop_state(folder)
-        assert bucket(tmp_path, "s", f".state-{sft().hash}", "checkpoint", "1").exists()  # still: the stage is not there yet
 
-    store.build(sft(), train)
-    assert bucket(tmp_path, "s", sft().hash, "stage.json").exists()
-    assert not any(path.is_file() for path in bucket(tmp_path, "s", f".state-{sft().hash}").rglob("*"))
+    state, put = bucket(tmp_path, "s", f".state-{sft().hash}"), copies.put_folder
+
+    def put_stage(*given, last):
+        put(*given, last=last)
+        assert (state / "checkpoint" / "1").exists()  # still: the stage has only now come there
+
+    monkeypatch.setattr(copies, "put_folder", put_stage)
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteStore, "_tidy", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            store.build(sft(), train, keep_state=False)
+    assert bucket(tmp_path, "s", sft().hash, "stage.json").exists() and any(path.is_file() for path in state.rglob("*"))
+    store.build(sft(), train, keep_state=False)  # found, and what the killed process left is removed
+    assert not any(path.is_file() for path in state.rglob("*")) and not copies.work_folder(store.state_of(store.find(sft()))).exists()
 
 
 def test_data_at_a_url(machine, monkeypatch):
