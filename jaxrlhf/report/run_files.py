@@ -55,6 +55,10 @@ def read_record(path: Path, missing: list[str]) -> dict[str, Any]:
         "finished": (lambda x: isinstance(x, str), "a text"),
         "result": (lambda x: isinstance(x, dict), "an object"),
         "config": (lambda x: isinstance(x, dict), "an object"),
+        "files": (
+            lambda x: isinstance(x, dict) and all(isinstance(one, list) and len(one) == 2 for one in x.values()),
+            "an object of sizes and checksums",
+        ),
         "inputs": (lambda x: isinstance(x, dict) and all(isinstance(one, str) for one in x.values()), "an object of hashes"),
     }
     for name, (good, kind) in kinds.items():

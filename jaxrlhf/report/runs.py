@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from jaxrlhf.files import faults
 from jaxrlhf.report.run_files import number, read_json, read_log, read_record, read_yaml
 
 STAGE = re.compile(r"\d\d+-.")  # how a folder in stages/ is named
@@ -217,6 +218,12 @@ def _stages(folder: Path, missing: list[str]) -> list[StageRead]:
             missing.append(f"stages/{path.name} links to a folder that is gone (the store was moved?); `jaxrlhf run` builds it again.")
             continue
         record = read_record(path / "stage.json", missing)
+        shown = {
+            name: facts for name, facts in (record.get("files") or {}).items() if not name.endswith(".safetensors") and "/" not in name
+        }
+        missing += [
+            f"{fault}: what is shown of {name} may be wrong; delete {path.resolve()} and run again." for fault in faults(path, shown)
+        ]
         if isinstance(record.get("function"), str):
             match = re.match(r"r(\d+)-", name)
             found.append(StageRead(name, record["function"], int(match[1]) if match else None, path, record))

@@ -80,12 +80,19 @@ def test_missing_ids_and_columns_are_errors_that_name_them(folder):
 
 
 def test_damaged_folders_are_errors(folder):
+    whole = next(folder.glob("*.parquet")).read_bytes()
     next(folder.glob("*.parquet")).write_bytes(b"PAR1")
     with pytest.raises(ColumnError, match="damaged"):
         join_columns(IDS, folder, ["logp"], expect=HEADER)
+    file, raw = next(folder.glob("*.parquet")), whole
+    file.write_bytes(raw[:6] + bytes([raw[6] ^ 1]) + raw[7:])  # no reader of Parquet sees that
+    with pytest.raises(
+        ColumnError, match=rf"{file} is damaged: its content \(sha256\) is another than was written. Compute the columns again"
+    ):
+        join_columns(IDS, folder, ["logp"], expect=HEADER)
     body = json.loads((folder / "header.json").read_text()) | {"format": 99}
     (folder / "header.json").write_text(json.dumps(body))
-    with pytest.raises(ColumnError, match="header.json cannot be read .it is damaged"):
+    with pytest.raises(ColumnError, match=r"header\.json cannot be read \(it is damaged"):
         join_columns(IDS, folder, ["logp"], expect=HEADER)
     del body["seal"]  # as of another version
     (folder / "header.json").write_text(json.dumps(body))

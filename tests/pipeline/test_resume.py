@@ -9,15 +9,21 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 import yaml
 
 import jaxrlhf
 from jaxrlhf.monitoring.metrics_file import read
+from jaxrlhf.monitoring.runlog import RunLog
 from jaxrlhf.pipeline.run import run
 from jaxrlhf.pipeline.stages import context, policy, reward, sft
 from jaxrlhf.recipe import from_mapping
+from jaxrlhf.storage.checkpoint import CheckpointError, Checkpoints
 from jaxrlhf.storage.record import read_record
+from jaxrlhf.storage.stage import Stage
+from jaxrlhf.storage.store import Store
+from jaxrlhf.types import TrainState
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -135,6 +141,31 @@ def test_the_seconds_of_a_stage_are_those_of_all_its_processes(tmp_path, tiny_co
         run(config, until="sft")
     record = read_record(run(config, until="sft") / "stages" / "01-sft")
     assert record["resumed"] and 300 <= record["seconds"] < 400 and record["compile_seconds"] < record["seconds"]
+
+
+def test_what_the_next_round_carries_on_is_the_last_checkpoint_and_no_other(tmp_path, tiny_config):
+    """With `checkpoint.keep: 2` the finished stage keeps one; where that is damaged, an earlier one would be another result."""
+    config = tiny_config(tmp_path)
+    context_of = context.RunContext(config, Store(tmp_path / ".stages"), tmp_path / "tiny", RunLog(None), None)
+    assert config.checkpoint.keep == 2
+
+    def state_at(step):
+        params = {"policy": {"w": jnp.ones(3) * step}, "critic": {"w": jnp.ones(3) * step}}
+        return TrainState(jnp.int32(step), params, {"m": jnp.ones(3) * step}, {"value_bias": jnp.float32(0)})
+
+    def train(folder):
+        with Checkpoints(context_of.store.state(folder), keep=config.checkpoint.keep) as checkpoints:
+            for step in (1, 2):
+                checkpoints.save(step, state_at(step))
+
+    done = context_of.build(Stage("r1-policy", "model", "ppo", {}), train, keep_state=True)
+    assert [path.name for path in (done.place / "checkpoint").iterdir()] == ["2"]
+    carried = policy.with_previous_state(context_of, state_at(0), done, (True, False))
+    assert carried.params["critic"]["w"].tolist() == [2, 2, 2] and carried.params["policy"]["w"].tolist() == [0, 0, 0]
+    file = next(path for path in (done.place / "checkpoint").rglob("params/ocdbt.process_0/d/*") if path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match=f"{file} is damaged: .*: delete {done.place}, then run the same command again"):
+        policy.with_previous_state(context_of, state_at(0), done, (True, False))
 
 
 def live_bytes(arrays) -> int:

@@ -20,6 +20,7 @@ import yaml
 
 from jaxrlhf.commands import report as command
 from jaxrlhf.evaluation.intervals import Interval, as_fields
+from jaxrlhf.files import identities
 from jaxrlhf.pipeline.table import findings as terminal_findings
 from jaxrlhf.pipeline.table import read_summaries
 from jaxrlhf.report import costs, runs
@@ -440,6 +441,20 @@ def test_columns_and_scores_of_a_wrong_type_are_said(run, undrawn):
     html = report([run]).html
     assert all(f"column {name} is of a wrong type" in html for name in ("prompt", "gold_1", "response_1_tokens"))
     assert "valid_scores.npy of 08-r2-reward cannot be used (not numbers of shape [2, M])" in html
+
+
+def test_what_is_shown_of_a_damaged_stage_is_said(run):
+    """A text of samples.parquet that is another by one letter: every reader takes it."""
+    path = next(run.glob("stages/*-sft-evaluation/samples.parquet"))
+    record = path.with_name("stage.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"files": identities(path.parent, [path.name])}))
+    assert runs.read_run(run, arm="a").missing == []
+    raw = path.read_bytes()
+    path.write_bytes(raw[:5] + bytes([raw[5] ^ 1]) + raw[6:])
+    (said,) = runs.read_run(run, arm="a").missing
+    assert "samples.parquet is damaged: its content (sha256) is another" in said and "of sft-evaluation may be wrong; delete" in said
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"files": {"samples.parquet": "x"}}))
+    assert "files is not an object of sizes and checksums, and is left out" in runs.read_run(run, arm="a").missing[0]
 
 
 def test_the_log_of_a_run_that_diverged_is_drawn(run):
