@@ -168,6 +168,8 @@ class Store:
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_name(f".{target.name}.new")
         remove(fresh)
+        for name in (fresh.name, target.name):
+            sweep(target.parent, name)
         if not standalone:
             try:
                 # Both ends resolved: a relative link through a symlinked folder would point to another place.

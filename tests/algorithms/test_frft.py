@@ -87,8 +87,8 @@ def vectors(encoder, texts):
 
 
 def generations_in(context) -> list[str]:
-    [path] = context.columns.glob("generations-*.json")
-    return json.loads(path.read_text())
+    [path] = context.columns.glob("texts-*.json")
+    return json.loads(path.read_text())["texts"]
 
 
 def report_of(context):
@@ -107,6 +107,15 @@ def test_own_keeps_the_pairs_nearest_to_the_answer_to_their_own_prompt(context, 
     assert (weights == np.ones(3, np.float32)).all() and (kept.tokens.index_B == np.arange(3)).all()
     facts = json.loads((here.folder / "report.json").read_text())
     assert facts["kept"] == 3 and facts["chosen_similarity"] == pytest.approx(np.sort(cosine)[::-1][:3].mean(), abs=1e-5)
+
+
+def test_texts_that_were_damaged_are_not_read(tmp_path):
+    """One letter is another; an earlier version wrote none of these."""
+    path = tmp_path / "texts-1.json"
+    assert frft._kept_on_disk(path, lambda: ["abc", "π"]) == frft._kept_on_disk(path, lambda: []) == ["abc", "π"]
+    path.write_text(path.read_text().replace("abc", "abd"))
+    with pytest.raises(ValueError, match=f"{path} cannot be read .it is damaged: .*; delete it, and the texts are written again"):
+        frft._kept_on_disk(path, lambda: [])
 
 
 def test_nearest_asks_other_prompts_every_round_or_the_same(context, pairs, asked):

@@ -189,7 +189,9 @@ def test_standalone_copies_and_a_filesystem_without_links_does_too(store, tmp_pa
     assert not copy.is_symlink() and (copy / "out.txt").read_text() == "x"
     (copy / "mine").touch()
     assert (store.link(done, tmp_path / "run", 1, standalone=True) / "mine").exists()  # an equal copy is left alone
+    (copy.parent / ".01-01-sft.99999999.gone").mkdir()  # what a process was killed in removing
     assert store.link(done, tmp_path / "run", 1).is_symlink()  # and a link replaces a copy
+    assert [path.name for path in copy.parent.iterdir()] == ["01-01-sft"]
 
     def refuse(*args, **kwargs):
         raise OSError(errno.EPERM, "Operation not permitted")
