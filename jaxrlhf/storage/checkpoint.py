@@ -92,6 +92,7 @@ class Checkpoints:
             handlers: Any = {name: ocp.StandardCheckpointHandler() for name in ("params", "opt_state", "state")}
             handlers["meta"] = ocp.JsonCheckpointHandler()
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+            self._found = frozenset(self._manager.all_steps())
         if self._url is not None and not self._direct:
             self._put(self._url)  # what an interrupted upload left out
 
@@ -125,9 +126,9 @@ class Checkpoints:
         return self._read_newest(lambda step: self._restore(step, template))
 
     def newest(self) -> dict[str, Any] | None:
-        """The `meta` of the newest checkpoint; None where there is none."""
-        meta = _orbax().args.JsonRestore()
-        return self._read_newest(lambda step: self._manager.restore(step, args=_orbax().args.Composite(meta=meta))["meta"])
+        """The `meta` of the newest checkpoint; None where there is none. Of one saved here the rest is not looked at."""
+        args = _orbax().args.Composite(meta=_orbax().args.JsonRestore())
+        return self._read_newest(lambda step: self._manager.restore(step, args=args)["meta"], part="meta/")
 
     def prune(self) -> None:
         """Remove all but the newest checkpoint: of a training that is finished."""
@@ -153,12 +154,13 @@ class Checkpoints:
         back = {name: unflat(tree, got[name] if name in tables else {}) for name, tree in items.items()}
         return TrainState(back["state"]["step"], back["params"], back["opt_state"], back["state"]["controller"]), got["meta"]
 
-    def _read_newest(self, read: Callable[[int], T]) -> T | None:
+    def _read_newest(self, read: Callable[[int], T], part: str = "") -> T | None:
         """`read(step)` of the newest checkpoint whose files are those that were written; None where there is none."""
         self.wait()
         while (step := distributed.agree(self._manager.latest_step(), f"the checkpoints in {self.folder}")) is not None:
             folder = self.folder / str(step)
-            fault = distributed.agree(self._fault(step) if distributed.is_leader() else None, f"whether {folder} is damaged")
+            fault = self._fault(step, "" if step in self._found else part) if distributed.is_leader() else None
+            fault = distributed.agree(fault, f"whether {folder} is damaged")
             if fault is None:
                 try:
                     with _clear_errors(folder, "read"):
@@ -175,11 +177,12 @@ class Checkpoints:
     def _is_signed(self, step: int) -> bool:
         return not self._direct and (self.folder / str(step) / _FILES).exists()
 
-    def _fault(self, step: int) -> str | None:
-        """What is wrong with the files of a checkpoint. One without checksums (at gs://, or of an earlier version) is not looked at."""
+    def _fault(self, step: int, part: str) -> str | None:
+        """What is wrong with the files of (a part of) a checkpoint, if it has checksums: not at gs://, nor of an earlier version."""
         path = self.folder / str(step) / _FILES
         try:
-            return next(faults(path.parent, read_sealed(path)["files"]), None) if self._is_signed(step) else None
+            files = read_sealed(path)["files"].items() if self._is_signed(step) else ()
+            return next(faults(path.parent, {name: facts for name, facts in files if name.startswith(part)}), None)
         except (ValueError, KeyError, TypeError) as error:
             return f"{path} is damaged ({error})"
 

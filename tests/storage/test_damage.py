@@ -16,6 +16,7 @@ from jaxrlhf.cli import main
 from jaxrlhf.data.columns import write_columns
 from jaxrlhf.files import finished_folder, write_whole
 from jaxrlhf.models.hub import resolve
+from jaxrlhf.storage import checkpoint
 from jaxrlhf.storage.checkpoint import CheckpointError, Checkpoints
 from jaxrlhf.storage.record import RECORD
 from jaxrlhf.storage.stage import Stage, StageError
@@ -106,6 +107,18 @@ def test_where_another_checkpoint_would_be_another_result_damage_is_an_error(two
     with pytest.raises(CheckpointError, match=rf"{file} is damaged: .*: delete /the/stage, then run the same command again"):
         found_in(tmp_path / "x", whole="/the/stage")
     assert (tmp_path / "x" / "2").is_dir()  # nothing was moved: the next process says the same
+
+
+def test_what_is_looked_up_of_a_checkpoint_that_was_saved_here_costs_no_reading_of_its_arrays(two, tmp_path, monkeypatch):
+    """The look at held-out rows asks for the best figure so far, again and again."""
+    read, look = [], checkpoint.faults
+    monkeypatch.setattr(checkpoint, "faults", lambda folder, files: look(folder, read.append({*files}) or files))
+    shutil.copytree(two, tmp_path / "x")
+    with Checkpoints(tmp_path / "x") as checkpoints:
+        assert checkpoints.newest() == {"n": 2} and any(name.startswith("params/") for name in read[-1])  # another process wrote it
+        checkpoints.save(3, state_at(3), {"n": 3})
+        assert checkpoints.newest() == {"n": 3} and {name.split("/")[0] for name in read[-1]} == {"meta"}
+        assert checkpoints.restore(state_at(0))[1] == {"n": 3} and any(name.startswith("params/") for name in read[-1])
 
 
 def test_a_checkpoint_without_checksums_is_used_if_it_can_be_read(two, tmp_path, caplog):
