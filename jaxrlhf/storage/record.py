@@ -50,12 +50,13 @@ def record_of(stage: Stage, result: dict[str, Any] | None, resumed: bool, *, sec
 
 def check_stage(folder: Path) -> None:
     """Raise StageError where `folder` is that of a finished stage, or a copy of one, and a file in it is not what was written."""
-    if (folder / RECORD).is_file():
-        record = read_record(folder)
-        try:
-            Done(record.get("name", ""), folder, record.get("hash", ""), record).check()
-        except StageError as error:
-            raise StageError(f"{error} If it is a copy that you changed, delete its {RECORD}.") from None
+    path = folder / RECORD
+    try:
+        record = read_sealed(path) if path.is_file() else {}
+        Done(str(record.get("name")), folder, "", record).check()
+    except (ValueError, TypeError, AttributeError, StageError) as error:
+        fault = error if isinstance(error, StageError) else f"{path} cannot be read ({error})."
+        raise StageError(f"{fault} If it is a copy that you changed, delete its {RECORD}.") from None
 
 
 def _version(package: str) -> str | None:

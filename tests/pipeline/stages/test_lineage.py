@@ -160,5 +160,5 @@ def test_a_policy_that_learns_from_pairs_names_them(made):
     facts = policy_lineage(first, RoundInputs(sft, sft, sft, sft, made["pairs"], (made["r1-reward"],), made["r2-update"]))
     assert facts["update"] == "dpo" and facts["reward"] == []
     assert facts["pairs"] == reference_to(made["pairs"]) and facts["pairs_update"] == reference_to(made["r2-update"])
-    write_lineage(made["r1-policy"].folder, facts | {"reference": None})
-    assert lineage(made["r1-policy"].folder).splitlines()[1:] == [f"└─ from sft {made['sft'].hash[:8]}"]
+    write_lineage(made["r1-policy"].place, facts | {"reference": None})
+    assert lineage(made["r1-policy"].place).splitlines()[1:] == [f"└─ from sft {made['sft'].hash[:8]}"]
