@@ -14,13 +14,14 @@ from jaxrlhf.config.data import (
     TokenizerConfig,
     ToyTask,
 )
+from jaxrlhf.config.guards import GuardsConfig
 from jaxrlhf.config.run import CheckpointConfig, Config, EvaluationConfig, LogConfig, MeshConfig
 from jaxrlhf.config.training import DPOConfig, LoraConfig, OptimizerConfig, PPOConfig, RewardConfig, SFTConfig, SupervisedConfig
 from jaxrlhf.config.updates import EncoderConfig, FilterConfig, RefitConfig, SynthesizeConfig, WeightsConfig
 
 __all__ = [
     "CheckpointConfig", "Config", "DPOConfig", "DataConfig", "EncoderConfig", "EvaluationConfig", "FilterConfig", "GoldConfig",
-    "LimitsConfig", "LogConfig", "LoraConfig", "MeshConfig", "ModelConfig", "ModelShape", "OptimizerConfig", "PPOConfig", "PairsConfig",
-    "RefitConfig", "RewardConfig", "SFTConfig", "Sources", "SupervisedConfig", "SynthesizeConfig", "TokenizerConfig", "ToyTask",
-    "WeightsConfig",
+    "GuardsConfig", "LimitsConfig", "LogConfig", "LoraConfig", "MeshConfig", "ModelConfig", "ModelShape", "OptimizerConfig", "PPOConfig",
+    "PairsConfig", "RefitConfig", "RewardConfig", "SFTConfig", "Sources", "SupervisedConfig", "SynthesizeConfig", "TokenizerConfig",
+    "ToyTask", "WeightsConfig",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from jaxrlhf.config.data import STRICT, DataConfig, GoldConfig, ModelConfig, PairsConfig, TokenizerConfig
+from jaxrlhf.config.guards import GuardsConfig
 from jaxrlhf.config.training import DPOConfig, LoraConfig, PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.config.updates import EncoderConfig, FilterConfig, RefitConfig, SynthesizeConfig, WeightsConfig
 
@@ -84,6 +85,7 @@ class Config:
     synthesize: SynthesizeConfig = field(default_factory=SynthesizeConfig)
     refit: RefitConfig = field(default_factory=RefitConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -51,6 +51,20 @@ def proportion(wins: float, n: int) -> Interval:
     return Interval(wins / n, *wilson_interval(wins, n), n) if n else Interval(math.nan, math.nan, math.nan, 0)
 
 
+def correlation_interval(x_N: np.ndarray, y_N: np.ndarray) -> Interval | None:
+    """Pearson's r with the interval of Fisher's transformation, tanh(artanh r ± z / √(n − 3)). Fisher (1921).
+
+    None where it is undefined: fewer than 4 observations, values that are not finite or do not vary.
+    """
+    x, y = np.asarray(x_N, np.float64), np.asarray(y_N, np.float64)
+    n = len(x)
+    if n < 4 or not np.isfinite((x, y)).all() or not all(varies(float(one.std()), float(one.mean())) for one in (x, y)):
+        return None
+    r = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
+    middle, half = math.atanh(math.copysign(min(abs(r), 1 - 1e-15), r)), Z / math.sqrt(n - 3)
+    return Interval(r, math.tanh(middle - half), math.tanh(middle + half), n)
+
+
 def mean_interval(values_N: np.ndarray) -> Interval:
     """The mean of one value an observation, with Student's t interval: mean ± t(n − 1) · s / √n. Student (1908).
 

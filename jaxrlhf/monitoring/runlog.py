@@ -7,7 +7,7 @@ Logging is not thread-safe and happens in one process: use `RunLog(None)` in the
 
 import time
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -49,6 +49,7 @@ class RunLog:
         self._tensorboard = tensorboard and self.folder is not None
         self._wandb = None
         self._stage: StageLog | None = None
+        self.seen: Callable[[dict[str, Any]], None] = lambda line: None  # told every line: new, of before a stop, or replayed
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             repair(self.folder / FILE)
@@ -81,6 +82,8 @@ class RunLog:
         if self.folder is not None:
             forget(self.folder / FILE, stage, round, after=-1)
             append(self.folder / FILE, lines)
+        for line in lines:
+            self.seen(line)
         return len(lines)
 
     def keep_only(self, stages: Collection[tuple[str, int | None]]) -> None:
@@ -131,6 +134,9 @@ class StageLog:
         self._times: deque[tuple[float, int, int]] = deque(maxlen=50)  # (clock, step, tokens) of the recent calls of `step`
         self._last: dict[str, Any] = {}
         self._closed = False
+        for line in read(folder / FILE) if folder is not None and start else ():
+            if line["step"] <= start:
+                log.seen({**line, "stage": name, "round": round})
         paths = [folder / FILE for folder in (log.folder, folder) if log.folder is not None and folder is not None]
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -213,11 +219,12 @@ class StageLog:
             return
         numbers = scalars(metrics)
         self._last = numbers
-        line = to_line({"stage": self._name, "round": self._round, "step": n, **numbers})
+        line = {"stage": self._name, "round": self._round, "step": n, **numbers}
         for file in self._files:
-            file.write(line)
+            file.write(to_line(line))
             file.flush()
         self._plot(n, {name: value for name, value in numbers.items() if isinstance(value, int | float)})
+        self._log.seen(line)
 
     def _plot(self, n: int, plottable: Mapping[str, int | float]) -> None:
         title = title_of(self._name, self._round)

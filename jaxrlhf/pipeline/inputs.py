@@ -140,7 +140,7 @@ def demonstrations_of(config: Config, tokenizer: Any = None) -> tuple[list[Demon
         return without_held_out(rows, report, held_out, "data.demonstrations" if data.demonstrations else "data.train")
     held = {row.prompt for row in held_out}
     rows = [row for row in rows if row.prompt not in held]
-    report.kept = len(rows)
+    report.kept = len(some_left(rows, "data.train"))
     return rows, report
 
 
@@ -165,12 +165,17 @@ def without_held_out(rows: list[T], report: ReadReport, held_out: list[Prompt], 
     held = {row.prompt for row in held_out} - {""}
     kept = [row for row in rows if row.prompt not in held]
     report.dropped += [(row.source, "held out: its prompt is among the held-out rows") for row in rows if row.prompt in held]
-    report.kept = len(kept)
-    if not kept:
+    report.kept = len(some_left(kept, name))
+    return kept, report
+
+
+def some_left(rows: list[T], name: str) -> list[T]:
+    """The rows that holding out has left of `name`. DataError where it has left none."""
+    if not rows:
         raise DataError(
             f"every row of {name} has a prompt that is also held out, so there is nothing to train on; give other held-out rows."
         )
-    return kept, report
+    return rows
 
 
 def pairs_of(config: Config, tokenizer: Any = None) -> tuple[list[Pair], list[Pair], ReadReport]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxrlhf.algorithms.rounds import PREFERENCE, Method, Round, method_of, num_rounds, round_of
 from jaxrlhf.config import Config
+from jaxrlhf.evaluation.intervals import proportion
 from jaxrlhf.pipeline.stages.context import RoundInputs, RunContext
 from jaxrlhf.pipeline.stages.evaluation import evaluation_stage
 from jaxrlhf.pipeline.stages.pairs import pairs_stage
@@ -14,7 +15,7 @@ from jaxrlhf.pipeline.stages.refit import RefitInputs, refit_stage
 from jaxrlhf.pipeline.stages.reward import reward_stage
 from jaxrlhf.pipeline.stages.reward_update import update_stage
 from jaxrlhf.pipeline.stages.sft import sft_stage, tokenizer_stage
-from jaxrlhf.pipeline.summary import Summary, update_report
+from jaxrlhf.pipeline.summary import Summary, accuracy_valid, update_report
 from jaxrlhf.plugins import plugin
 from jaxrlhf.storage.stage import Done
 
@@ -113,6 +114,9 @@ def _reward(run: RunContext, round: Round, track: Track, pairs: Done) -> Done | 
         track.rewards = tuple(
             reward_stage(run, round, sft, track.rewards[n] if track.rewards else None, pairs, update, member=n) for n in range(members)
         )
+        if (accuracy := accuracy_valid(track.rewards)) is not None:
+            held_out = pairs.record["result"]["valid"]
+            run.guards.see({"reward": proportion(accuracy * held_out, held_out)}, round=round.number, where="reward")
     return update
 
 

@@ -1,11 +1,15 @@
 """summary.json: a row a round."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from jaxrlhf import distributed
 from jaxrlhf.algorithms.rounds import Round
-from jaxrlhf.evaluation.intervals import as_fields
+from jaxrlhf.data.tables import read_table
+from jaxrlhf.evaluation.guards import Figures, sample_figures
+from jaxrlhf.evaluation.intervals import as_fields, from_fields
+from jaxrlhf.evaluation.samples import SAMPLES
 from jaxrlhf.files import write_whole
 from jaxrlhf.pipeline.stages.context import RunContext
 from jaxrlhf.pipeline.stages.reward_update import report_of
@@ -25,6 +29,7 @@ class Summary:
         self.notes: list[str] = []
         self._rounds: list[dict[str, Any]] = []
         self._counted = 0  # stages whose seconds stand in a round already
+        run.guards.keep = self.write
 
     def note(self, text: str) -> None:
         """Something the reader of the figures has to know; said once."""
@@ -43,12 +48,11 @@ class Summary:
     ) -> None:
         """The row of a round, or (None) of π_SFT."""
         figures, report = evaluation.record["result"], update_report(update)
-        valid = [done.record["result"]["accuracy_valid"] for done in rewards]  # of an ensemble's members one by one
         row: dict[str, Any] = {"round": of.number if of else 0, "policy_start": of.policy_start if of else None}
         row |= {key: figures.get(key) for name in INTERVALS for key in as_fields(name, None)}
         row |= {name: report.get(name) for name in ("ess", "ess_fraction", "eta")}
         row |= {
-            "reward_accuracy_valid": sum(valid) / len(valid) if valid and None not in valid else None,
+            "reward_accuracy_valid": accuracy_valid(rewards),
             "pairs": rewards[0].record["result"]["pairs"] if rewards else None,
             "refit": update is not None,
             "update": update.record["result"]["update"] if update else None,
@@ -63,12 +67,32 @@ class Summary:
         self._counted = len(self._run.stages)
         row["seconds"] = round(sum(stage.record["seconds"] for stage in done), 3)
         self._rounds.append(row)
+        self.write()
+        self._run.guards.see(evaluation_figures(row, evaluation), round=row["round"], where="evaluation")
+
+    def write(self) -> None:
+        """The file as it is now; none before the first round."""
+        if not self._rounds or not distributed.is_leader():
+            return
         config = self._run.config
         body = {"method": config.method, "row": config.row, "seed": config.seed, "name": config.name}
-        body |= {"rounds": self._rounds, "baselines": self.baselines, "notes": self.notes}
-        body["finished"] = row["round"] >= self._of
-        if distributed.is_leader():
-            write_whole(self._run.folder / "summary.json", json.dumps(body, indent=1) + "\n")
+        body |= {"rounds": self._rounds, "baselines": self.baselines, "notes": self.notes, "guards": self._run.guards.found}
+        body["finished"] = self._rounds[-1]["round"] >= self._of
+        write_whole(self._run.folder / "summary.json", json.dumps(body, indent=1) + "\n")
+
+
+def accuracy_valid(rewards: Sequence[Done]) -> float | None:
+    """On the held-out pairs, the mean of an ensemble's members."""
+    valid = [done.record["result"]["accuracy_valid"] for done in rewards]
+    return sum(valid) / len(valid) if valid and None not in valid else None
+
+
+def evaluation_figures(row: dict[str, Any], evaluation: Done) -> Figures:
+    """What the guards look at when a round is evaluated."""
+    samples = evaluation.folder / SAMPLES
+    known = {"kl": from_fields(row, "kl_sft"), "reward_own_text": from_fields(row, "reward_accuracy")}
+    found: Figures = {name: one for name, one in known.items() if one is not None}  # type: ignore[misc]
+    return found | (sample_figures(read_table(samples)[0]) if samples.exists() else {})
 
 
 def update_report(update: Done | None) -> dict[str, Any]:

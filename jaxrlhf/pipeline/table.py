@@ -168,4 +168,5 @@ def findings(summaries: dict[str, Summary]) -> list[str]:
         Trial(arm, one["seed"], one["rounds"], one.get("last_gold") or {}, bool(one.get("finished"))) for arm, one in summaries.items()
     ]
     compared = beside({arm: (one["rounds"], one.get("baselines")) for arm, one in summaries.items()})
-    return said(trials) + compared + sorted({note for one in summaries.values() for note in one.get("notes", [])})
+    spoke = {f"guard {found['name']}: {found['text']}": None for one in summaries.values() for found in one.get("guards", [])}
+    return said(trials) + compared + sorted({note for one in summaries.values() for note in one.get("notes", [])}) + list(spoke)

@@ -5,7 +5,7 @@ Every text that comes from data or configs is escaped; the samples stand in the 
 
 import json
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
@@ -18,6 +18,7 @@ from jaxrlhf.formatting import escape_markdown, markdown_table
 from jaxrlhf.report.arms import Arm, Column, as_text, best_of, origin, table
 from jaxrlhf.report.costs import PARTS
 from jaxrlhf.report.drawing import Figure
+from jaxrlhf.report.runs import RunRead
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src '{}'; img-src data:; form-action 'none'; base-uri 'none'"
 WIDE = "overoptimisation"
@@ -74,21 +75,29 @@ def as_json(value: Any) -> str:
 
 
 def _missing(arms: Sequence[Arm], problems: Sequence[str]) -> str:
-    lines = [f"<li>{escape(problem)}</li>" for problem in problems]
-    for said, names in missing_by_text(arms):
-        lines.append(f"<li><b>{escape(names)}</b>: {escape(said)}</li>")
+    """What the guards of the runs have said, and what is missing."""
+    guards, missing = ([f"<b>{escape(names)}</b>: {escape(said)}" for said, names in one] for one in (_guards(arms), missing_by_text(arms)))
+    lines = [f"<li>{line}</li>" for line in (*guards, *map(escape, problems), *missing)]
     return f'<div class="notes"><ul>{"".join(lines)}</ul></div>' if lines else ""
 
 
+def _guards(arms: Sequence[Arm]) -> list[tuple[str, str]]:
+    return _by_text(arms, lambda run: run.guards)
+
+
 def missing_by_text(arms: Sequence[Arm]) -> list[tuple[str, str]]:
-    """(what is missing, of which runs): the same thing said once."""
-    by_text: dict[str, list[str]] = {}
+    return _by_text(arms, lambda run: run.missing)
+
+
+def _by_text(arms: Sequence[Arm], of: Callable[[RunRead], Sequence[str]]) -> list[tuple[str, str]]:
+    """(what is said, of which runs): the same thing said once."""
+    found: dict[str, list[str]] = {}
     for arm in arms:
         for view in arm.views:
             seed = f" (seed {view.run.seed})" if len(arm.views) > 1 else ""
-            for said in dict.fromkeys(view.run.missing):
-                by_text.setdefault(said, []).append(f"{arm.name}{seed}")
-    return [(said, ", ".join(names)) for said, names in by_text.items()]
+            for said in dict.fromkeys(of(view.run)):
+                found.setdefault(said, []).append(f"{arm.name}{seed}")
+    return [(said, ", ".join(names)) for said, names in found.items()]
 
 
 def _results(arms: Sequence[Arm]) -> str:
@@ -255,7 +264,9 @@ def markdown(title: str, arms: Sequence[Arm], problems: Sequence[str]) -> str:
         [escape_markdown(row["arm"]), *([str(row["seeds"])] if several else []), *(" ".join(cell_text(row, c)).strip() for c in columns)]
         for row in rows
     ]
-    lines = [f"# {escape_markdown(title)}", "", markdown_table(head, body, ":--", "--:"), ""]
+    lines = [f"# {escape_markdown(title)}", ""]
+    lines += [f"- {escape_markdown(f'{names}: {said}')}" for said, names in _guards(arms)]
+    lines += ["", markdown_table(head, body, ":--", "--:"), ""]
     lines += [f"- {column.title}: {column.meaning}." for column in columns]
     lines += [f"- {escape_markdown(line)}" for line in (errors, alike) if line]
     lines += ["", *(f"- {escape_markdown(line)}" for line in findings(arms))]

@@ -16,7 +16,7 @@ from jaxrlhf.report.run_files import number, read_json, read_log, read_record, r
 
 STAGE = re.compile(r"\d\d+-.")  # how a folder in stages/ is named
 PREFERENCE = ("dpo", "wpo")  # policies that are fitted to pairs, and sample nothing
-IDENTITY = ("name", "output", "seed", "sft_seed", "store", "standalone", "log", "checkpoint", "mesh")  # not what is compared
+IDENTITY = ("name", "output", "seed", "sft_seed", "store", "standalone", "log", "checkpoint", "mesh", "guards")  # not what is compared
 
 
 class ReportError(ValueError):
@@ -70,6 +70,7 @@ class RunRead:
     log: list[dict[str, Any]]
     missing: list[str] = field(default_factory=list)
     finished: bool = False
+    guards: list[str] = field(default_factory=list)  # what they have said (evaluation/guards.py)
 
     def of(self, function: str, round: int | None = None) -> list[StageRead]:
         return [s for s in self.stages if s.function == function and (round is None or s.round == round)]
@@ -162,10 +163,7 @@ def read_run(folder: Path, *, arm: str) -> RunRead:
     rounds = _rows(summary)
     if summary and not rounds:
         missing.append("summary.json has no rounds of ours: it was written by something else, or broken; `jaxrlhf run` writes it again.")
-    notes = summary.get("notes") or []
-    if not isinstance(notes, list):
-        missing.append("summary.json: notes is not a list, and is left out.")
-        notes = []
+    notes, guards = (_list(summary, name, missing) for name in ("notes", "guards"))
     method = str(summary.get("method") or config.get("method") or arm)
     seed = summary.get("seed", config.get("seed"))
     run = RunRead(
@@ -173,7 +171,16 @@ def read_run(folder: Path, *, arm: str) -> RunRead:
         [str(note) for note in notes], _stages(folder, missing), read_log(folder / "metrics.jsonl", missing), missing,
     )  # fmt: skip
     _completeness(run, summary)
+    run.guards = [f"guard {one.get('name')}: {one['text']}" for one in guards if isinstance(one, dict) and isinstance(one.get("text"), str)]
     return run
+
+
+def _list(summary: dict[str, Any], name: str, missing: list[str]) -> list[Any]:
+    found = summary.get(name) or []
+    if isinstance(found, list):
+        return found
+    missing.append(f"summary.json: {name} is not a list, and is left out.")
+    return []
 
 
 def _rows(summary: dict[str, Any]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from jaxrlhf import distributed, sharding
 from jaxrlhf.config import Config
+from jaxrlhf.evaluation.guards import GuardStop
 from jaxrlhf.files import write_whole
 from jaxrlhf.formatting import format_duration, with_numbers
 from jaxrlhf.monitoring.runlog import RunLog
@@ -165,13 +166,14 @@ def read_finished(job: Job) -> Run | None:
     context = RunContext(config, ReadOnlyStore(config.store or Path(config.output) / ".stages"), folder, RunLog(None), mesh)
     try:
         walk_through(context, None)
-    except StageMissing:
+    except (StageMissing, GuardStop):
         return None
     context.tidy(metrics=False)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     fits = sum(done.record["function"] == "reward" for done in context.stages)
     seconds = sum(done.record["seconds"] for done in context.stages)
-    return Run(job.seed, job.arm, "finished", summary["rounds"], tuple(summary["notes"]), fits, seconds, folder=str(folder))
+    spoke = [f"guard {one['name']} spoke; summary.json of the run says why." for one in summary["guards"]]
+    return Run(job.seed, job.arm, "finished", summary["rounds"], (*summary["notes"], *spoke), fits, seconds, folder=str(folder))
 
 
 def read_sweep(folder: Path) -> Sweep:

@@ -233,6 +233,22 @@ def test_the_page_says_what_the_terminal_says(two_arms, tmp_path, undrawn):
     ]
 
 
+def test_what_guards_say_stands_at_the_top_as_text(make_run, tmp_path, undrawn):
+    """Arms that share a round share its line; what is no finding is left out."""
+    said = "round 1, policy, step 2: KL is 60 (n = 16), above 50. Raise </b></li><img src=x onerror=alert(1)> & |"
+    for arm in ("ppo", "ocrm"):
+        folder = make_run(tmp_path / "run" / arm, arm=arm)
+        body = json.loads((folder / "summary.json").read_text())
+        body["guards"] = [{"name": "kl", "text": said}, {"name": "ess"}, "ess", {"text": 3}]
+        (folder / "summary.json").write_text(json.dumps(body))
+    done = report([tmp_path / "run"])
+    line = f"<li><b>ocrm, ppo</b>: {escape(f'guard kl: {said}')}</li>"
+    assert done.html.count(line) == 1 and 0 < done.html.index(line) < done.html.index('id="results"') and said not in done.html
+    assert done.html.count("guard ") == 1
+    top = done.markdown[: done.markdown.index("| arm |")]
+    assert top.count("ocrm, ppo: guard kl: round 1") == 1 and "<img" not in top
+
+
 def test_intervals_stand_in_the_table_and_under_the_figures(make_run, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxrlhf.report.figures.DRAWINGS", [one for one in DRAWINGS if one.name in ("gold_kl", "win_rate", "cost_seconds")])
     home = tmp_path / "demo"
@@ -387,6 +403,7 @@ WRONG = [
     ),
     ("stages/*-pairs/stage.json", {"result": {"train": 0, "sampled_tokens": 44}}, "counts cannot be used (division by zero)"),
     ("summary.json", {"notes": 5}, "notes is not a list"),
+    ("summary.json", {"guards": 5}, "guards is not a list"),
     ("summary.json", {"rounds": {"a": 1}}, "summary.json has no rounds of ours"),
     ("summary.json", {"seed": "x", "method": [1]}, "Samples"),
     ("stages/*-r2-evaluation/reliability.json", {"bins": 5}, "reliability.json of r2-evaluation has no bins of ours"),

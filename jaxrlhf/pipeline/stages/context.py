@@ -14,6 +14,7 @@ from jaxrlhf import distributed, rng, sharding
 from jaxrlhf.algorithms.training import HeldOut
 from jaxrlhf.config import Config
 from jaxrlhf.data.read_report import ReadReport
+from jaxrlhf.evaluation.guards import Guards, line_figures
 from jaxrlhf.models.hub import Loaded, load, save
 from jaxrlhf.monitoring.recompiles import CompileWatch, ignore_compilations
 from jaxrlhf.monitoring.runlog import RunLog, StageLog
@@ -49,6 +50,16 @@ class RunContext:
     mesh: Any
     stages: list[Done] = field(default_factory=list)
     logged: set[tuple[str, int | None]] = field(default_factory=set)  # (stage, round) of the lines in metrics.jsonl that are this run's
+    guards: Guards = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.guards = Guards(self.config.guards, self.log.note)
+        self.log.seen = self._guard
+
+    def _guard(self, line: dict[str, Any]) -> None:
+        """Show a line of metrics.jsonl to the guards."""
+        figures, where = line_figures(line, self.config.ppo.batch_size), f"{line['stage']}, step {line['step']}"
+        self.guards.see(figures, round=line["round"], where=where)
 
     @property
     def key(self) -> jax.Array:

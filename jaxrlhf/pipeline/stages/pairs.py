@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxrlhf import rng
 from jaxrlhf.data.batches import take
-from jaxrlhf.data.pairs import Prompt, ReadReport
+from jaxrlhf.data.pairs import DataError, Prompt, ReadReport
 from jaxrlhf.data.tables import read_pair_table, write_pair_table
 from jaxrlhf.data.tokens import eos_ids_of, pad_id_of, tokenize_pairs, tokenize_prompts
 from jaxrlhf.evaluation.baselines import pair_baselines
@@ -90,9 +90,14 @@ def labelled(
     sides, texts = two_responses(run, sft, table, keys, f"{what} pairs", **how)
     asked = [row.prompt for row in rows]
     scores = [gold(asked, text) for text in texts]
+    identical = sum(a == b for a, b in zip(*texts, strict=True))
+    if identical == len(rows) and name == TRAIN:
+        raise DataError(
+            f"no pair is left: π_SFT gave all {len(rows)} prompts the same text twice, and equal texts are no preference. Raise "
+            f"pairs.temperature ({config.pairs.temperature:g}) or ppo.response_length ({config.ppo.response_length}), or train SFT less."
+        )
     pairs, first, kept = label_pairs(rows, texts[0], texts[1], scores[0], scores[1], rule=rule, label_flip=label_flip, seed=config.seed)
     write_pair_table(folder / name, pairs, pair_batch(sides[0], sides[1], first, kept), pad_id=pad_id_of(tokenizer))
-    identical = sum(a == b for a, b in zip(*texts, strict=True))
     for number, fault in ((identical, "got the same text twice"), (len(rows) - identical - len(kept), "got two texts of equal gold")):
         if number:
             run.log.note(f"{what} pairs: {number} of {len(rows)} prompts {fault}; they say nothing and are left out")

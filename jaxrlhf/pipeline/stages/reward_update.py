@@ -67,6 +67,8 @@ def update_stage(run: RunContext, round: Round, *, pairs: Done, sft: Done, polic
             with_weights(chosen.tokens, weights_N)
         except ValueError as error:
             raise ValueError(f"reward update {name!r}: {error}") from None
+        if not len(weights_N):
+            raise ValueError(f"reward update {name!r} left none of the {len(rows)} pairs; there is nothing to fit a reward model on.")
         np.save(folder / WEIGHTS, np.asarray(weights_N, np.float32), allow_pickle=False)
         if chosen is not given or set(chosen.tokens.columns) != columns:
             write_pair_table(folder / UPDATED, chosen.rows, chosen.tokens, pad_id=pad_id_of(context.sft.tokenizer))
@@ -108,7 +110,7 @@ def report_of(folder: Path) -> dict[str, Any]:
 
 def read_by_plugins(config: Config) -> dict[str, Any]:
     """The config less what names a run and where it is kept, logged and computed; no adapters where there are none."""
-    elsewhere = ("name", "output", "store", "standalone", "arms", "method", "row", "rounds", "refit", "mesh", "checkpoint", "log")
+    elsewhere = ("name", "output", "store", "standalone", "arms", "method", "row", "rounds", "refit", "mesh", "checkpoint", "log", "guards")
     elsewhere += () if config.lora.r else ("lora",)
     read = {name: value for name, value in asdict(config).items() if name not in elsewhere}
     return read | {"model": {name: value for name, value in read["model"].items() if name not in inputs.OF_MEMORY}}

@@ -11,6 +11,7 @@ from jaxrlhf.config import Config
 from jaxrlhf.data.pairs import Prompt
 from jaxrlhf.data.read_report import ReadReport
 from jaxrlhf.evaluation.diagnostics import reliability, write_reliability
+from jaxrlhf.evaluation.guards import Guards
 from jaxrlhf.evaluation.intervals import Interval, as_fields
 from jaxrlhf.evaluation.samples import Samples
 from jaxrlhf.pipeline.stages import ensemble
@@ -187,7 +188,8 @@ def test_a_reward_model_that_diverged_has_no_figures(setting, monkeypatch, tmp_p
 
 
 def test_the_summary_names_the_figures_that_are_not_finite(tmp_path):
-    run = SimpleNamespace(stages=[], config=Config(), folder=tmp_path, log=SimpleNamespace(note=lambda text: None))
+    silent = {"log": SimpleNamespace(note=lambda text: None), "guards": Guards(Config().guards, lambda text: None)}
+    run = SimpleNamespace(stages=[], config=Config(), folder=tmp_path, **silent)
     summary = Summary(run, 1)  # type: ignore[arg-type]
     figures = as_fields("gold", Interval(1.0, 0.5, 1.5, 20)) | as_fields("kl_sft", Interval(np.nan, np.nan, np.nan, 20))
     summary.add(None, Done("e", tmp_path, "e", {"result": figures}))

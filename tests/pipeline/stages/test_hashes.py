@@ -30,6 +30,7 @@ def test_memory_and_devices_change_no_stage(hashes):
         {"mesh": {"engine": "pmap"}},
         {"mesh": {"fsdp": 2}},
         {"log": {"recompiles": "off"}},
+        {"guards": {"kl": 1.0, "stop": "all"}},
         {"lora": {"alpha": 2.0, "target_modules": ["q"]}},  # without a rank there are none
     ):
         assert hashes(**knob) == plain, knob
