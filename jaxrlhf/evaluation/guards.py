@@ -38,7 +38,7 @@ GUARDS = (
           "noisy labels, chosen and rejected swapped, a training too short or too fast, or too few pairs to tell",
           "Compare with `baselines` in summary.json; a policy learns nothing from such a reward."),
     Guard("reward_own_text", "the reward model's accuracy on the policy's own text, as gold orders it,", "not above", lambda _: 0.5,
-          "the policy has left the text that the reward model was fitted on",
+          "the policy has left the text that the reward model was fitted on, or too few prompts to tell",
           "Refit it (a method with a reward update), raise ppo.kl_coef, or sample fewer episodes a round."),
     Guard("ties", "the share of pairs of different responses that gold scores alike", "above", lambda guards: guards.ties,
           "gold does not read the response", "Call gold.source on two different responses by hand."),

@@ -28,7 +28,7 @@ from jaxrlhf.recipe import to_yaml
 from jaxrlhf.storage.stage import Done, Stage
 from jaxrlhf.storage.store import Store
 from jaxrlhf.sweep import sweep
-from jaxrlhf.types import PairBatch
+from jaxrlhf.types import PairBatch, TextBatch
 
 KLS = (1.0, 60.0, 70.0, 80.0)
 
@@ -137,7 +137,9 @@ def test_a_policy_that_always_says_the_same_leaves_no_pair_and_that_is_said(tmp_
     config, tokenizer = tiny_config(tmp_path), toy_tokenizer()
     words = [token for token in tokenizer.get_vocab() if token.isalpha()][:3]
     rows = [Prompt(f"{i}", word, "here") for i, word in enumerate(words)]
-    monkeypatch.setattr(pairs_module, "two_responses", lambda *given, **how: ((None, None), (words, words)))
+    one = np.ones((3, 2), np.int32)
+    side = TextBatch(one, one > 0, one, one > 0, np.ones(3, bool), np.arange(3))  # type: ignore[arg-type]
+    monkeypatch.setattr(pairs_module, "two_responses", lambda *given, **how: ((side, side), (words, words)))
     run = SimpleNamespace(
         config=config, mesh=None, key=RunContext.key.fget(SimpleNamespace(config=config)), report_rows=lambda *given: None
     )
@@ -147,13 +149,16 @@ def test_a_policy_that_always_says_the_same_leaves_no_pair_and_that_is_said(tmp_
         pairs_module.labelled(*given, rule="argmax", label_flip=0.0)
 
 
+def table_of(n: int) -> PairBatch:
+    one = np.ones((n, 3), np.int32)
+    return PairBatch(one, one > 0, one, one > 0, 2 * one, one > 0, np.ones(n), np.ones(n, bool), np.arange(n))  # type: ignore[arg-type]
+
+
 def test_a_reward_update_that_keeps_no_pair_is_named(tmp_path, tiny_config, monkeypatch):
     (tmp_path / "keeps.py").write_text("def none(context, pairs):\n    return pairs.select([]), []\n")
     monkeypatch.syspath_prepend(tmp_path)
-    n, one = 2, np.ones((2, 3), np.int32)
-    table = PairBatch(one, one > 0, one, one > 0, 2 * one, one > 0, np.ones(n), np.ones(n, bool), np.arange(n))  # type: ignore[arg-type]
-    rows = [Pair(f"{i}", "p", "c", "r", "here") for i in range(n)]
-    write_pair_table(tmp_path / pairs_module.TRAIN, rows, table, pad_id=0)
+    rows = [Pair(f"{i}", "p", "c", "r", "here") for i in range(2)]
+    write_pair_table(tmp_path / pairs_module.TRAIN, rows, table_of(2), pad_id=0)
     models = SimpleNamespace(tokenizer=toy_tokenizer())
     facts = {"config": tiny_config(tmp_path), "mesh": None, "columns": tmp_path, "key": jax.random.key(0), "log": RunLog(None)}
     run = SimpleNamespace(**facts, load=lambda done, head: models, build=lambda stage, build, round: build(tmp_path))
@@ -161,3 +166,6 @@ def test_a_reward_update_that_keeps_no_pair_is_named(tmp_path, tiny_config, monk
     round = Round(2, "ppo", "keeps:none", True, "sft", None, 1, 1, False, True, True)
     with pytest.raises(ValueError, match=r"^reward update 'keeps:none' left none of the 2 pairs"):
         reward_update.update_stage(run, round, pairs=done, sft=done, policy=done, reward=done, before=None)  # type: ignore[arg-type]
+    write_pair_table(tmp_path / pairs_module.UPDATED, [], table_of(0), pad_id=0)  # of a version that finished such a stage
+    with pytest.raises(ValueError, match=r"^there is nothing to fit on: .*pairs\.parquet has no pairs"):
+        reward_update.updated_pairs(done, done)

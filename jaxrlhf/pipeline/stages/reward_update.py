@@ -117,8 +117,12 @@ def read_by_plugins(config: Config) -> dict[str, Any]:
 
 
 def updated_pairs(update: Done | None, pairs: Done) -> tuple[Pairs, np.ndarray]:
-    """(pairs, weights_N) to be fitted on: all pairs with weight 1 where nothing was updated."""
+    """(pairs, weights_N) to be fitted on: all pairs with weight 1 where nothing was updated. ValueError where a stage of an earlier version
+    has left none."""
     changed = update is not None and (update.folder / UPDATED).exists()
-    rows, tokens = read_pair_table(update.folder / UPDATED if changed else pairs.folder / TRAIN)  # type: ignore[union-attr]
+    path = update.folder / UPDATED if changed else pairs.folder / TRAIN  # type: ignore[union-attr]
+    rows, tokens = read_pair_table(path)
+    if not rows:
+        raise ValueError(f"there is nothing to fit on: {path} has no pairs; change what chose them, and delete its folder to choose again.")
     weights = np.ones(len(rows), np.float32) if update is None else np.load(update.folder / WEIGHTS, allow_pickle=False)
     return Pairs(rows, tokens), weights
