@@ -5,6 +5,7 @@ makes the device wait. In `metrics.jsonl` numbers that JSON lacks are the string
 Logging is not thread-safe and happens in one process: use `RunLog(None)` in the others.
 """
 
+import sys
 import time
 from collections import deque
 from collections.abc import Collection, Mapping
@@ -15,6 +16,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from jaxrlhf.monitoring.metrics_file import FILE, RESERVED, keep_only, put, read, repair, scalars, to_line
+from jaxrlhf.monitoring.output import Shown
 from jaxrlhf.monitoring.recompiles import CompileWatch
 from jaxrlhf.monitoring.writers import brief, open_bar, open_tensorboard, open_wandb, title_of
 
@@ -43,7 +45,8 @@ class RunLog:
         file: TextIO | None = None,
     ):
         self.folder = None if folder is None else Path(folder)
-        self._console = Console(file=file, stderr=file is None, quiet=folder is None, soft_wrap=True, highlight=False)
+        shown: Any = Shown(sys.stderr if file is None else file)
+        self._console = Console(file=shown, quiet=folder is None, soft_wrap=True, highlight=False)
         self._plain = not self._console.is_terminal if plain is None else plain
         self._every = every
         self._tensorboard = tensorboard and self.folder is not None
