@@ -118,8 +118,8 @@ class DamagedFile(ValueError):
     """A file whose content is not what it should be: `path`, `reason` and, in the message, the way out."""
 
     def __init__(self, path: str | os.PathLike[str], reason: str, way_out: str):
-        super().__init__(f"{path} {reason}; {way_out}.")
-        self.path, self.reason = path, reason
+        self.path, self.reason = path, " ".join(reason.split())[:300]  # one line, whatever a library said
+        super().__init__(f"{path} {self.reason}; {way_out}.")
 
 
 def read_json(path: str | os.PathLike[str], way_out: str, kind: type = dict) -> Any:

@@ -51,6 +51,6 @@ def check_shapes(reader: TensorReader, entries: Sequence[Entry], stored: dict[st
 def check_names(folder: Path, model: str, *, missing: Collection[str], unknown: Collection[str]) -> None:
     """ValueError where the files lack tensors of the `model` or hold others; at most eight of each are named."""
     found = (("missing:", sorted(missing)), ("unknown:", sorted(unknown)))
-    parts = [f"{label} {', '.join(names[:8])}" for label, names in found if names]
+    parts = [f"{label} {', '.join(n if n.isprintable() else ascii(n) for n in names[:8])}" for label, names in found if names]
     if parts:
         raise ValueError(f"the tensors in {folder} are not those of the {model} its config.json describes; {'; '.join(parts)}.")
