@@ -10,13 +10,13 @@ from jaxrlhf.files import DamagedFile
 Hf = Mapping[str, Any]
 
 LARGEST = 2**24  # of an axis: far beyond any model's, and products of two still are numbers that shapes may have
-DEEPEST = 2048
+FEW = 2048  # layers, or labels
 _AXES = (
     *("vocab_size", "hidden_size", "n_embd", "num_attention_heads", "n_head", "intermediate_size"),
-    *("max_position_embeddings", "n_positions", "type_vocab_size", "num_labels", "original_max_position_embeddings"),
+    *("max_position_embeddings", "n_positions", "type_vocab_size", "original_max_position_embeddings"),
 )
 _AXES_OR_NULL = ("n_inner", "head_dim", "num_key_value_heads", "sliding_window")
-_LAYERS = ("num_hidden_layers", "n_layer")
+_FEW = ("num_hidden_layers", "n_layer", "num_labels")
 _POSITIVE = ("layer_norm_epsilon", "layer_norm_eps", "rms_norm_eps", "initializer_range", "rotary_emb_base", "rope_theta", "rotary_pct",
              "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor", "model_max_length", "max_seq_length")  # fmt: skip
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_parallel_residual", "use_sliding_window", "do_lower_case")
@@ -47,12 +47,13 @@ def _texts(value: Any) -> bool:
 _RULES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(_AXES, (lambda value: _is_whole(value, 1, LARGEST), f"a whole number from 1 to {LARGEST}")),
     **dict.fromkeys(_AXES_OR_NULL, (lambda value: value is None or _is_whole(value, 0, LARGEST), f"a whole number up to {LARGEST}")),
-    **dict.fromkeys(_LAYERS, (lambda value: _is_whole(value, 1, DEEPEST), f"a whole number from 1 to {DEEPEST}")),
+    **dict.fromkeys(_FEW, (lambda value: _is_whole(value, 1, FEW), f"a whole number from 1 to {FEW}")),
     **dict.fromkeys(_POSITIVE, (lambda value: value is None or _is_positive(value), "a finite number above 0")),
     **dict.fromkeys(_FLAGS, _of(bool)),
     **dict.fromkeys(_TEXTS, _of(str)),
-    **dict.fromkeys(("rope_scaling", "rope_parameters", "id2label"), _of(dict)),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), _of(dict)),
     **dict.fromkeys(("layer_types", "architectures"), (_texts, "a list of texts")),
+    "id2label": (lambda value: value is None or (isinstance(value, dict) and _texts([*value.values()])), "an object of texts"),
     **dict.fromkeys(_IDS, (lambda value: all(map(_is_id, value if isinstance(value, list) else [value])), "an id, or a list of ids")),
     "reward_bias": (lambda value: _is_positive(value) or _is_positive(-value) or value == 0, "a finite number"),
 }

@@ -1,22 +1,23 @@
 """Model folders that somebody has broken or wants to do harm with, one a number: what `make faults` and its short form read.
 
-    bases(folder)                 name → a good folder, small, of every reader
-    spoil(folder, number)         do something to it; what, and whether it must not be read afterwards
-    read(base, folder)            read it as a run does
+bases(folder)                       name → a good folder, small, of every reader
+attack(bases, folder, number)       spoil a copy of one of them and read it: AssertionError where that ends otherwise than it may
 """
 
+import faulthandler
 import json
 import os
 import random
+import shutil
 import struct
+import time
 from pathlib import Path
 
-import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 from tiny_encoder import write_tiny_bert
 
-from jaxrlhf import rng
+from jaxrlhf import cli, rng
 from jaxrlhf.data.tokenizer import train_tokenizer
 from jaxrlhf.models import hub
 from jaxrlhf.models.families import config_from_shape
@@ -43,6 +44,29 @@ def bases(folder: Path) -> dict[str, Path]:
     return made
 
 
+def attack(bases: dict[str, Path], scratch: Path, number: int) -> str:
+    """What was done and how it ended."""
+    name = list(bases)[number // 8 % len(bases)]
+    folder, marker = scratch / f"folder-{number}", scratch / f"executed-{number}"
+    shutil.copytree(bases[name], folder)
+    what, must_fail = spoil(folder, number, marker)
+    what, started, message = f"{name}, {what}", time.process_time(), ""
+    faulthandler.dump_traceback_later(60, exit=True)  # a pipe that is opened would wait for ever
+    try:
+        read(name, folder)
+    except BaseException as error:
+        assert cli._is_plain(error), f"{what}: {type(error).__name__}"  # type: ignore[arg-type]
+        message = str(error)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    assert time.process_time() - started < 5, what  # by this process's clock: the machine may do other work
+    assert not marker.exists(), f"{what}: code of the folder was executed"
+    assert message or not must_fail, f"{what}: read without a word"
+    assert not message or (str(folder) in message and message.isprintable()), f"{what}: {message!a}"
+    shutil.rmtree(folder)
+    return f"{what}: {message or 'read'}"
+
+
 def read(base: str, folder: Path):
     """The parameters, as every command that takes such a folder reads it."""
     if base == "encoder":
@@ -59,7 +83,7 @@ def read(base: str, folder: Path):
 
 
 def spoil(folder: Path, number: int, marker: Path) -> tuple[str, bool]:
-    """`marker` is what code of the folder would make."""
+    """Do something to a folder: what, and whether it must not be read afterwards. `marker` is what code of the folder would make."""
     chance = random.Random(number)
     ways = (_file, _value, _value, _value, _tensors, _tensors, _index, _code)
     return ways[number % len(ways)](folder, chance, marker)
@@ -129,7 +153,7 @@ def _tensors(folder: Path, chance: random.Random, marker: Path) -> tuple[str, bo
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
     name = chance.choice([one for one in header if one != "__metadata__"])
     entry = header[name]
-    how, must_fail = chance.choice(list(_HEADERS)), True
+    how = chance.choice(list(_HEADERS))
     if how == "NaN":
         tensors = load_file(path)
         tensors[name] = np.where(np.arange(tensors[name].size).reshape(tensors[name].shape) == 0, np.nan, tensors[name])
@@ -142,20 +166,24 @@ def _tensors(folder: Path, chance: random.Random, marker: Path) -> tuple[str, bo
     _HEADERS[how](header, name, entry, chance)
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-    return f"model.safetensors: {how} of {name}", must_fail
+    return f"model.safetensors: {how} of {name}", True
 
 
 _HEADERS = {
     "NaN": None,
     "length": None,
-    "dtype": lambda header, name, entry, chance: entry.update(dtype=chance.choice(("I64", "U8", "BOOL", "F8_E4M3", "X", "", None, 3, "F64"))),
+    "dtype": lambda header, name, entry, chance: entry.update(
+        dtype=chance.choice(("I64", "U8", "BOOL", "F8_E4M3", "X", "", None, 3, "F64"))
+    ),
     "shape": lambda header, name, entry, chance: entry.update(
         shape=chance.choice(([], [0], [1, 2, 3], [2**40], [2**63, 2], [-1], ["a"], None, 5, [1e300]))
     ),
     "offsets": lambda header, name, entry, chance: entry.update(
         data_offsets=chance.choice(([-1, 4], [0, 2**62], [9, 3], [1, 2, 3], None, "x", [2**64, 2**65], [0, 1]))
     ),
-    "overlap": lambda header, name, entry, chance: [one.update(data_offsets=entry["data_offsets"]) for n, one in header.items() if n[0] != "_"],
+    "overlap": lambda header, name, entry, chance: [
+        one.update(data_offsets=entry["data_offsets"]) for n, one in header.items() if n[0] != "_"
+    ],
     "renamed": lambda header, name, entry, chance: header.update({chance.choice(("x\n\x1b[31m", "", "../x", "\ud800")): header.pop(name)}),
     "entry": lambda header, name, entry, chance: header.update({name: chance.choice((None, [], 3, "x", {}))}),
 }
@@ -184,7 +212,13 @@ def _code(folder: Path, chance: random.Random, marker: Path) -> tuple[str, bool]
     for name in ("pytorch_model.bin", "model.pt", "model.pkl", "training_args.bin", "tokenizer.pkl"):
         (folder / name).write_bytes(pickled)
     kinds = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoTokenizer")
-    targets = ("configuration_evil.Evil", "modeling_evil.Evil", "modeling_evil.Evil", "modeling_evil.Evil", ["tokenization_evil.Evil", None])
+    targets = (
+        "configuration_evil.Evil",
+        "modeling_evil.Evil",
+        "modeling_evil.Evil",
+        "modeling_evil.Evil",
+        ["tokenization_evil.Evil", None],
+    )
     mapped = dict(zip(kinds, targets, strict=True))
     how = chance.choice(("beside", "auto_map", "model_type", "tokenizer_class", "without"))
     for name in ("config.json", "tokenizer_config.json"):
@@ -196,8 +230,3 @@ def _code(folder: Path, chance: random.Random, marker: Path) -> tuple[str, bool]
     if how == "without":
         (folder / "model.safetensors").unlink()
     return f"code, {how}", how in ("model_type", "without")
-
-
-def same(one, other) -> bool:
-    """Whether two trees of parameters are the same numbers."""
-    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))

@@ -19,7 +19,7 @@ def read_params(reader: TensorReader, entries: Sequence[Entry], stored: dict[str
     `stored` maps an entry's name to its tensor's name in the files; `wanted` is a tree with the shapes of (at least) those leaves. A
     process reads the slices that its own devices hold, each once; beside the arrays one slice at a time stands in memory.
 
-    ValueError, before anything is read, for a tensor of another shape, or one that holds no floats.
+    ValueError, before anything is read, for a tensor of another shape, or one that holds no floats; and for NaN and infinity.
     """
     check_shapes(reader, entries, stored, wanted)
     parts = [(path, entry, part) for entry in entries for part, path in enumerate(entry.paths)]
@@ -28,7 +28,13 @@ def read_params(reader: TensorReader, entries: Sequence[Entry], stored: dict[str
 
     def read(path: str, index: Index) -> np.ndarray:
         entry, part = holders[path]
-        return entry.read(lambda piece: reader.read(stored[entry.name], piece), part, index)
+        found = entry.read(lambda piece: reader.read(stored[entry.name], piece), part, index)
+        if not np.isfinite(found).all():
+            file = reader.files[stored[entry.name]]
+            raise ValueError(
+                f"{entry.name} in {file} holds numbers that are not finite: nothing can be computed of it; take another model."
+            )
+        return found
 
     try:
         return sharding.build(unflatten_dict(shapes), mesh, read)

@@ -33,8 +33,10 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     index, whole = folder / INDEX, folder / WHOLE
     if index.is_file():
         named = read_json(index).get("weight_map")
-        if not isinstance(named, dict) or not named or not all(isinstance(one, str) and Path(one).name == one for one in named.values()):
-            raise DamagedFile(index, "has no weight_map of file names", COPY)
+        if not isinstance(named, dict) or not named:
+            raise DamagedFile(index, "has no weight_map", COPY)
+        if outside := [file for file in named.values() if not isinstance(file, str) or file != Path(file).name]:
+            raise ValueError(f"{index} names {outside[0]!r}, which is no file of its own folder; copy the model again, or fetch another.")
         found = {name: folder / file for name, file in named.items()}
         absent = sorted({ascii(file.name)[1:-1] for file in found.values() if not file.is_file()})
         if absent:

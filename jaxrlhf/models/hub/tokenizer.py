@@ -54,7 +54,7 @@ def read_tokenizer(folder: Path) -> Any:
         if (found := _ids(tokenizer, text)) != ids:
             raise ValueError(
                 f"the tokenizer in {folder} gives other ids than the one that was saved there: {text[:40]!r} is now {found[:10]} and was "
-                f"{str(ids)[:60]}; was it replaced, or read by another version of transformers? Remove {SAVED_IDS} to take it as it is."
+                f"{ascii(ids)[:60]}; was it replaced, or read by another version of transformers? Remove {SAVED_IDS} to take it as it is."
             )
     return tokenizer
 
