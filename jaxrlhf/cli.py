@@ -93,6 +93,7 @@ def _failed(error: Exception) -> int:
             distributed.abort(1, f"{type(error).__name__}: {error}")
         raise error
     message = str(error.args[0] if isinstance(error, KeyError) else error)  # str() would quote a KeyError's
+    message = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)  # it may quote a hostile file
     print(f"jaxrlhf: {message}", file=sys.stderr)
     for note in getattr(error, "__notes__", []):
         if "JAX_TRACEBACK_FILTERING" not in note:  # JAX's note on a traceback that is not shown

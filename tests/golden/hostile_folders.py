@@ -26,8 +26,8 @@ from jaxrlhf.models.hub.identity import folder_identity
 from jaxrlhf.offline.encoder_identity import encoder_identity
 
 DEEP = "[" * 50_000
-VALUES = (None, True, "x", "", -1, 0, 7, 10**9, 2**63, 10**400, 1.5, float("nan"), float("inf"), [], {}, [[]], {"a": {}}, "../../../etc/passwd",
-          "\ud800", "\0\x1b[31m\n", ["x", 1], -(10**9))  # fmt: skip
+VALUES = (None, True, "x", "", -1, 0, 7, 10**9, 2**63, 10**400, 1.5, float("nan"), float("inf"), [], {}, [[]], {"a": {}},
+          "../../../etc/passwd", "\ud800", "\0\x1b[31m\n", ["x", 1], -(10**9))  # fmt: skip
 CODE = "import pathlib\npathlib.Path({marker!r}).touch()\n"
 
 

@@ -40,8 +40,9 @@ GOOD = (
     {"prompt": "p"},
 )
 VALUES = (
-    None, True, False, 0, -1, 7, 10**400, 1e39, 1.5, float("nan"), float("inf"), "", " ", "\0", "\ud800", "\r\n", "\u2028\u2029\x85", "\ufeff",
-    "</s>", "<|im_end|>", "<|endoftext|>" * 300, "日本語🙂", "e\u0301" * 50, "\u202e", "{}", "%s", "{{ 7 * 7 }}", "x" * 100_000, [], {}, [None],
+    None, True, False, 0, -1, 7, 10**400, 1e39, 1.5, float("nan"), float("inf"), "", " ", "\0", "\ud800", "\r\n",
+    "\u2028\u2029\x85", "\ufeff", "</s>", "<|im_end|>", "<|endoftext|>" * 300, "日本語🙂", "e\u0301" * 50, "\u202e", "{}", "%s",
+    "{{ 7 * 7 }}", "x" * 100_000, [], {}, [None],
     [[]], {"role": None}, [{"role": "user"}], [{"content": "x", "role": 3}], {"a": {"a": {"a": None}}}, TALK, [*TALK, *TALK], ["x", 1],
 )  # fmt: skip
 FIELDS = ("prompt", "chosen", "rejected", "completion", "response", "messages", "text", "id", "margin", "label", "tools", "role", "content",
@@ -120,8 +121,10 @@ def _line(one, chance) -> bytes:
         line = _flipped(line, chance)
     elif how < 0.2:
         line = chance.choice(
-            (line[: chance.randrange(len(line))], b"", b"\0" * 40, line + line, b"\xff" + line, line.decode(errors="replace").encode("utf-16"),
-             b"{" * 30_000, b"[" * 30_000, b'{"prompt": NaN}', b"null", b'"x"', b'{"prompt": "a", "prompt": "b"}', b'{"id": ' + b"9" * 5000 + b"}")
+            (line[: chance.randrange(len(line))], b"", b"\0" * 40, line + line, b"\xff" + line,
+             line.decode(errors="replace").encode("utf-16"), b"{" * 30_000, b"[" * 30_000, b'{"prompt": NaN}', b"null", b'"x"',
+             b'{"prompt": "a", "prompt": "b"}',
+             b'{"id": ' + b"9" * 5000 + b"}")
         )  # fmt: skip
     return line + chance.choice((b"\n", b"\n", b"\n", b"\r\n"))
 
