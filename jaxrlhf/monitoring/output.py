@@ -39,11 +39,6 @@ class Shown:
             with suppress(OSError, ValueError):  # what it still holds would fail again when Python ends
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
-    def isatty(self) -> bool:
-        with suppress(OSError, ValueError):
-            return self.lost is None and self._stream is not None and self._stream.isatty()
-        return False
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
