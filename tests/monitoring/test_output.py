@@ -18,13 +18,14 @@ def without_reader():
 
 @pytest.mark.parametrize("what", ["no reader", "full disk", "not to be written", "none"])
 @pytest.mark.parametrize("plain", [True, False])
-def test_a_run_is_logged_whatever_becomes_of_its_terminal(tmp_path, what, plain):
+def test_a_run_is_logged_whatever_becomes_of_its_terminal(tmp_path, monkeypatch, what, plain):
     if what == "no reader":
         stream = without_reader()
     else:
         name, mode = {"full disk": ("/dev/full", "w"), "not to be written": (os.devnull, "r"), "none": (os.devnull, "w")}[what]
         stream = None if what == "none" else open(name, mode)  # noqa: SIM115 (closed below)
-    with RunLog(tmp_path, plain=plain, every=0, file=Shown(stream)) as log, log.stage("sft", total_steps=2) as stage:
+    monkeypatch.setattr(sys, "stderr", stream)
+    with RunLog(tmp_path, plain=plain, every=0) as log, log.stage("sft", total_steps=2) as stage:
         for n in (1, 2):
             stage.step(n, {"loss": 1.0})
         stage.note("±")
