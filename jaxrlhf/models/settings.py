@@ -49,7 +49,7 @@ _RULES: dict[str, Rule] = {
         "model_type hidden_act activation_function rope_type": _or_null((lambda x: isinstance(x, str), "text")),
         "rope_scaling rope_parameters": _or_null((lambda x: isinstance(x, dict), "an object")),
         "id2label": _or_null((lambda x: isinstance(x, dict) and _are_texts([*x.values()]), "an object of texts")),
-        "layer_types architectures": _or_null((_are_texts, "a list of texts")),
+        "layer_types": _or_null((_are_texts, "a list of texts")),
         "eos_token_id bos_token_id pad_token_id": (lambda x: all(map(_id, x if isinstance(x, list) else [x])), "an id, or a list of ids"),
     }.items()
     for name in names.split()
