@@ -232,7 +232,10 @@ def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_sealed(path: Path) -> dict[str, Any]:
     """A JSON object, sealed or from a version that did not seal. Raises ValueError where it is damaged, OSError where it cannot be read."""
-    body = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        body = json.loads(read_regular(path))
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
     if not isinstance(body, dict):
         raise ValueError("it is not a JSON object")
     if body.get("seal", seal := _seal(body)) != seal:
