@@ -13,6 +13,7 @@ from jaxrlhf import distributed
 from jaxrlhf.commands.usage import HELP, RUN_COMMANDS, USAGE
 from jaxrlhf.distributed.cluster import check_alone
 from jaxrlhf.distributed.watchdog import STATUS_OF_OTHERS
+from jaxrlhf.monitoring.output import shown_output
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn that torch is missing
 
@@ -24,8 +25,22 @@ COMMANDS = dict.fromkeys(RUN_COMMANDS, "run") | {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0; 1 with a message on standard error; 2 for a command that cannot be parsed."""
-    argv = sys.argv[1:] if argv is None else argv
+    """The exit status: 0; 1 with a message on standard error; 2 for a command that cannot be parsed; 141 where who read it went away.
+
+    Whatever becomes of standard output and error, the command goes on to its end and its results are complete.
+    """
+    with shown_output() as out:
+        status = _main(sys.argv[1:] if argv is None else argv)
+        out.flush()
+        if status or out.lost is None:
+            return status
+        if isinstance(out.lost, BrokenPipeError):
+            return 141  # as a shell has it for SIGPIPE
+        print(f"jaxrlhf: standard output could not be written ({out.lost}).", file=sys.stderr)
+        return 1
+
+
+def _main(argv: list[str]) -> int:
     if not argv or argv[0] in HELP:
         print(USAGE, end="")
         return 0 if argv else 2
@@ -78,6 +93,7 @@ def _failed(error: Exception) -> int:
             distributed.abort(1, f"{type(error).__name__}: {error}")
         raise error
     message = str(error.args[0] if isinstance(error, KeyError) else error)  # str() would quote a KeyError's
+    message = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)  # it may quote a hostile file
     print(f"jaxrlhf: {message}", file=sys.stderr)
     for note in getattr(error, "__notes__", []):
         if "JAX_TRACEBACK_FILTERING" not in note:  # JAX's note on a traceback that is not shown

@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -114,6 +114,59 @@ def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
         file.writelines(lines)
 
 
+class DamagedFile(ValueError):
+    """A file whose content is not what it should be: `path`, `reason` and, in the message, the way out."""
+
+    def __init__(self, path: str | os.PathLike[str], reason: str, way_out: str):
+        self.path, self.reason = path, " ".join(reason.split())[:300]  # one line, whatever a library said
+        super().__init__(f"{path} {self.reason}; {way_out}.")
+
+
+def read_json(path: str | os.PathLike[str], way_out: str, kind: type = dict) -> Any:
+    """The JSON of a file: an object, or another `kind`. DamagedFile, with the `way_out`, for any other content; OSError for no file."""
+    try:
+        content = read_regular(path)
+        body = json.loads(content)  # of bytes: lone surrogates that `write_whole` has passed are read again
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DamagedFile(path, f"cannot be read ({said})", way_out) from error
+    if not isinstance(body, kind):
+        raise DamagedFile(path, f"is not a JSON {'object' if kind is dict else 'array' if kind is list else kind.__name__}", way_out)
+    return body
+
+
+def read_json_lines(path: str | os.PathLike[str], ours: Callable[[dict[str, Any]], bool]) -> tuple[list[dict[str, Any]], int]:
+    """(the objects that are `ours`, how many other lines there are) of JSON lines; none where there is no file.
+
+    A line ends in \\n, and not where Unicode ends one; a last one without it is being written, or was when a process died, and is no line.
+    """
+    try:
+        whole = read_regular(path).split(b"\n")[:-1]
+    except FileNotFoundError:
+        return [], 0
+    lines, others = [], 0
+    for line in filter(bytes.strip, whole):
+        try:
+            one = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            one = None
+        if isinstance(one, dict) and ours(one):
+            lines.append(one)
+        else:
+            others += 1
+    return lines, others
+
+
+def read_regular(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file. OSError for what is none: reading a pipe may wait for ever, and a device has no end."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path.read_bytes()
+
+
 def sync(path: str | os.PathLike[str]) -> None:
     """Have a file, or the names in a folder, on the disk: they outlive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -179,7 +232,10 @@ def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_sealed(path: Path) -> dict[str, Any]:
     """A JSON object, sealed or from a version that did not seal. Raises ValueError where it is damaged, OSError where it cannot be read."""
-    body = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        body = json.loads(read_regular(path))
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
     if not isinstance(body, dict):
         raise ValueError("it is not a JSON object")
     if body.get("seal", seal := _seal(body)) != seal:

@@ -1,8 +1,11 @@
 """The command line: exit status, one clear message, and nothing compiled or written before a recipe is known to be sound."""
 
 import importlib
+import io
 import json
+import os
 import re
+import sys
 from pathlib import Path
 
 import jax
@@ -210,6 +213,46 @@ def test_generate_prints_rows_and_writes_files_whole(monkeypatch, tmp_path, caps
     target = tmp_path / "out.jsonl"
     assert cli.main(["generate", "folder", "--file", "prompts.jsonl", "--output", str(target)]) == 0
     assert target.read_text() == '{"id": "0", "response": "é"}\n' and [p.name for p in Path(tmp_path).iterdir()] == ["out.jsonl"]
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """Where a report is written to, empty."""
+    target = tmp_path / "report.html"
+    monkeypatch.setattr("jaxrlhf.commands.report.write_report", lambda folder: target.write_text("") or target)
+    return target
+
+
+def test_a_run_is_complete_before_it_is_shown(recipe, calls, page, monkeypatch, capsys):
+    """Nobody reads standard output, or its disk is full: the report is written all the same, and the status says it."""
+    read, write = os.pipe()
+    os.close(read)
+    for target, status, said in ((write, 141, ""), ("/dev/full", 1, "jaxrlhf: standard output could not be written ([Errno 28]")):
+        with open(target, "w") as out:
+            monkeypatch.setattr(sys, "stdout", out)
+            assert cli.main(["run", recipe()]) == status
+        error = capsys.readouterr().err
+        assert page.exists() and error.startswith(said) and len(error.splitlines()) == (status == 1)
+        page.unlink()
+
+
+def test_a_terminal_without_our_characters_ends_no_run(recipe, calls, page, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.main(["run", recipe(name="é")]) == 0
+    out.flush()
+    assert b"report: " in out.buffer.getvalue() and page.exists()
+
+
+def test_generated_lines_stay_json_in_any_terminal(monkeypatch):
+    import jaxrlhf.rollouts.texts as module
+
+    monkeypatch.setattr(module, "generate_texts", lambda **settings: iter([{"response": "é日"}]))
+    for encoding, written in (("ascii", rb"\u00e9\u65e5"), ("utf-8", "é日".encode())):
+        out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", out)
+        assert cli.main(["generate", "folder", "a prompt"]) == 0
+        assert out.buffer.getvalue() == b'{"response": "%s"}\n' % written
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from jaxrlhf.data.columns import ColumnError, read_header, write_columns
 from jaxrlhf.data.pairs import Pair, dataset_hash, read_pairs, write_pairs
 from jaxrlhf.data.read_report import DataError
 from jaxrlhf.data.stored_responses import StoredResponse, read_generations
+from jaxrlhf.files import read_json_lines
 from jaxrlhf.models.hub import tokenizer_named
 from jaxrlhf.models.hub.identity import folder_identity
 from jaxrlhf.offline.encoder_identity import encoder_identity
@@ -114,12 +115,11 @@ def fingerprint(generations: Sequence[StoredResponse]) -> str:
 
 def _kept_ids(folder: Path) -> list[str]:
     path = folder / KEPT
-    try:
-        return [json.loads(line)["id"] for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{path} does not list kept pairs ({error}); previous is the output folder of another `jaxrlhf nearest`."
-        ) from error
+    lines, others = read_json_lines(path, lambda row: isinstance(row.get("id"), str))
+    if others or not path.exists():
+        said = f"{others} lines are none" if path.exists() else "it is not there"
+        raise DataError(f"{path} does not list kept pairs ({said}); previous is the output folder of another `jaxrlhf nearest`.")
+    return [line["id"] for line in lines]
 
 
 def _check_output(folder: Path, header: dict[str, Any], overwrite: bool) -> None:

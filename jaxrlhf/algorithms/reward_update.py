@@ -17,6 +17,7 @@ import numpy as np
 from jaxrlhf.config import Config, EncoderConfig
 from jaxrlhf.data.columns import fingerprint
 from jaxrlhf.data.pairs import Pair, Prompt
+from jaxrlhf.files import read_json, write_whole
 from jaxrlhf.models.hub import Loaded
 from jaxrlhf.types import PairBatch
 
@@ -69,8 +70,8 @@ class RoundContext:
     def report(self, facts: Mapping[str, Any]) -> None:
         """Add `facts` (JSON) to what the update reports of itself."""
         path = self.folder / "report.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        path.write_text(json.dumps(known | dict(facts), indent=1), encoding="utf-8")
+        known = read_json(path, "delete it, and the update reports again") if path.exists() else {}
+        write_whole(path, json.dumps(known | dict(facts), indent=1))
 
 
 RewardUpdate = Callable[[RoundContext, Pairs], "tuple[Pairs, np.ndarray]"]

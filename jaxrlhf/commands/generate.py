@@ -34,7 +34,8 @@ def main(options: argparse.Namespace) -> int:
     cache_compilations()
     settings = vars(options)
     rows = generate_texts(**{name: settings[name] for name in settings if name != "output"})
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    escaped = options.output is None and "utf" not in (sys.stdout.encoding or "").lower()  # JSON stays what it is
+    lines = (json.dumps(row, ensure_ascii=escaped) + "\n" for row in rows)
     if options.output is None:
         sys.stdout.writelines(lines)
     else:

@@ -35,10 +35,11 @@ def main(options: argparse.Namespace) -> int:
     if not distributed.is_leader():
         pass
     elif options.command == "run":
+        page = write_report(folder)
         show(read_summaries(folder))
         where = join(config.output, config.name) if is_url(config.output) else folder
         print(f"run folder: {where}")
-        if page := write_report(folder):
+        if page:
             print(f"report: {join(where, page.name) if is_url(where) else page}")
     else:
         for stage in sorted((folder / "stages").glob("*")) if not config.arms else sorted(folder.glob("*/stages/*")):

@@ -25,10 +25,11 @@ def main(options: argparse.Namespace) -> int:
     from jaxrlhf.sweep.table import show
 
     folder = sweep(config, seeds_of(options.seeds))
+    page = write_report(folder)
     done = read_sweep(folder)
     show(done)
     print(f"sweep folder: {folder}")
-    if page := write_report(folder):
+    if page:
         print(f"report: {page}")
     for line in failure_lines(done):
         print(f"jaxrlhf: {line}", file=sys.stderr)

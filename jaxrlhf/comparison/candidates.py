@@ -1,6 +1,5 @@
 """What `jaxrlhf evaluate` was given as A or B: a policy folder, stored responses or the references; or why it is none of them."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from jaxrlhf.data.sources import SUFFIXES
 from jaxrlhf.data.stored_responses import StoredResponse, label, read_stored
 from jaxrlhf.evaluation.samples import SAMPLES
-from jaxrlhf.models.hub import resolve
+from jaxrlhf.models.hub import classes_of, resolve
 from jaxrlhf.storage.record import RECORD, read_record
 from jaxrlhf.storage.stage import StageError
 
@@ -112,11 +111,7 @@ def _beside(path: Path) -> str:
 
 def check_model(path: Path, given: str, *, head: str) -> None:
     """ValueError where a folder with config.json is not whole, or is the other kind of model than `head`, "lm" or "scalar", asks for."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        classes = list(config.get("architectures") or [])
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{given}/config.json cannot be read ({error}); copy or make the folder again.") from error
+    classes = classes_of(path)
     if not list(path.glob("*.safetensors")):
         raise ValueError(f"{given} has config.json but no *.safetensors, so its parameters are missing; copy or make the folder again.")
     scalar = any(name.endswith("SequenceClassification") for name in classes)

@@ -17,7 +17,7 @@ from jaxrlhf.comparison.prompts import Prompts, prompts_identity, prompts_of
 from jaxrlhf.comparison.responses import GenerationSettings, candidate_identity, matched, new_tokens_of, responses_of
 from jaxrlhf.comparison.tables import judge_line, main_table, reference_table, write_comparison
 from jaxrlhf.config import DataConfig
-from jaxrlhf.files import write_whole
+from jaxrlhf.files import read_json, write_whole
 from jaxrlhf.models.hub import read_config, resolve
 from jaxrlhf.models.hub.identity import folder_identity
 from jaxrlhf.monitoring.progress import shown
@@ -153,10 +153,10 @@ def check_output(folder: Path, settings: dict[str, Any], overwrite: bool) -> Non
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
-        found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        found = read_json(folder / SETTINGS, "")
     except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or not {"a", "b", "prompts"} <= found.keys():  # other programs have a settings.json too
+        found = {}
+    if not {"a", "b", "prompts"} <= found.keys():  # other programs have a settings.json too
         raise FileExistsError(f"{folder} exists and holds no comparison; give another --output.")
     changed = sorted(name for name in settings if found.get(name) != settings[name])
     if changed and not overwrite:

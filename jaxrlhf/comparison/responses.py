@@ -16,7 +16,7 @@ from jaxrlhf.config import DataConfig, EvaluationConfig
 from jaxrlhf.data.pairs import Prompt, read_prompts
 from jaxrlhf.data.read_report import DataError
 from jaxrlhf.data.tokens import Limits
-from jaxrlhf.files import write_whole
+from jaxrlhf.files import read_json, write_whole
 from jaxrlhf.models.hub.identity import folder_identity
 from jaxrlhf.rollouts.dataset import Sampling
 from jaxrlhf.rollouts.texts import answers, policy_named, tokens_of
@@ -88,8 +88,8 @@ def kept_responses(
     facts = {"policy": candidate_identity(side), "prompts": prompts_identity(asked.rows), **writing.identity()}
     path = folder / f"responses-{name}.json"
     if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["written"] == facts:
+        kept = read_json(path, "delete it, and the policy writes its responses again")
+        if kept.get("written") == facts:
             return {row["number"]: (row["response"], row["finished"]) for row in kept["responses"]}
     responses = generate_responses(side, asked, writing, show)
     rows = [{"number": i, "prompt": asked.rows[i].prompt, "response": text, "finished": ended} for i, (text, ended) in responses.items()]

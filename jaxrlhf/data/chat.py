@@ -172,7 +172,7 @@ def render_arguments(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     return {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, *replies: Messages, **options: Any) -> tuple[str, ...]:
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, /, *replies: Messages, **options: Any) -> tuple[str, ...]:
     """(prompt text, a response text for each of `replies`, which are one assistant message each).
 
     The prompt text is the generation prompt, so that training and sampling see the same context; a template whose full rendering does

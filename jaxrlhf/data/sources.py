@@ -15,6 +15,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,6 +42,7 @@ Row = dict[str, Any]
 Located = tuple[str, Row | Fault]  # ("file:line", row); lines and rows are numbered from 1
 # The order in which OpenAI's API, and after it transformers' `get_json_schema`, writes tools and calls.
 _TOOL_KEYS = ("id", "type", "function", "name", "description", "parameters", "properties", "required", "arguments")
+_BROKEN = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading damaged gzip raises
 _INT64 = 2.0**63  # what a table's integers end before
 
 
@@ -142,8 +144,10 @@ def _open(path: Path) -> Any:
 
 
 def _first_byte(path: Path) -> bytes:
-    with _open(path) as file:
+    """Of the content; nothing where it cannot be read, which whoever reads the lines will say."""
+    with _open(path) as file, suppress(*_BROKEN):
         return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    return b""
 
 
 def _decode(raw: bytes) -> Row | Fault:
@@ -163,7 +167,7 @@ def _iter_lines(path: Path) -> Iterator[Located]:
             number += 1
             try:
                 raw = file.readline()
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            except _BROKEN as error:
                 yield f"{path}:{number}", Fault(f"damaged gzip: the stream breaks here and whatever followed is lost ({error})")
                 return
             if not raw:
@@ -177,7 +181,7 @@ def _iter_array(path: Path) -> Iterator[Located]:
     try:
         with _open(path) as file:
             rows = json.loads(file.read().decode("utf-8-sig"))
-    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (ValueError, RecursionError, *_BROKEN) as error:
         raise DataError(
             f"{path} starts as a JSON array but cannot be read: {error}. JSON lines survive one bad row; an array does not."
         ) from error

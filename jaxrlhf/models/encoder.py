@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrlhf.models.activations import ACTIVATIONS
-from jaxrlhf.models.families import ONLY, check_only, read_activation
+from jaxrlhf.models.families import ONLY, read_activation
+from jaxrlhf.models.settings import check_only, check_values
 from jaxrlhf.types import Params
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
@@ -53,11 +54,8 @@ def bert_config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
     family = hf.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is no encoder known here; known are {', '.join(FAMILIES)}.")
+    check_values(hf)
     check_only(hf, ONLY | {"position_embedding_type": "absolute", "is_decoder": False})
-    wanted = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
-    absent = [name for name in wanted if hf.get(name) is None]
-    if absent:
-        raise ValueError(f"config.json of the encoder lacks {', '.join(absent)}.")
     width, heads = hf["hidden_size"], hf["num_attention_heads"]
     if width % heads:
         raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {heads}.")

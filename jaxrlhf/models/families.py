@@ -4,9 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxrlhf.models.rope import RopeScaling
+from jaxrlhf.models.settings import Hf, check_only, check_values
 from jaxrlhf.models.transformer import DecoderConfig
-
-Hf = Mapping[str, Any]
 
 ACTIVATION_NAMES = {
     "gelu": "gelu",
@@ -37,13 +36,6 @@ IGNORED: dict[str, tuple[str, ...]] = {
     "GPT-NeoX is a decoder whatever it says; encoders must say they are none": ("is_decoder",),
     "names": ("_name_or_path", "transformers_version"),
 }
-
-
-def check_only(hf: Hf, only: Hf) -> None:
-    """ValueError for a setting of config.json that is not computed."""
-    for name, value in only.items():
-        if hf.get(name) not in (None, value):
-            raise ValueError(f"{hf.get('model_type')} with {name}={hf[name]!r} is not supported; it must be {value!r}.")
 
 
 def _rotary(hf: Hf, head_dim: int, *, fraction: float | None = None) -> dict[str, Any]:
@@ -195,6 +187,8 @@ def config_from_hf(hf: Hf, generation: Hf | None = None) -> DecoderConfig:
     family = hf.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not supported; supported are {sorted(FAMILIES)}.")
+    for stated in (hf, generation or {}):
+        check_values(stated)
     check_only(hf, ONLY_DECODERS)
     if hf.get("quantization_config"):
         raise ValueError("this folder holds quantised weights (quantization_config); load the unquantised ones.")

@@ -1,18 +1,20 @@
 """Write, read and repair metrics.jsonl, which has a line for each logged step."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxrlhf.files import write_lines
+from jaxrlhf.files import read_json_lines, write_lines
 from jaxrlhf.formatting import as_strict_json
 
 FILE = "metrics.jsonl"
 RESERVED = ("stage", "round", "step")
+_log = logging.getLogger(__name__)
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,45 +30,40 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl without a half-written last one (the process was killed); none where there is no file."""
-    path = Path(path)
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    lines = []
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}:{number} is not JSON ({error}); delete that line.") from error
+    """The lines of a metrics.jsonl; what is no line of ours is left out with a warning. None where there is no file."""
+    lines, others = read_json_lines(path, _is_ours)
+    if others:
+        _log.warning("%s: %d lines that are no metrics are left out.", path, others)
     return lines
 
 
+def _is_ours(line: Mapping[str, Any]) -> bool:
+    whole = isinstance(line.get("step"), int) and isinstance(line.get("round"), int | None)
+    return whole and isinstance(line.get("stage"), str)
+
+
 def repair(path: Path) -> None:
-    """Cut off a half-written last line, so that the next one starts on its own."""
-    if not path.exists():
-        return
-    with open(path, "rb+") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            file.truncate(whole)
-
-
-def forget(path: Path, stage: str, round: int | None, *, after: int) -> None:
-    """Remove the lines of `stage` in `round` after step `after`: a resumed run takes those steps again."""
-    rewrite(path, lambda line: (line["stage"], line["round"]) != (stage, round) or line["step"] <= after)
-
-
-def rewrite(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Remove the lines for which `keep` is false."""
+    """Take out a half-written last line, so that the next one starts on its own, and what is no line of ours."""
     lines = read(path)
-    kept = [line for line in lines if keep(line)]
+    content = path.read_bytes() if path.exists() else b""
+    if content.count(b"\n") != len(lines) or content[-1:] not in (b"\n", b""):
+        write_lines(path, map(to_line, lines))
+
+
+def put(path: Path, stage: str, round: int | None, lines: Collection[dict[str, Any]]) -> None:
+    """Have `lines` as those of `stage` in `round`, at the end: the stages of a file stand in the order in which a run came to them."""
+    known = read(path)
+    wanted = [*(line for line in known if (line["stage"], line["round"]) != (stage, round)), *lines]
+    if wanted != known:
+        write_lines(path, map(to_line, wanted))
+
+
+def keep_only(path: Path, stages: Collection[tuple[str, int | None]]) -> None:
+    """Remove the lines of every (stage, round) that is not in `stages`."""
+    lines = read(path)
+    kept = [line for line in lines if (line["stage"], line["round"]) in stages]
     if len(kept) < len(lines):
         write_lines(path, map(to_line, kept))
-
-
-def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(to_line(line) for line in lines)
 
 
 def to_line(fields: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ makes the device wait. In `metrics.jsonl` numbers that JSON lacks are the string
 Logging is not thread-safe and happens in one process: use `RunLog(None)` in the others.
 """
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
@@ -14,7 +15,8 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from jaxrlhf.monitoring.metrics_file import FILE, RESERVED, append, forget, read, repair, rewrite, scalars, to_line
+from jaxrlhf.monitoring.metrics_file import FILE, RESERVED, keep_only, put, read, repair, scalars, to_line
+from jaxrlhf.monitoring.output import Shown
 from jaxrlhf.monitoring.recompiles import CompileWatch
 from jaxrlhf.monitoring.writers import brief, open_bar, open_tensorboard, open_wandb, title_of
 
@@ -43,7 +45,8 @@ class RunLog:
         file: TextIO | None = None,
     ):
         self.folder = None if folder is None else Path(folder)
-        self._console = Console(file=file, stderr=file is None, quiet=folder is None, soft_wrap=True, highlight=False)
+        shown: Any = Shown(sys.stderr if file is None else file)
+        self._console = Console(file=shown, quiet=folder is None, soft_wrap=True, highlight=False)
         self._plain = not self._console.is_terminal if plain is None else plain
         self._every = every
         self._tensorboard = tensorboard and self.folder is not None
@@ -66,7 +69,8 @@ class RunLog:
         folder: str | Path | None = None,
         watch: CompileWatch | None = None,
     ) -> "StageLog":
-        """Begin a stage, and close the one before it. `start` is the step it resumes from: later lines of this stage are removed.
+        """Begin a stage, and close the one before it. `start` is the step it resumes from: later lines of this stage are removed, and
+        those up to it are behind the lines of all other stages.
 
         With `folder` the lines are also written to metrics.jsonl there, from where `replay` copies them into the log of a run that finds
         the stage finished. `watch` is called after every step, and its messages are shown here, until the stage is closed.
@@ -80,8 +84,7 @@ class RunLog:
         """Copy the lines of a finished stage's metrics.jsonl, in place of those this run has of it; the number of lines."""
         lines = [{**line, "stage": stage, "round": round} for line in read(path)]
         if self.folder is not None:
-            forget(self.folder / FILE, stage, round, after=-1)
-            append(self.folder / FILE, lines)
+            put(self.folder / FILE, stage, round, lines)
         for line in lines:
             self.seen(line)
         return len(lines)
@@ -89,7 +92,7 @@ class RunLog:
     def keep_only(self, stages: Collection[tuple[str, int | None]]) -> None:
         """Remove the lines of every (stage, round) that is not in `stages`: an earlier run of this name wrote them."""
         if self.folder is not None:
-            rewrite(self.folder / FILE, lambda line: (line["stage"], line["round"]) in stages)
+            keep_only(self.folder / FILE, stages)
 
     def note(self, text: str) -> None:
         """Show a line of text."""
@@ -134,14 +137,19 @@ class StageLog:
         self._times: deque[tuple[float, int, int]] = deque(maxlen=50)  # (clock, step, tokens) of the recent calls of `step`
         self._last: dict[str, Any] = {}
         self._closed = False
-        for line in read(folder / FILE) if folder is not None and start else ():
-            if line["step"] <= start:
-                log.seen({**line, "stage": name, "round": round})
         paths = [folder / FILE for folder in (log.folder, folder) if log.folder is not None and folder is not None]
-        for path in paths:
+        before: dict[int, dict[str, Any]] = {}  # the lines up to `start`, by step: either file may have lost some
+        for path in reversed(paths):
             path.parent.mkdir(parents=True, exist_ok=True)
             repair(path)
-            forget(path, name, round, after=start)
+            found = {line["step"]: line for line in read(path) if (line["stage"], line["round"]) == (name, round)}
+            if all(found[step] == before[step] for step in before.keys() & found.keys()):  # else of an earlier config's stage
+                before |= found
+        for path in paths:
+            put(path, name, round, [before[step] for step in sorted(before) if step <= start])
+        for step in sorted(before):
+            if step <= start:
+                log.seen(before[step])
         self._files = [open(path, "a", encoding="utf-8") for path in paths]  # noqa: SIM115 (closed in close)
         self._board: Any = None
         self._plots = False  # whether TensorBoard and W&B are set up for this stage

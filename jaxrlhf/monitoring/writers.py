@@ -43,7 +43,7 @@ def open_wandb(folder: Path, arguments: dict[str, Any]) -> Any:
         raise ImportError("logging to W&B needs the package wandb: pip install 'jaxrlhf[wandb]', or leave log.wandb out.") from error
     kept = folder / "wandb_id"
     if kept.exists():
-        arguments = {"id": kept.read_text().strip(), "resume": "allow", **arguments}
+        arguments = {"id": kept.read_text(errors="ignore").strip(), "resume": "allow", **arguments}
     run = wandb.init(dir=str(folder), **arguments)
     kept.write_text(f"{run.id}\n")
     return run

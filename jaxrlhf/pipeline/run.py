@@ -49,7 +49,8 @@ def _run_one(config: Config, until: str | None, log: RunLog | None) -> None:
     folder = folder_of(config)
     leads = distributed.is_leader()
     open_run(config)
-    replaces = leads and (folder / "summary.json").exists() and (folder / "config.yaml").read_text(encoding="utf-8") != to_yaml(config)
+    before = folder / "config.yaml"
+    replaces = leads and (folder / "summary.json").exists() and before.exists() and before.read_bytes() != to_yaml(config).encode()
     if leads:
         write_whole(folder / "config.yaml", to_yaml(config))
     store = store_of(config)

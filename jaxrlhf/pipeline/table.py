@@ -1,6 +1,5 @@
 """The table at the end of a run, and words that follow its numbers."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jaxrlhf.data.tables import read_table
 from jaxrlhf.evaluation.baselines import beside
 from jaxrlhf.evaluation.findings import Trial
 from jaxrlhf.evaluation.findings import findings as said
 from jaxrlhf.evaluation.intervals import from_fields
+from jaxrlhf.files import DamagedFile, read_json
 
 Summary = dict[str, Any]
+AGAIN = "`jaxrlhf run` on its config writes it again"
 
 COLUMNS: tuple[tuple[str, str], ...] = (
     ("round", "round"),
@@ -71,14 +73,13 @@ def read_summaries(folder: Path) -> dict[str, Summary]:
 
 def _read(path: Path) -> Summary:
     """A summary.json, with gold of the last responses by prompt: `last_gold`, empty where there is none."""
-    import pyarrow.parquet as pq
-
-    body = json.loads(path.read_text(encoding="utf-8"))
+    body = read_json(path, AGAIN)
+    if not isinstance(body.get("rounds"), list):
+        raise DamagedFile(path, "has no rounds", AGAIN)
     number = body["rounds"][-1]["round"] if body["rounds"] else 0
     table = next(path.parent.glob(f"stages/*-{f'r{number}' if number else 'sft'}-evaluation/samples.parquet"), None)
-    kept = [] if table is None else [name for name in ("id", "gold_1") if name in pq.read_schema(table).names]
-    columns = pq.read_table(table, columns=kept).to_pydict() if len(kept) == 2 else {"id": [], "gold_1": []}
-    return body | {"last_gold": dict(zip(columns["id"], columns["gold_1"], strict=True))}
+    columns = {} if table is None else read_table(table)[0]
+    return body | {"last_gold": dict(zip(columns.get("id", []), columns.get("gold_1", []), strict=False))}
 
 
 def _arms(folder: Path) -> list[str]:

@@ -13,12 +13,11 @@ from jaxrlhf import rng, sharding
 from jaxrlhf.config import Config
 from jaxrlhf.data import toy
 from jaxrlhf.data.tokens import pad_id_of
-from jaxrlhf.models.encoder import BertConfig, bert_config_from_hf
+from jaxrlhf.models.encoder import BertConfig
 from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.hub import Loaded, eos_ids, read_config, read_tokenizer
-from jaxrlhf.models.hub.encoder import encoder_folder, read_sentence_folder
+from jaxrlhf.models.hub.encoder import encoder_folder, read_encoder_config, read_sentence_folder
 from jaxrlhf.models.hub.published import KNOWN, known_shape
-from jaxrlhf.models.hub.safetensors import read_json
 from jaxrlhf.models.model import build_model
 from jaxrlhf.models.transformer import DecoderConfig
 from jaxrlhf.pipeline import inputs
@@ -128,7 +127,7 @@ def _encoder(config: Config) -> tuple[BertConfig | None, str]:
         folder = read_sentence_folder(folder or encoder_folder(None)).folder
     except ModuleNotFoundError as error:
         return None, f"the sentence encoder is not planned: {error}"
-    return bert_config_from_hf(read_json(folder / "config.json")), ""
+    return read_encoder_config(folder), ""
 
 
 def models_of(config: Config, subjects: PlannedModels, mesh: Any) -> tuple[Model, Model]:

@@ -1,6 +1,5 @@
 """The files of a run folder, read as what they should be: what is not is left out and said in `missing`. Content never raises."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +7,9 @@ from typing import Any
 
 import numpy as np
 import yaml
+
+from jaxrlhf.files import DamagedFile, read_json_lines, read_regular
+from jaxrlhf.files import read_json as read_whole
 
 TEXTS = ("id", "prompt", "reference", "response_1")
 TOKENS = ("response_1_tokens", "prompt_tokens")
@@ -33,16 +35,12 @@ def _whole(value: Any) -> bool:
 def read_json(path: Path, missing: list[str], without: str) -> dict[str, Any]:
     """A JSON object; {} where the file is not there, or is not one (said in `missing`)."""
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        return read_whole(path, without)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        missing.append(f"{path.name} cannot be read ({error}): {without}.")
+    except DamagedFile as error:
+        missing.append(f"{path.name} {error.reason}: {without}.")
         return {}
-    if not isinstance(body, dict):
-        missing.append(f"{path.name} is not a JSON object: {without}.")
-        return {}
-    return body
 
 
 def read_record(path: Path, missing: list[str]) -> dict[str, Any]:
@@ -69,27 +67,15 @@ def read_record(path: Path, missing: list[str]) -> dict[str, Any]:
 
 
 def read_log(path: Path, missing: list[str]) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a line that is being written, or is broken, is left out. One of wrong types is said."""
+    """The lines of a metrics.jsonl; one that is being written is left out, and others that are not ours are left out and said."""
+
+    def ours(one: dict[str, Any]) -> bool:
+        return isinstance(one.get("stage"), str) and all(one.get(name) is None or _whole(one[name]) for name in ("step", "round"))
+
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        lines, wrong = read_json_lines(path, ours)
     except OSError:
         return []
-    lines, wrong = [], 0
-    for line in text.splitlines():
-        try:
-            one = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        step, round_ = (one.get("step"), one.get("round")) if isinstance(one, dict) else ("", "")
-        if (
-            isinstance(one, dict)
-            and isinstance(one.get("stage"), str)
-            and (step is None or _whole(step))
-            and (round_ is None or _whole(round_))
-        ):
-            lines.append(one)
-        else:
-            wrong += 1
     if wrong:
         missing.append(f"metrics.jsonl: {wrong} line{'s' if wrong > 1 else ''} without a stage, round and step of ours left out.")
     return lines
@@ -98,7 +84,7 @@ def read_log(path: Path, missing: list[str]) -> list[dict[str, Any]]:
 def read_yaml(path: Path) -> tuple[dict[str, Any], str]:
     """(the mapping, the text); ({}, text) where it is another thing."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path).decode("utf-8")
         body = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}, ""

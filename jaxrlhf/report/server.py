@@ -1,15 +1,45 @@
 """A page that is kept fresh, served on this machine alone."""
 
 import hashlib
+import socket
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock
+from typing import Any
 
 from jaxrlhf.report.build import PAGE, report, watched
 from jaxrlhf.report.runs import ReportError
 from jaxrlhf.report.samples import CAP
 
 HOST, PORT = "127.0.0.1", 8765
+CONNECTIONS = 32  # at a time: a further one takes the place of the oldest, so that those who never end keep nobody out
+PATIENCE = 10.0  # seconds that a client may be silent, and that it has to take the answer
+
+
+class Server(ThreadingHTTPServer):
+    """A server that slow, silent and vanished clients can neither fill nor make talk."""
+
+    def __init__(self, *args: Any):
+        self._open: dict[Any, None] = {}  # connections, the oldest first
+        super().__init__(*args)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        for oldest in list(self._open)[: max(0, len(self._open) + 1 - CONNECTIONS)]:
+            self._open.pop(oldest, None)
+            with suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end of it, and ends
+        self._open[request] = None
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), OSError):  # a client that is gone is no error
+            super().handle_error(request, client_address)
 
 
 class Live:
@@ -45,11 +75,13 @@ def _waiting(said: str, version: str) -> str:
     return page("Nothing to show yet", [], [], [], ({"columns": [], "arms": [], "rows": []}, ""), [said], made="just now", version=version)
 
 
-def server_of(folders: Sequence[str], port: int, *, cap: int = CAP) -> ThreadingHTTPServer:
+def server_of(folders: Sequence[str], port: int, *, cap: int = CAP) -> Server:
     """A server on the loopback address: / is the page, /version what it is asked whether it has changed. Port 0 takes a free one."""
     live = Live(folders, cap)
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = PATIENCE
+
         def do_GET(self) -> None:
             # A page of another origin can make a browser ask under a name of its own that leads here; ours answers to its own alone.
             if self.headers.get("Host", "").rsplit(":", 1)[0] not in (HOST, "localhost"):
@@ -76,7 +108,7 @@ def server_of(folders: Sequence[str], port: int, *, cap: int = CAP) -> Threading
             del format, args  # every three seconds a line would be no news
 
     try:
-        return ThreadingHTTPServer((HOST, port), Handler)
+        return Server((HOST, port), Handler)
     except (OSError, OverflowError) as error:
         raise ReportError(f"port {port} of {HOST} cannot be used ({error}); give another: --serve {PORT + 1}.") from error
 

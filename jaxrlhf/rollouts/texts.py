@@ -1,6 +1,5 @@
 """Text from a policy folder: for `jaxrlhf generate` and for comparisons."""
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from jaxrlhf import rng
 from jaxrlhf.data.batches import trim
 from jaxrlhf.data.pairs import Prompt, read_prompts
 from jaxrlhf.data.tokens import Limits, finished_responses, tokenize_prompts
-from jaxrlhf.models.hub import Loaded, load
+from jaxrlhf.models.hub import Loaded, classes_of, load
 from jaxrlhf.rollouts.dataset import Sampling, renumbered, sample_texts
 from jaxrlhf.types import PromptBatch
 
@@ -36,7 +35,7 @@ def generate_texts(
     `reading`: keywords of `read_prompts`."""
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; at least 1 response a prompt is needed.")
-    classes = _classes(folder)
+    classes = classes_of(Path(folder))
     if any(name.endswith("SequenceClassification") for name in classes):
         raise ValueError(
             f"{folder} holds a reward model ({classes[0]}), which writes no text; name a policy folder, such as a stage …-policy."
@@ -72,12 +71,6 @@ def answers(loaded: Loaded, table: PromptBatch, key: jax.Array, sampling: Sampli
     out, texts = sample_texts(loaded, table, key, sampling, **how)
     ended = finished_responses(out.response_BT, out.response_mask_BT, sampling.eos_ids)  # type: ignore[arg-type]
     return list(zip(texts, ended.tolist(), strict=True))
-
-
-def _classes(folder: str) -> list[str]:
-    """What config.json says the model is; nothing where there is none (`load` says that better)."""
-    path = Path(folder) / "config.json"
-    return list(json.loads(path.read_text(encoding="utf-8")).get("architectures") or []) if path.is_file() else []
 
 
 def _prompts(prompts: list[str], file: str | None, **reading: Any) -> list[Prompt]:

@@ -11,6 +11,8 @@ from jaxrlhf.files import read_sealed
 from jaxrlhf.storage.stage import STAGE_FORMAT, Done, Stage, StageError, canonical_json
 
 RECORD = "stage.json"
+# What a run relies on; what a later version has added is not among it.
+_FIELDS = {"name": str, "function": str, "hash": str, "inputs": dict, "config": dict, "result": dict | None, "seconds": int | float}
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -20,11 +22,18 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         record = read_sealed(path)
     except FileNotFoundError:
         raise StageError(f"{path} is missing, so the stage is not complete; delete {Path(folder)} to build it again.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StageError(f"{path} cannot be read ({error}); delete {Path(folder)} to build the stage again.") from error
     if not record.get("finished"):
         raise StageError(f"{path} is not the record of a finished stage; delete {Path(folder)} to build it again.")
     return record
+
+
+def check_fields(folder: Path, record: dict[str, Any]) -> None:
+    """Raise StageError where the record lacks what a run reads of it."""
+    wrong = [name for name, kind in _FIELDS.items() if name not in record or not isinstance(record[name], kind)]
+    if wrong:
+        raise StageError(f"{folder / RECORD} has no {wrong[0]} that can be used; delete {folder} to build the stage again.")
 
 
 def record_of(stage: Stage, result: dict[str, Any] | None, resumed: bool, *, seconds: float, compile_seconds: float) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from jaxrlhf.files import faults, identities, leftovers, locked, remove, sealed,
 from jaxrlhf.monitoring.metrics_file import FILE
 from jaxrlhf.monitoring.recompiles import CompileWatch, count_compilations
 from jaxrlhf.storage.copies import files_in
-from jaxrlhf.storage.record import RECORD, hash_of, read_record, record_of
+from jaxrlhf.storage.record import RECORD, check_fields, hash_of, read_record, record_of
 from jaxrlhf.storage.stage import STATE, Done, Stage, StageError
 
 _log = logging.getLogger(__name__)
@@ -198,6 +198,7 @@ class Store:
             raise StageError(
                 f"{folder / RECORD} is of stage {record.get('hash')!r}: the folder was renamed; delete {folder} to build it again."
             )
+        check_fields(folder, record)
         for fault in faults(folder, {name: facts for name, facts in record.get("files", {}).items() if name != FILE}, read=False):
             raise StageError(f"{fault}; delete {folder} to build stage {stage.name} again.")
         return Done(stage.name, folder, hash, record, cached)

@@ -160,7 +160,7 @@ def read_finished(job: Job) -> Run | None:
     config = job.config
     folder = Path(config.output) / config.name
     written = folder / "config.yaml"
-    if not written.exists() or written.read_text(encoding="utf-8") != to_yaml(config):
+    if not written.exists() or written.read_bytes() != to_yaml(config).encode():
         return None
     mesh = sharding.mesh_of(config.mesh)
     context = RunContext(config, ReadOnlyStore(config.store or Path(config.output) / ".stages"), folder, RunLog(None), mesh)

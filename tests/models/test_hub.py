@@ -202,7 +202,7 @@ def test_sources_that_are_no_model_say_what_they_lack(tmp_path):
     with pytest.raises(FileNotFoundError, match="safetensors only"):
         models.load(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
+    with pytest.raises(ValueError, match=r"config.json cannot be read .*copy or make the model.s folder again"):
         models.load(folder)
 
 

@@ -81,10 +81,49 @@ def test_a_resumed_stage_forgets_the_steps_it_takes_again_and_only_those(tmp_pat
     ]
 
 
-def test_a_broken_line_in_the_middle_is_named(tmp_path):
-    (tmp_path / FILE).write_text('{"stage": "a", "round": null, "step": 1}\nnonsense\n{}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl:2 is not JSON .* delete that line"):
-        read(tmp_path / FILE)
+BROKEN = (b"nonsense\n", b"\xff\xfe\x00\n", b"\0\0\0\n", b"[]\n", b"{}\n", b'{"stage": 1, "round": null, "step": 1}\n', b"[" * 9999 + b"\n")
+
+
+def test_lines_that_are_no_metrics_are_left_out_and_said(tmp_path, caplog):
+    """Of whatever kind: metrics.jsonl never decides about a run. A line ends in \\n, not where Unicode ends one (U+2028)."""
+    good = [b'{"stage": "a", "round": null, "step": %d, "note": "\xe2\x80\xa8"}\n' % n for n in range(len(BROKEN) + 1)]
+    (tmp_path / FILE).write_bytes(b"".join(a + b for a, b in zip(good, (*BROKEN, b'{"stage": "a"'), strict=True)))
+    assert [line["step"] for line in read(tmp_path / FILE)] == list(range(len(good)))
+    with quiet(tmp_path) as log:
+        log.stage("b").step(1, {})
+        log.stage("b").step(2, {"x": 1})
+    assert [line["step"] for line in map(json.loads, (tmp_path / FILE).read_bytes().splitlines())] == [*range(len(good)), 2]
+    assert f"{tmp_path / FILE}: {len(BROKEN)} lines that are no metrics are left out." in caplog.text
+
+
+def test_after_a_resume_the_lines_are_in_the_order_of_the_stages(tmp_path):
+    stored = tmp_path / "store"
+    with quiet(tmp_path / "run") as log:
+        log.stage("sft", folder=stored).step(1, {"x": 1})
+        log.stage("reward", round=1, folder=tmp_path / "partial").step(1, {"x": 2})  # stopped here
+    with quiet(tmp_path / "run") as log:
+        log.replay(stored / FILE, "sft")
+        log.stage("reward", round=1, start=1, folder=tmp_path / "partial").step(2, {"x": 3})
+    assert [(line["stage"], line["step"]) for line in lines(tmp_path / "run")] == [("sft", 1), ("reward", 1), ("reward", 2)]
+
+
+@pytest.mark.parametrize("lost", ["run", "partial"])
+def test_an_interrupted_stages_lines_are_in_both_files_again(tmp_path, lost):
+    """Whichever of the two is gone; but the lines of an earlier config's stage, which are others, are not taken."""
+    with quiet(tmp_path / "run") as log:
+        stage = log.stage("sft", folder=tmp_path / "partial")
+        for n in (1, 2):
+            stage.step(n, {"x": n})
+    (tmp_path / lost / FILE).unlink()
+    with quiet(tmp_path / "run") as log:
+        log.stage("sft", start=2, folder=tmp_path / "partial").step(3, {"x": 3})
+    expected = [{"stage": "sft", "round": None, "step": n, "x": n} for n in (1, 2, 3)]
+    assert lines(tmp_path / "run") == lines(tmp_path / "partial") == expected
+    with open(tmp_path / "run" / FILE, "w") as file:
+        file.writelines(json.dumps(line | {"x": -1}) + "\n" for line in expected)
+    with quiet(tmp_path / "run") as log:
+        log.stage("sft", start=2, folder=tmp_path / "partial").close()
+    assert lines(tmp_path / "run") == expected[:2]
 
 
 def test_the_lines_of_a_shared_stage_reach_every_run(tmp_path):

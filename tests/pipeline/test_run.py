@@ -197,16 +197,19 @@ def test_metrics_file(finished):
     assert set(names) == {("sft", None), ("update", 2), *((stage, n) for stage in ("reward", "policy") for n in (1, 2))}
 
 
-def test_running_again_builds_nothing_and_changes_no_line(finished, store, tiny_config):
+def test_running_again_builds_nothing_and_writes_what_is_broken_again(finished, store, tiny_config):
+    """config.yaml, summary.json and metrics.jsonl, whatever has become of them: the stages say it all."""
     before = sorted(p.name for p in (store / ".stages").iterdir())
-    lines = {arm: sorted(map(json.dumps, read(finished / arm / "metrics.jsonl"))) for arm in ARMS}
-    texts = {arm: (finished / arm / "summary.json").read_text() for arm in ARMS}
+    names = ("metrics.jsonl", "summary.json", "config.yaml")
+    texts = {(arm, name): (finished / arm / name).read_text() for arm in ARMS for name in names}
+    for arm, broken in zip(ARMS, (b"\xff\xfe\0\n", b"[]\n{}\n" + b"[" * 9999, None, b""), strict=True):
+        for name in names:
+            (finished / arm / name).unlink()
+            if broken is not None:
+                (finished / arm / name).write_bytes(broken)
     run(tiny_config(store, arms=ARMS))
     assert sorted(p.name for p in (store / ".stages").iterdir()) == before
-    assert {arm: (finished / arm / "summary.json").read_text() for arm in ARMS} == texts
-    for arm in ARMS:
-        again = [json.dumps(line) for line in read(finished / arm / "metrics.jsonl")]
-        assert sorted(again) == lines[arm]
+    assert {(arm, name): (finished / arm / name).read_text() for arm in ARMS for name in names} == texts
 
 
 def test_stage_folders_open_as_models(finished):

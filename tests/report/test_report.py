@@ -7,6 +7,8 @@ import hashlib
 import json
 import re
 import shutil
+import socket
+import struct
 import threading
 import urllib.request
 from html import escape
@@ -29,7 +31,7 @@ from jaxrlhf.report.build import report, watched, write
 from jaxrlhf.report.drawing import dashed_style, line_style
 from jaxrlhf.report.figures import DRAWINGS, draw
 from jaxrlhf.report.runs import ReportError
-from jaxrlhf.report.server import Live, server_of
+from jaxrlhf.report.server import CONNECTIONS, Live, server_of
 
 PACKAGE = Path(runs.__file__).parent
 
@@ -655,6 +657,36 @@ def test_a_served_page_says_an_error_that_nobody_thought_of(run, monkeypatch):
 
     monkeypatch.setattr("jaxrlhf.report.build.draw", broken)
     assert "the page cannot be made (RuntimeError: no fonts)" in Live([str(run)]).page()
+
+
+def test_clients_that_are_slow_or_gone_keep_nobody_out(tmp_path, monkeypatch, capsys):
+    """Silent ones are hung up on, more than there is room for make room, and one that breaks off is no traceback."""
+
+    def connected(said=b""):
+        client = socket.create_connection(("127.0.0.1", server.server_port), timeout=20)
+        client.sendall(said)
+        return client
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxrlhf.report.server.PATIENCE", 0.2)
+        server = server_of([str(tmp_path)], 0)
+    with server, server_of([str(tmp_path)], 0) as patient:
+        for one in (server, patient):
+            threading.Thread(target=one.serve_forever, daemon=True).start()
+        with connected() as silent:
+            assert silent.recv(1) == b""  # the end, and not the test's own timeout
+        gone = connected(b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        gone.close()  # with a reset
+        server.shutdown()
+        server = patient
+        crowd = [connected(b"GET /") for _ in range(CONNECTIONS + 8)]
+        assert len(urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/version", timeout=20).read()) == 16
+        assert [one.recv(1) for one in crowd[:8]] == [b""] * 8 and len(server._open) <= CONNECTIONS
+        for one in crowd:
+            one.close()
+        server.shutdown()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_port_that_cannot_be_used(run):

@@ -15,6 +15,7 @@ from jaxrlhf.models.hub.read_params import check_names, read_params
 from jaxrlhf.models.hub.safetensors import TensorReader, read_json
 from jaxrlhf.models.hub.tensor_names import Entry, plain, plain_name, transposed
 from jaxrlhf.models.hub.tokenizer import check_vocabulary, read_tokenizer
+from jaxrlhf.models.settings import check_values, described_by
 from jaxrlhf.types import Params
 
 MODULES = "modules.json"
@@ -86,7 +87,7 @@ def load_encoder(
     ValueError: an architecture, module, pooling or setting that is not supported; tensors missing, unknown or of another shape.
     """
     said = read_sentence_folder(encoder_folder(source))
-    config = replace(_config(said.folder), labels=())
+    config = replace(read_encoder_config(said.folder), labels=())
     pooling = pooling or said.pooling
     bert = build_bert(config, pooling=pooling, dtype=dtype)
     tokenizer = _tokenizer(said.folder, config)
@@ -98,7 +99,7 @@ def load_encoder(
 def load_classifier(source: str | Path, *, max_length: int | None = None, dtype: str = "float32", mesh: Any = None) -> LoadedClassifier:
     """A BertForSequenceClassification or RobertaForSequenceClassification from a folder or hub id. Errors as `load_encoder`."""
     folder = encoder_folder(source)
-    config = _config(folder)
+    config = read_encoder_config(folder)
     if not config.labels:
         count = int(config.hf.get("num_labels") or 2)
         config = replace(config, labels=tuple(f"LABEL_{n}" for n in range(count)))
@@ -129,9 +130,14 @@ def read_sentence_folder(folder: Path) -> SentenceFolder:
     """What modules.json and its companions say; a folder without it is a plain transformers model. ValueError for other modules."""
     if not (folder / MODULES).is_file():
         return SentenceFolder(folder)
-    listed: Any = read_json(folder / MODULES)
-    if not isinstance(listed, list):
-        raise ValueError(f"{folder / MODULES} is no list of modules.")
+    with described_by(folder / MODULES):
+        return _read_modules(folder)
+
+
+def _read_modules(folder: Path) -> SentenceFolder:
+    listed = read_json(folder / MODULES, list)
+    if outside := [m["path"] for m in listed if Path(m.get("path", "")).is_absolute() or ".." in Path(m.get("path", "")).parts]:
+        raise ValueError(f"module {outside[0]!r} lies outside of the folder.")
     modules = [(str(m["type"]).rsplit(".", 1)[-1], folder / m.get("path", "")) for m in listed]
     kinds = [kind for kind, _ in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
@@ -139,6 +145,7 @@ def read_sentence_folder(folder: Path) -> SentenceFolder:
     (_, transformer), (_, pooler) = modules[:2]
     found = (transformer / f"sentence_{family}_config.json" for family in _TRANSFORMER_SETTINGS)
     settings = next((read_json(path) for path in found if path.is_file()), {})
+    check_values(settings)
     prompt = _read_prompt(folder)
     if prompt and read_json(pooler / "config.json").get("include_prompt") is False:
         raise ValueError(f"{folder} pools without its default prompt {prompt!r} (include_prompt: false), which is not supported. {_ELSE}")
@@ -162,11 +169,11 @@ def _read_prompt(folder: Path) -> str:
     return "" if name is None else str((stated.get("prompts") or {}).get(name, ""))
 
 
-def _config(folder: Path) -> BertConfig:
-    try:
-        return bert_config_from_hf(read_json(folder / "config.json"))
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+def read_encoder_config(folder: Path) -> BertConfig:
+    """What a folder says of its encoder. ValueError, which names the file, for what is not supported."""
+    path = folder / "config.json"
+    with described_by(path):
+        return bert_config_from_hf(read_json(path))
 
 
 def _tokenizer(folder: Path, config: BertConfig) -> Any:

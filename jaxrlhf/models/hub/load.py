@@ -17,6 +17,7 @@ from jaxrlhf.models.hub.safetensors import TensorReader, read_json
 from jaxrlhf.models.hub.tensor_names import EMBEDDING, SCORE, Entry, is_ignored, layout, lm_head_names, plain_name, prefix_of
 from jaxrlhf.models.hub.tokenizer import read_tokenizer
 from jaxrlhf.models.model import build_model
+from jaxrlhf.models.settings import described_by
 from jaxrlhf.models.transformer import DecoderConfig
 from jaxrlhf.storage import copies, remote
 from jaxrlhf.storage.record import check_stage
@@ -57,8 +58,17 @@ def load(
 
 def read_config(folder: Path) -> DecoderConfig:
     """What a model folder says of its model, without its parameters. ValueError for what is not supported."""
-    generation = folder / "generation_config.json"
-    return config_from_hf(read_json(folder / "config.json"), read_json(generation) if generation.is_file() else None)
+    path, generation = folder / "config.json", folder / "generation_config.json"
+    with described_by(path):
+        return config_from_hf(read_json(path), read_json(generation) if generation.exists() else None)
+
+
+def classes_of(folder: Path) -> list[str]:
+    """What config.json says the model is, such as LlamaForCausalLM; nothing where there is no config.json (`load` says that better)."""
+    path = folder / "config.json"
+    with described_by(path):
+        stated = (read_json(path) if path.is_file() else {}).get("architectures") or []
+        return [one for one in stated if isinstance(one, str)]
 
 
 def initialise(

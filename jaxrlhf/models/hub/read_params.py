@@ -19,7 +19,7 @@ def read_params(reader: TensorReader, entries: Sequence[Entry], stored: dict[str
     `stored` maps an entry's name to its tensor's name in the files; `wanted` is a tree with the shapes of (at least) those leaves. A
     process reads the slices that its own devices hold, each once; beside the arrays one slice at a time stands in memory.
 
-    ValueError, before anything is read, for a tensor of another shape, or one that holds no floats.
+    ValueError, before anything is read, for a tensor of another shape, or one that holds no floats; and for NaN and infinity.
     """
     check_shapes(reader, entries, stored, wanted)
     parts = [(path, entry, part) for entry in entries for part, path in enumerate(entry.paths)]
@@ -28,7 +28,13 @@ def read_params(reader: TensorReader, entries: Sequence[Entry], stored: dict[str
 
     def read(path: str, index: Index) -> np.ndarray:
         entry, part = holders[path]
-        return entry.read(lambda piece: reader.read(stored[entry.name], piece), part, index)
+        found = entry.read(lambda piece: reader.read(stored[entry.name], piece), part, index)
+        if not np.isfinite(found).all():
+            file = reader.files[stored[entry.name]]
+            raise ValueError(
+                f"{entry.name} in {file} holds numbers that are not finite: nothing can be computed of it; take another model."
+            )
+        return found
 
     try:
         return sharding.build(unflatten_dict(shapes), mesh, read)
@@ -51,6 +57,6 @@ def check_shapes(reader: TensorReader, entries: Sequence[Entry], stored: dict[st
 def check_names(folder: Path, model: str, *, missing: Collection[str], unknown: Collection[str]) -> None:
     """ValueError where the files lack tensors of the `model` or hold others; at most eight of each are named."""
     found = (("missing:", sorted(missing)), ("unknown:", sorted(unknown)))
-    parts = [f"{label} {', '.join(names[:8])}" for label, names in found if names]
+    parts = [f"{label} {', '.join(n if n.isprintable() else ascii(n) for n in names[:8])}" for label, names in found if names]
     if parts:
         raise ValueError(f"the tensors in {folder} are not those of the {model} its config.json describes; {'; '.join(parts)}.")

@@ -2,15 +2,20 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import safe_open
 
+from jaxrlhf import files
+from jaxrlhf.files import DamagedFile
+
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+COPY = "copy or make the model's folder again"
 MAX_SHARD_BYTES = 5_000_000_000
 # After this many bytes of slices a file is mapped anew, so that its pages do not pile up.
 RELEASE_BYTES = 2**28
@@ -18,26 +23,38 @@ RELEASE_BYTES = 2**28
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+def read_json(path: Path, kind: type = dict) -> Any:
+    """A JSON file of a model folder. Raises DamagedFile."""
+    return files.read_json(path, COPY, kind)
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name → the file that holds it."""
     index, whole = folder / INDEX, folder / WHOLE
     if index.is_file():
-        found = {name: folder / file for name, file in read_json(index)["weight_map"].items()}
-        absent = sorted({file.name for file in found.values() if not file.is_file()})
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not named:
+            raise DamagedFile(index, "has no weight_map", COPY)
+        if outside := [file for file in named.values() if not isinstance(file, str) or file != Path(file).name]:
+            raise ValueError(f"{index} names {outside[0]!r}, which is no file of its own folder; copy the model again, or fetch another.")
+        found = {name: folder / file for name, file in named.items()}
+        absent = sorted({ascii(file.name)[1:-1] for file in found.values() if not file.is_file()})
         if absent:
             raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, which {INDEX} names; copy the folder again.")
         return found
     if whole.is_file():
-        with safe_open(whole, framework="np") as file:
+        with _readable(whole), safe_open(whole, framework="np") as file:
             return dict.fromkeys(file.keys(), whole)
     raise FileNotFoundError(f"{folder} holds neither {WHOLE} nor {INDEX}; weights are read from safetensors only, convert others first.")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """DamagedFile for whatever the library raises of a file."""
+    try:
+        yield
+    except Exception as error:
+        raise DamagedFile(path, f"is no readable safetensors file ({error})", COPY) from error
 
 
 class TensorReader:
@@ -70,10 +87,11 @@ class TensorReader:
 
     def _slice(self, name: str) -> Any:
         path = self.files[name]
-        if path != self._path or self._touched >= RELEASE_BYTES:
-            self.close()
-            self._path, self._file = path, safe_open(path, framework="np")
-        return self._file.get_slice(name)
+        with _readable(path):
+            if path != self._path or self._touched >= RELEASE_BYTES:
+                self.close()
+                self._path, self._file = path, safe_open(path, framework="np")
+            return self._file.get_slice(name)
 
     def close(self) -> None:
         """Unmap the file at hand; the next slice maps its own."""

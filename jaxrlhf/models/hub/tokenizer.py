@@ -8,8 +8,10 @@ from typing import Any
 
 from jaxrlhf.data.chat import eos_ids_of
 from jaxrlhf.data.tokens import tokenizer_fingerprint
+from jaxrlhf.files import DamagedFile
 from jaxrlhf.models.hub.loaded import Loaded, stated_eos_ids
-from jaxrlhf.models.hub.safetensors import read_json, write_json
+from jaxrlhf.models.hub.safetensors import COPY, read_json, write_json
+from jaxrlhf.models.settings import check_values, described_by
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 # Classes of transformers that read tokenizer.json as it stands; others rebuild parts of it by what their name says.
@@ -29,11 +31,20 @@ def read_tokenizer(folder: Path) -> Any:
         return None
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    stated = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    path = folder / "tokenizer_config.json"
+    with described_by(path):
+        stated = read_json(path) if path.is_file() else {}
+        check_values(stated)
     # AutoTokenizer would take the class of config.json's family instead (Qwen2's, with a pre-tokenizer of its own).
     plain = stated.get("tokenizer_class") in _AS_IT_STANDS and (folder / "tokenizer.json").is_file()
     reader = PreTrainedTokenizerFast if plain else AutoTokenizer
-    tokenizer = reader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    try:
+        tokenizer = reader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except BaseException as error:  # a panic of the library of tokenizers is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        there = ", ".join(name for name in _TOKENIZER_FILES if (folder / name).exists())
+        raise DamagedFile(folder, f"has a tokenizer that cannot be read from {there} ({type(error).__name__}: {error})", COPY) from error
     if tokenizer.eos_token is None and (folder / "config.json").is_file():
         stated = read_json(folder / "config.json").get("eos_token_id")
         first = stated[0] if isinstance(stated, list) and stated else stated
@@ -43,7 +54,7 @@ def read_tokenizer(folder: Path) -> Any:
         if (found := _ids(tokenizer, text)) != ids:
             raise ValueError(
                 f"the tokenizer in {folder} gives other ids than the one that was saved there: {text[:40]!r} is now {found[:10]} and was "
-                f"{ids[:10]}; was it replaced, or read by another version of transformers? Remove {SAVED_IDS} to take it as it is."
+                f"{ascii(ids)[:60]}; was it replaced, or read by another version of transformers? Remove {SAVED_IDS} to take it as it is."
             )
     return tokenizer
 

@@ -13,12 +13,14 @@ import numpy as np
 from jaxrlhf.algorithms.reward_update import Pairs
 from jaxrlhf.algorithms.rounds import PREFERENCE, Round
 from jaxrlhf.data.pairs import dataset_hash
+from jaxrlhf.files import DamagedFile, read_json
 from jaxrlhf.losses import weight_summary
 from jaxrlhf.pipeline.stages.context import RoundInputs
 from jaxrlhf.storage.record import RECORD, read_record
 from jaxrlhf.storage.stage import Done, StageError
 
 FILE = "lineage.json"
+REBUILD = "delete the folder of its stage, and the same run builds it again"
 WEIGHTS = ("ess", "ess_fraction", "mean", "min", "max", "largest_share")
 
 
@@ -77,7 +79,13 @@ def write_lineage(folder: Path, facts: dict[str, Any]) -> None:
 def read_lineage(folder: Path) -> dict[str, Any] | None:
     """What a stage's folder says of its model's origin; None for π_SFT, for data, and for folders from before there was a lineage."""
     path = Path(folder) / FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.exists():
+        return None
+    facts = read_json(path, REBUILD)
+    needed = {"kind", "round", "parent", *(("data", "corrects_for") if facts.get("kind") == "reward" else ("update", "reward"))}
+    if lacking := needed - facts.keys():
+        raise DamagedFile(path, f"lacks {min(lacking)}", REBUILD)
+    return facts
 
 
 def lineage(folder: str | Path) -> str:

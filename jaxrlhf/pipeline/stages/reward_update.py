@@ -1,6 +1,5 @@
 """A reward update as a stage: which pairs the next reward model is fitted on, and with which weights."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from jaxrlhf.algorithms.rounds import SECTIONS_READ, Round, reward_update_named
 from jaxrlhf.config import Config
 from jaxrlhf.data.tables import read_pair_table, write_pair_table
 from jaxrlhf.data.tokens import pad_id_of
+from jaxrlhf.files import read_json
 from jaxrlhf.models.hub.encoder import encoder_folder, load_classifier
 from jaxrlhf.offline.encoder_identity import encoder_identity, folder_hash
 from jaxrlhf.offline.synthesize import entailment_column
@@ -105,7 +105,7 @@ def _read_by(name: str, config: Config) -> dict[str, Any]:
 def report_of(folder: Path) -> dict[str, Any]:
     """What a reward update reported of itself (`report.json` in its folder), if anything."""
     path = folder / REPORT
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path, f"delete {folder}, and the same run builds it again") if path.exists() else {}
 
 
 def read_by_plugins(config: Config) -> dict[str, Any]:
