@@ -113,8 +113,8 @@ def make_ppo_step(
     `adaptive` ({"target", "horizon"}) moves the KL coefficient in `state.controller` after the update.
     `constrain_rows` (`sharding.constrain_rows(mesh)`) is called on every minibatch: where the compiler decides, the rows that a
     shuffle picks have to be dealt out to the devices again, or every device computes all of them.
-    Metrics are means over all minibatches; `…_first` is the first minibatch, where the ratio must be 1. A minibatch whose loss or gradient is
-    not finite changes nothing (`apply_gradients`); `nonfinite` counts them, and where there is one the controller stays as it was.
+    Metrics are means over all minibatches; `…_first` is the first minibatch, where the ratio must be 1. A minibatch whose loss or gradient
+    is not finite changes nothing (`apply_gradients`); `nonfinite` counts them, and where there is one the controller stays as it was.
     """
 
     def step(state: TrainState, rollout: Rollout, key: Array, frozen: Params | None = None) -> tuple[TrainState, Metrics]:

@@ -105,9 +105,7 @@ def actor_critic(
     return optax.partition({"policy": freeze_for(policy, critic_warmup), "critic": critic}, {"policy": "policy", "critic": "critic"})
 
 
-def apply_gradients(
-    state: TrainState, grads: Params, loss: Array, optimizer: optax.GradientTransformation
-) -> tuple[TrainState, Metrics]:
+def apply_gradients(state: TrainState, grads: Params, loss: Array, optimizer: optax.GradientTransformation) -> tuple[TrainState, Metrics]:
     """One optimizer step; `step` is left to the caller, who knows what a step is.
 
     Where the loss or the norm of the gradient is not finite, parameters and optimizer stay as they were, and `nonfinite` is 1, else 0.
