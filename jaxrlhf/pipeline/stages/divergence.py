@@ -1,6 +1,7 @@
 """A step whose loss or gradient is not finite: it is noticed at once, written down, and stops its training or is left out."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ from jaxrlhf.config import CheckpointConfig
 from jaxrlhf.data.tables import unpadded
 from jaxrlhf.files import write_whole
 from jaxrlhf.formatting import as_strict_json
+from jaxrlhf.monitoring.metrics_file import scalars
 from jaxrlhf.types import Metrics
 
+_log = logging.getLogger(__name__)
 SKIPPED = ("skipped_steps", "skipped_in_a_row")  # what a checkpoint says of them; the first stands in the stage's result too
 _SHOWN = 8  # row ids in a message
 
@@ -53,7 +56,7 @@ class FiniteWatch:
         self, config: CheckpointConfig, folder: Path, state: Any, fed: Fed, title: str, steps: int, start: int, meta: Mapping[str, int]
     ):
         self._config, self._folder, self._state, self._fed, self._title, self._steps = config, folder, state, fed, title, steps
-        self._pending: list[tuple[int, Metrics]] = []
+        self._last: tuple[int, Metrics] | None = None  # dispatched and not looked at
         self._saved = start
         self.skipped, self._in_a_row = (meta.get(name, 0) for name in SKIPPED)
 
@@ -62,10 +65,11 @@ class FiniteWatch:
 
         What is to be logged: where the first such step stops, their count is always 0 and left out. Raises Diverged.
         """
-        self._pending.append((n, metrics))
-        for step, said in self._pending if now else self._pending[:-1]:
-            self._look(step, said)
-        self._pending = [] if now else self._pending[-1:]
+        if self._last is not None:
+            self._look(*self._last)
+        self._last = None if now else (n, metrics)
+        if now:
+            self._look(n, metrics)
         return metrics if self._config.on_nonfinite == "skip" else {name: x for name, x in metrics.items() if name != "nonfinite"}
 
     def saving(self, n: int) -> dict[str, int]:
@@ -78,29 +82,27 @@ class FiniteWatch:
             self._in_a_row = 0
             return
         self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
-        figures = {name: np.asarray(value).item() for name, value in jax.device_get(metrics).items() if not name.startswith("time/")}
+        figures = {name: value for name, value in scalars(metrics).items() if not name.startswith("time/")}
         rows, file = self._fed.rows(n), self._folder / f"nonfinite-step-{n}.json"
         body = {"training": self._title, "step": n, "steps": self._steps, "metrics": figures, "rows": rows}
         if distributed.is_leader():
             write_whole(file, json.dumps(as_strict_json(body), ensure_ascii=False, indent=1) + "\n", errors="surrogatepass")
         distributed.barrier(f"{file.name} is written")  # the first process that ends ends the others
-        if self._config.on_nonfinite == "stop" or self._in_a_row >= self._config.max_nonfinite:
-            raise Diverged(self._message(n, figures, [row["id"] for row in rows], file))
-
-    def _message(self, n: int, figures: Mapping[str, float], ids: Sequence[str], file: Path) -> str:
-        said = [f"{name} {value:.3g}" for name, value in figures.items() if name.startswith("loss/") or name.endswith("grad_norm")]
-        rate, more = figures.get("learning_rate"), len(ids) - _SHOWN
-        at = "" if rate is None else f" at learning rate {rate:.3g}"
-        shown = ", ".join(dict.fromkeys(ids[:_SHOWN])) + (f" and {more} more" if more > 0 else "")
+        found = self._message(n, figures, [row["id"] for row in rows], file)
+        if self._config.on_nonfinite == "skip" and self._in_a_row < self._config.max_nonfinite:
+            _log.warning("%s; the step is left out.", found)
+            return
         kept = f"checkpoint {self._saved} in {self._state} is kept" if self._saved else "there is no checkpoint yet"
-        stops = self._config.on_nonfinite == "stop"
-        go_on = "to leave such steps out, go on by the same command with --checkpoint.on_nonfinite skip"
-        return (
-            f"{self._title}, step {n} of {self._steps}: loss or gradient is not finite ({', '.join(said)}){at}"
-            f"{'' if stops else f', {self._in_a_row} steps in a row (checkpoint.max_nonfinite)'}, on rows {shown}; {file} has all of them. "
-            f"Parameters are as they were before, {kept}. Look at these rows, at a loss of your own, or lower the learning rate"
-            f"{f'; {go_on}' if stops else ''}."
-        )
+        leave = "leave such steps out by the same command with --checkpoint.on_nonfinite skip"
+        way_out = leave if self._config.on_nonfinite == "stop" else f"{self._in_a_row} in a row are checkpoint.max_nonfinite, raise that"
+        raise Diverged(f"{found}; {kept}. Look at these rows and at a loss of your own, lower the learning rate, or go on: {way_out}.")
+
+    def _message(self, n: int, figures: Mapping[str, Any], ids: Sequence[str], file: Path) -> str:
+        said = [f"{name} {value:.3g}" for name, value in figures.items() if name.startswith("loss/") or name.endswith("grad_norm")]
+        rate = f" at learning rate {figures['learning_rate']:.3g}" if "learning_rate" in figures else ""
+        rows = ", ".join(dict.fromkeys(ids[:_SHOWN])) + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")
+        where = f"{self._title}, step {n} of {self._steps}"
+        return f"{where}: loss or gradient is not finite ({', '.join(said)}){rate}, on rows {rows}, which {file} holds"
 
 
 def check_result(name: str, result: Mapping[str, Any] | None) -> None:
