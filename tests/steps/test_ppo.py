@@ -306,8 +306,8 @@ def test_a_minibatch_that_is_not_finite_changes_nothing_and_holds_the_controller
     step = jax.jit(step_of(tiny, **how))
     bad = replace(noisy, advantages_BT=noisy.advantages_BT.at[live].set(jnp.nan))
     state, metrics = step(start, bad, key)
-    assert (int(state.step), int(metrics["nonfinite"])) == (1, 1) and float(state.controller["kl_coef"]) == pytest.approx(0.1, abs=0)
+    assert (int(state.step), int(metrics["nonfinite"])) == (1, 1) and state.controller == start.controller
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(start.params), strict=True))
     well, metrics = step(start, noisy, key)
-    assert int(metrics["nonfinite"]) == 0 and float(well.controller["kl_coef"]) != pytest.approx(0.1, abs=0)
+    assert int(metrics["nonfinite"]) == 0 and well.controller != start.controller
