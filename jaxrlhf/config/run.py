@@ -40,6 +40,8 @@ class CheckpointConfig:
 
     every: int = 500  # steps of a stage; a stopped stage resumes from its last checkpoint
     keep: int = 2  # the newest so many; where the last is damaged, the stage goes on from the one before
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # where loss or gradient is not finite; skip: leave that step out and go on
+    max_nonfinite: int = 3  # skip: so many such steps in a row stop it all the same
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,13 @@ def reward_model_scorer(
             pairs = [_turn(tokenizer, frame, template_date, *row) for row in zip(heads, bodies, strict=True)]
             heads, bodies = [head for head, _ in pairs], [body for _, body in pairs]
         texts, _ = retokenize_responses(heads, bodies, tokenizer, limits, eos_ids=eos_ids_of(tokenizer), templated=chat)
-        return score_responses(loaded.model, loaded.params, texts, batch_size=batch_size, mesh=mesh, bias=bias, bucket=64)
+        scores = score_responses(loaded.model, loaded.params, texts, batch_size=batch_size, mesh=mesh, bias=bias, bucket=64)
+        if (bad := np.flatnonzero(~np.isfinite(scores))).size:
+            text = responses[bad[0]][:80]
+            raise ValueError(
+                f"{source} scores response {bad[0]} ({text!r}) {scores[bad[0]]}, and {bad.size} of {len(scores)} are not finite."
+            )
+        return scores
 
     return score
 

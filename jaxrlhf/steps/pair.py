@@ -73,7 +73,8 @@ def make_pair_step(
     """A step (state, PairBatch, frozen=None) → (state, metrics) for any `PairLoss`.
 
     `frozen` are parameters of the model that do not learn, beside those in the state (`state.joined`): the base under adapters.
-    The loss is a mean over the rows with `row_mask` True of the global batch, whatever `accumulate` and the devices.
+    The loss is a mean over the rows with `row_mask` True of the global batch, whatever `accumulate` and the devices. Where loss or gradient
+    is not finite `step` counts, and nothing else changes (`apply_gradients`).
     """
 
     def step(state: TrainState, batch: PairBatch, frozen: Params | None = None) -> tuple[TrainState, Metrics]:
@@ -88,7 +89,7 @@ def make_pair_step(
 
         how = {"steps": accumulate, "axis_name": axis_name, "constrain_rows": constrain_rows}
         grads, loss, metrics = accumulate_gradients(loss_fn, state.params, batch, **how)
-        state, norms = apply_gradients(state, grads, optimizer)
+        state, norms = apply_gradients(state, grads, loss, optimizer)
         return replace(state, step=state.step + 1), {"loss/pair": loss, **_metric_names(pair_loss.head, metrics), **norms}
 
     return step

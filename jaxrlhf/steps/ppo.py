@@ -113,7 +113,8 @@ def make_ppo_step(
     `adaptive` ({"target", "horizon"}) moves the KL coefficient in `state.controller` after the update.
     `constrain_rows` (`sharding.constrain_rows(mesh)`) is called on every minibatch: where the compiler decides, the rows that a
     shuffle picks have to be dealt out to the devices again, or every device computes all of them.
-    Metrics are means over all minibatches; `…_first` is the first minibatch, where the ratio must be 1.
+    Metrics are means over all minibatches; `…_first` is the first minibatch, where the ratio must be 1. A minibatch whose loss or gradient
+    is not finite changes nothing (`apply_gradients`); `nonfinite` counts them, and where there is one the controller stays as it was.
     """
 
     def step(state: TrainState, rollout: Rollout, key: Array, frozen: Params | None = None) -> tuple[TrainState, Metrics]:
@@ -133,15 +134,16 @@ def make_ppo_step(
 
             how = {"steps": accumulate, "axis_name": axis_name, "constrain_rows": constrain_rows}
             grads, loss, metrics = accumulate_gradients(loss_fn, state.params, minibatch, **how)
-            state, norms = apply_gradients(state, grads, optimizer)
+            state, norms = apply_gradients(state, grads, loss, optimizer)
             return state, {"loss/ppo": loss, **metrics, **norms}
 
         indices = minibatch_indices(key, rows, epochs=num_ppo_epochs, minibatches=num_mini_batches)
         state, history = jax.lax.scan(update, state, indices)
-        metrics = {name: values.mean() for name, values in history.items()}
+        metrics = {name: values.mean() for name, values in history.items()} | {"nonfinite": history["nonfinite"].sum()}
         metrics |= {f"{name}_first": history[name][0] for name in ("ppo/ratio", "ppo/approxkl") if name in history}
         if adaptive is not None:
-            state = replace(state, controller=_adapt(state.controller, everything, **adaptive))
+            moved, well = _adapt(state.controller, everything, **adaptive), metrics["nonfinite"] == 0
+            state = replace(state, controller=jax.tree.map(lambda old, new: jnp.where(well, new, old), state.controller, moved))
         return replace(state, step=state.step + 1), metrics
 
     return step

@@ -41,7 +41,10 @@ def make_sft_step(
     axis_name: str | None = None,
     constrain_rows: ConstrainRows | None = None,
 ) -> SFTStep:
-    """A step (state, TextBatch) → (state, metrics); the loss is a mean over the learned tokens of the global batch."""
+    """A step (state, TextBatch) → (state, metrics); the loss is a mean over the learned tokens of the global batch.
+
+    Where loss or gradient is not finite `step` counts, and nothing else changes (`apply_gradients`).
+    """
     if loss_on not in ("response", "all"):
         raise ValueError(f"loss_on {loss_on!r} is unknown; use 'response' or 'all'.")
 
@@ -53,7 +56,7 @@ def make_sft_step(
 
         how = {"steps": accumulate, "axis_name": axis_name, "constrain_rows": constrain_rows}
         grads, loss, _ = accumulate_gradients(loss_fn, state.params, batch, **how)
-        state, norms = apply_gradients(state, grads, optimizer)
+        state, norms = apply_gradients(state, grads, loss, optimizer)
         return replace(state, step=state.step + 1), {"loss/sft": loss, "tokens": total, **norms}
 
     return step

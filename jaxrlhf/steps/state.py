@@ -105,21 +105,35 @@ def actor_critic(
     return optax.partition({"policy": freeze_for(policy, critic_warmup), "critic": critic}, {"policy": "policy", "critic": "critic"})
 
 
-def apply_gradients(state: TrainState, grads: Params, optimizer: optax.GradientTransformation) -> tuple[TrainState, Metrics]:
+def apply_gradients(state: TrainState, grads: Params, loss: Array, optimizer: optax.GradientTransformation) -> tuple[TrainState, Metrics]:
     """One optimizer step; `step` is left to the caller, who knows what a step is.
 
-    Metrics: `learning_rate` and `grad_norm`, the global norm before clipping. A critic beside the policy is clipped on its own and has a
-    schedule of its own: then they are the policy's, and the critic's are `critic_learning_rate` and `critic_grad_norm`.
+    Where the loss or the norm of the gradient is not finite, parameters and optimizer stay as they were, and `nonfinite` is 1, else 0.
+    Further metrics: `learning_rate` and `grad_norm`, the global norm before clipping. A critic beside the policy is clipped on its own and
+    has a schedule of its own: then they are the policy's, and the critic's are `critic_learning_rate` and `critic_grad_norm`.
     """
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    new = TrainState(step=state.step, params=params, opt_state=opt_state, controller=state.controller)
-    metrics: Metrics = {}
-    for path, rates in optax.tree.get_all_with_path(opt_state, "hyperparams"):  # none of an optimizer that `adamw` did not make
+
+    def move(before: tuple[Params, Any]) -> tuple[Params, Any]:
+        params, opt_state = before
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    parts = {"grad_norm": grads["policy"], "critic_grad_norm": grads["critic"]} if "critic" in grads else {"grad_norm": grads}
+    metrics: Metrics = {name: optax.tree.norm(part) for name, part in parts.items()}
+    finite = jnp.isfinite(jnp.stack([loss, *metrics.values()])).all()
+    before = (state.params, state.opt_state)
+    moved = move(before)
+    # A GPU copies a conditional's predicate to the host and waits; a CPU does not, and would hold both states for `where`.
+    params, opt_state = jax.lax.platform_dependent(
+        before,
+        moved,
+        cpu=lambda before, _: jax.lax.cond(finite, move, lambda before: before, before),
+        default=lambda before, moved: jax.tree.map(lambda old, new: jnp.where(finite, new, old), before, moved),
+    )
+    for path, rates in optax.tree.get_all_with_path(moved[1], "hyperparams"):  # none of an optimizer that `adamw` did not make
         metrics["critic_learning_rate" if jax.tree_util.DictKey("critic") in path else "learning_rate"] = rates["learning_rate"]
-    if "critic" in grads:
-        return new, metrics | {"grad_norm": optax.tree.norm(grads["policy"]), "critic_grad_norm": optax.tree.norm(grads["critic"])}
-    return new, metrics | {"grad_norm": optax.tree.norm(grads)}
+    new = TrainState(step=state.step, params=params, opt_state=opt_state, controller=state.controller)
+    return new, metrics | {"nonfinite": 1 - finite.astype(jnp.int32)}
 
 
 def restarted_schedules(opt_state):

@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 
 import jax
 import ml_dtypes
@@ -481,3 +482,26 @@ def test_a_factor_that_transformers_does_not_read_is_refused(name):
         with pytest.raises(ValueError, match=r"partial_rotary_factor 0.5 .* rotates whole heads"):
             models.config_from_hf({**hf, **stated})
     assert models.config_from_hf({**hf, "partial_rotary_factor": 1.0}) == models.config_from_hf(hf)
+
+
+def test_a_number_that_is_not_finite_is_named_with_its_tensor(tmp_path):
+    """In a file that is read, and in a model that would be written: of that there is no folder then."""
+    folder = folder_of("llama", tmp_path)
+    file, whole = folder / "model.safetensors", models.load(folder)
+    tensors = load_file(file)
+    name = next(name for name in tensors if "down_proj" in name)
+    for value, dtype in ((np.nan, np.float32), (-np.inf, np.float16), (1e300, np.float64)):
+        broken = tensors[name].astype(dtype)
+        broken[1, 2] = value
+        save_file({**tensors, name: broken}, file, metadata={"format": "pt"})
+        said = rf"{re.escape(f'{name} in {file}')} holds (nan|-inf|inf) \(1 of {broken.size} numbers are not finite\): the file is damaged"
+        with pytest.raises(ValueError, match=said):
+            models.load(folder)
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(whole.params)}
+    bad = next(leaf for path, leaf in leaves.items() if "down" in path)
+    params = jax.tree.map(lambda leaf: leaf.at[0, 0].set(np.inf) if leaf is bad else leaf, whole.params)
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(name)} holds inf \(1 of {bad.size} numbers are not finite\): the model has diverged"
+    ):
+        models.save(whole._replace(params=params), tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))

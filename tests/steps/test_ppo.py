@@ -296,3 +296,18 @@ def test_two_updates_shuffle_differently(tiny, noisy):
     ]
     assert all((a == b).all() for a, b in zip(ends[0], ends[1], strict=True))
     assert any((a != b).any() for a, b in zip(ends[0], ends[2], strict=True))
+
+
+def test_a_minibatch_that_is_not_finite_changes_nothing_and_holds_the_controller(tiny, noisy):
+    """One of two minibatches has a row whose advantage is NaN: the other one learns, as it would alone."""
+    how = {"num_mini_batches": 2, "adaptive": {"target": 6.0, "horizon": 100.0}}
+    key, start = jax.random.key(0), state_of(tiny, kl_coef=jnp.float32(0.1))
+    live = int(np.flatnonzero(noisy.row_mask_B)[0])
+    step = jax.jit(step_of(tiny, **how))
+    bad = replace(noisy, advantages_BT=noisy.advantages_BT.at[live].set(jnp.nan))
+    state, metrics = step(start, bad, key)
+    assert (int(state.step), int(metrics["nonfinite"])) == (1, 1) and state.controller == start.controller
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(start.params), strict=True))
+    well, metrics = step(start, noisy, key)
+    assert int(metrics["nonfinite"]) == 0 and well.controller != start.controller

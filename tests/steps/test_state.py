@@ -22,6 +22,7 @@ from jaxrlhf.steps.state import (
     restarted_schedules,
 )
 
+LOSS = jnp.float32(1.0)
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-5, "weight_decay": 0.1}
 
 
@@ -60,7 +61,7 @@ def test_adamw_is_torchs():
     params, grads = {"w": jnp.array([1.0, -2.0])}, [jnp.array([0.5, -1e-5]), jnp.array([-0.2, 2e-5])]
     state = init_state(params, optimizer)
     for grad in grads:
-        state, _ = apply_gradients(state, {"w": grad}, optimizer)
+        state, _ = apply_gradients(state, {"w": grad}, LOSS, optimizer)
     w, m, v = np.array([1.0, -2.0]), np.zeros(2), np.zeros(2)
     for t, grad in enumerate(np.asarray(grads, np.float64), start=1):
         m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
@@ -71,7 +72,7 @@ def test_adamw_is_torchs():
 def test_clipping_scales_the_global_norm_and_the_metric_shows_it_before():
     sgd = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0))
     state = init_state({"a": jnp.zeros(1), "b": jnp.zeros(1)}, sgd)
-    state, metrics = apply_gradients(state, {"a": jnp.array([3.0]), "b": jnp.array([4.0])}, sgd)
+    state, metrics = apply_gradients(state, {"a": jnp.array([3.0]), "b": jnp.array([4.0])}, LOSS, sgd)
     np.testing.assert_allclose([state.params["a"][0], state.params["b"][0]], [-0.6, -0.8], rtol=1e-6)
     assert float(metrics["grad_norm"]) == 5.0
     # adamw clips first: a gradient ten times as long moves nothing further once both are above the norm.
@@ -80,9 +81,26 @@ def test_clipping_scales_the_global_norm_and_the_metric_shows_it_before():
         clipped = adamw(optax.constant_schedule(0.1), **ADAM, max_grad_norm=1.0)
         state = init_state({"w": jnp.zeros(2)}, clipped)
         for grad in ([3.0, 4.0], [1.0, -7.0]):
-            state, _ = apply_gradients(state, {"w": scale * jnp.array(grad)}, clipped)
+            state, _ = apply_gradients(state, {"w": scale * jnp.array(grad)}, LOSS, clipped)
         ends.append(state.params["w"])
     np.testing.assert_allclose(ends[0], ends[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", ["loss", "norm", "critic"])
+def test_what_is_not_finite_moves_nothing(bad):
+    """A loss without a gradient, a norm beyond float32, a critic alone: parameters, moments and schedules are those of before."""
+    optimizer = warm_optimizer(0)
+    good = {"policy": {"w": jnp.array([3.0, 4.0])}, "critic": {"w": jnp.array([6.0, 8.0])}}
+    worse = {"norm": {"policy": {"w": jnp.array([1e30, 0.0])}}, "critic": {"critic": {"w": jnp.array([jnp.nan, 1.0])}}}
+    grads = {"loss": good} | {name: good | part for name, part in worse.items()}
+    state, metrics = apply_gradients(init_state(jax.tree.map(jnp.ones_like, good), optimizer), good, LOSS, optimizer)
+    assert int(metrics["nonfinite"]) == 0 and float(state.params["policy"]["w"][0]) < 1
+    kept, metrics = apply_gradients(state, grads[bad], jnp.float32(jnp.inf) if bad == "loss" else LOSS, optimizer)
+    assert int(metrics["nonfinite"]) == 1 and float(metrics["learning_rate"]) == pytest.approx(0.1 * 5 / 6)  # of this step
+    jax.tree.map(np.testing.assert_array_equal, (kept.params, kept.opt_state), (state.params, state.opt_state))
+    on, metrics = apply_gradients(kept, good, LOSS, optimizer)
+    assert int(metrics["nonfinite"]) == 0
+    jax.tree.map(np.testing.assert_array_equal, on.params, apply_gradients(state, good, LOSS, optimizer)[0].params)
 
 
 def test_metrics_tell_the_learning_rate_of_the_step_and_each_clipped_norm_by_name():
@@ -91,21 +109,22 @@ def test_metrics_tell_the_learning_rate_of_the_step_and_each_clipped_norm_by_nam
     alone = adamw(schedule, **ADAM, max_grad_norm=1.0)
     state, seen = init_state({"w": jnp.zeros(2)}, alone), []
     for _ in range(4):
-        state, metrics = apply_gradients(state, {"w": jnp.array([3.0, 4.0])}, alone)
+        state, metrics = apply_gradients(state, {"w": jnp.array([3.0, 4.0])}, LOSS, alone)
         seen.append(metrics)
     assert [float(m.get("learning_rate", -1)) for m in seen] == pytest.approx([0.1, 0.075, 0.05, 0.025])
     assert [float(m["grad_norm"]) for m in seen] == [5.0] * 4
     both = warm_optimizer(2)
     state, seen = init_state({"policy": {"w": jnp.zeros(2)}, "critic": {"w": jnp.zeros(2)}}, both), []
     for _ in range(6):
-        state, metrics = apply_gradients(state, {"policy": {"w": jnp.array([3.0, 4.0])}, "critic": {"w": jnp.array([6.0, 8.0])}}, both)
+        grads = {"policy": {"w": jnp.array([3.0, 4.0])}, "critic": {"w": jnp.array([6.0, 8.0])}}
+        state, metrics = apply_gradients(state, grads, LOSS, both)
         seen.append({name: float(value) for name, value in metrics.items()})
     assert [m["learning_rate"] for m in seen] == pytest.approx([0, 0, 0.1, 0.075, 0.05, 0.025])  # frozen is a rate of 0
     assert [m["critic_learning_rate"] for m in seen] == pytest.approx([0.1 * (6 - n) / 6 for n in range(6)])
     assert {(m["grad_norm"], m["critic_grad_norm"]) for m in seen} == {(5.0, 10.0)}
     # A round that carries its moments begins with the rates of a first one.
     carried = replace(state, opt_state=restarted_schedules(state.opt_state))
-    _, metrics = apply_gradients(carried, {"policy": {"w": jnp.ones(2)}, "critic": {"w": jnp.ones(2)}}, both)
+    _, metrics = apply_gradients(carried, {"policy": {"w": jnp.ones(2)}, "critic": {"w": jnp.ones(2)}}, LOSS, both)
     assert (float(metrics["learning_rate"]), float(metrics["critic_learning_rate"])) == (0, pytest.approx(0.1))
 
 
@@ -118,7 +137,7 @@ def trajectory(optimizer, steps=6):
     params = {"policy": {"w": jnp.array([1.0, -1.0])}, "critic": {"w": jnp.array([0.5, 2.0])}}
     state = init_state(params, optimizer)
     states = [state]
-    update = jax.jit(lambda state, grads: apply_gradients(state, grads, optimizer)[0])
+    update = jax.jit(lambda state, grads: apply_gradients(state, grads, LOSS, optimizer)[0])
     for step in range(steps):
         grad = jnp.array([0.3, -0.1]) * (step + 1)
         state = update(state, {"policy": {"w": grad}, "critic": {"w": grad}})
@@ -141,7 +160,7 @@ def test_critic_warmup_leaves_the_policy_alone_to_the_bit():
     alone = adamw(learning_rate_schedule("linear", 0.1, steps=4), **ADAM)
     state = init_state({"w": jnp.array([1.0, -1.0])}, alone)
     for step in range(2, 6):
-        state, _ = apply_gradients(state, {"w": jnp.array([0.3, -0.1]) * (step + 1)}, alone)
+        state, _ = apply_gradients(state, {"w": jnp.array([0.3, -0.1]) * (step + 1)}, LOSS, alone)
         np.testing.assert_allclose(states[step + 1].params["policy"]["w"], state.params["w"], rtol=1e-6)
 
 
@@ -175,9 +194,9 @@ def test_decay_is_of_all_parameters_or_of_matrices_alone(where, still):
     optimizer = optimizer_of(
         OptimizerConfig(learning_rate=0.1, weight_decay=0.1, weight_decay_on=where, lr_scheduler_type="constant"), steps=1
     )
-    new, _ = apply_gradients(init_state(params, optimizer), jax.tree.map(jnp.zeros_like, params), optimizer)
+    new, _ = apply_gradients(init_state(params, optimizer), jax.tree.map(jnp.zeros_like, params), LOSS, optimizer)
     assert {name for name, value in new.params.items() if (np.asarray(value) == 1.0).all()} == still
     policy = actor_critic(optimizer, optimizer)  # PPO's two in one, under a mask of its own
     both = {"policy": params, "critic": params}
-    new, _ = apply_gradients(init_state(both, policy), jax.tree.map(jnp.zeros_like, both), policy)
+    new, _ = apply_gradients(init_state(both, policy), jax.tree.map(jnp.zeros_like, both), LOSS, policy)
     assert {name for name, value in new.params["critic"].items() if (np.asarray(value) == 1.0).all()} == still

@@ -234,3 +234,20 @@ def test_dpo_through_the_pair_step(tiny, pairs):
     _, metrics = step(init_state(tiny.policy, sgd()), batch)
     np.testing.assert_allclose(metrics["loss/pair"], np.log(2), rtol=1e-6)
     assert float(metrics["grad_norm"]) > 0.01
+
+
+def test_a_row_that_is_not_finite_on_one_device_keeps_the_state_on_all(tiny, pairs):
+    """A loss of a user's that goes wrong on one row of eight: parameters are as before on four devices, bit by bit, and `step` counts."""
+
+    def loss(outputs, batch, *, total=None):
+        bad = jnp.where(batch.index_B == 2, jnp.inf, 0.0)
+        return jnp.sum(outputs.chosen_B - outputs.rejected_B + bad) / total, {}
+
+    batch, mesh = pairs(), sharding.make_mesh(4)
+    step = sharding.step(lambda axis_name: make_pair_step(tiny.scalar, PairLoss("scalar", (), loss), sgd(), axis_name=axis_name), mesh)
+    state, metrics = step(sharding.place(init_state(jax.tree.map(jnp.copy, tiny.reward), sgd()), mesh), sharding.place_batch(batch, mesh))
+    assert (int(state.step), int(metrics["nonfinite"])) == (1, 1) and not np.isfinite(metrics["loss/pair"])
+    for leaf, before in zip(jax.tree.leaves(state.params), jax.tree.leaves(tiny.reward), strict=True):
+        assert len(leaf.addressable_shards) == 4
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(shard.data, before)

@@ -80,10 +80,13 @@ class TensorReader:
         return tuple(stored.get_shape())
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """One slice of a tensor, in memory of its own."""
+        """One slice of a tensor, in memory of its own. ValueError where it holds NaN, infinity or what float32 has no number for."""
         part = self._slice(name)[index]
         self._touched += part.nbytes
-        return part.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):
+            made = part.astype(np.float32, copy=False)
+        check_finite(made, f"{name} in {self.files[name]}", "the file is damaged or its training diverged, take another")
+        return made
 
     def _slice(self, name: str) -> Any:
         path = self.files[name]
@@ -96,6 +99,13 @@ class TensorReader:
     def close(self) -> None:
         """Unmap the file at hand; the next slice maps its own."""
         self._path, self._file, self._touched = None, None, 0
+
+
+def check_finite(array: np.ndarray, what: str, way_out: str) -> None:
+    """ValueError where an array holds NaN or infinity: its extremes tell, at no memory of its size."""
+    if array.size and not np.isfinite((array.min(), array.max())).all():
+        bad = array[~np.isfinite(array)]
+        raise ValueError(f"{what} holds {bad.flat[0]} ({bad.size} of {array.size} numbers are not finite): {way_out}.")
 
 
 class Tensor(NamedTuple):

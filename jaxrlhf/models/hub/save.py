@@ -11,7 +11,7 @@ from jax import Array
 from jaxrlhf import sharding
 from jaxrlhf.files import finished_folder
 from jaxrlhf.models.hub.loaded import Loaded, eos_ids, head_of, reward_bias
-from jaxrlhf.models.hub.safetensors import MAX_SHARD_BYTES, Tensor, shards_of, write_json, write_shards
+from jaxrlhf.models.hub.safetensors import MAX_SHARD_BYTES, Tensor, check_finite, shards_of, write_json, write_shards
 from jaxrlhf.models.hub.tensor_names import CLASSES, EMBEDDING, Entry, layout, leaf
 from jaxrlhf.models.hub.tokenizer import save_tokenizer
 from jaxrlhf.models.lora import merged
@@ -29,7 +29,7 @@ def save(loaded: Loaded, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD
     last token by it: the tokenizer's own, else a spare row of the vocabulary, else one appended row. All fields of the config that was
     read are kept. The folder appears whole or not at all; one of the same name is replaced. Tensors are merged with their adapters where
     there are any (models/lora.py), gathered, written and forgotten one by one. Of several processes all call this, because gathering is
-    collective; the first one writes.
+    collective; the first one writes. ValueError, and no folder, where a tensor holds NaN or infinity.
     """
     folder = Path(folder)
     params, config, tokenizer = loaded.params, loaded.config, loaded.tokenizer
@@ -67,6 +67,7 @@ def _tensor(entry: Entry, params: Params, more_rows: int) -> Tensor:
 
     def make() -> np.ndarray:
         made = entry.fuse(tuple(sharding.gather(_merged_leaf(params, path)) for path in entry.paths))
+        check_finite(made, entry.name, "the model has diverged and is not written; lower the learning rate of what trained it")
         return np.concatenate([made, made.mean(axis=0, keepdims=True)]) if grows else made
 
     return Tensor(entry.name, (shape[0] + more_rows, *shape[1:]) if grows else shape, np.dtype(leaves[0].dtype), make)

@@ -2,9 +2,10 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,18 +14,20 @@ import jax
 from jaxrlhf import distributed, rng, sharding
 from jaxrlhf.algorithms.training import HeldOut
 from jaxrlhf.config import Config
+from jaxrlhf.data.batches import Table, batches
 from jaxrlhf.data.read_report import ReadReport
 from jaxrlhf.evaluation.guards import Guards, line_figures
 from jaxrlhf.models.hub import Loaded, load, save
 from jaxrlhf.monitoring.recompiles import CompileWatch, ignore_compilations
 from jaxrlhf.monitoring.runlog import RunLog, StageLog
+from jaxrlhf.pipeline.stages.divergence import SKIPPED, Diverged, Fed, FiniteWatch, check_result
 from jaxrlhf.storage.checkpoint import Checkpoints
 from jaxrlhf.storage.run_folder import publish
 from jaxrlhf.storage.stage import Done, Stage
 from jaxrlhf.storage.store import Store
 from jaxrlhf.types import Metrics, Progress, TrainState
 
-Loop = Callable[[TrainState, int], Iterator[tuple[TrainState, Metrics]]]
+Loop = Callable[[TrainState, Iterator[Any]], Iterator[tuple[TrainState, Metrics]]]  # (state, batches on the host)
 
 
 class RoundInputs(NamedTuple):
@@ -50,6 +53,7 @@ class RunContext:
     mesh: Any
     stages: list[Done] = field(default_factory=list)
     logged: set[tuple[str, int | None]] = field(default_factory=set)  # (stage, round) of the lines in metrics.jsonl that are this run's
+    skipped: dict[Path, int] = field(default_factory=dict)  # folder of a stage in work → the steps of its training that were left out
     guards: Guards = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,6 +84,9 @@ class RunContext:
 
         def whole(folder: Path) -> dict[str, Any] | None:
             result = fn(folder)
+            check_result(stage.name, result)
+            if skipped := self.skipped.pop(folder, 0):
+                result = {**(result or {}), SKIPPED[0]: skipped}
             if keep_state:
                 with Checkpoints(self.store.state(folder)) as checkpoints:
                     checkpoints.prune()
@@ -159,15 +166,17 @@ class RunContext:
         name: str,
         state: TrainState,
         loop: Loop,
+        fed: Fed,
         *,
         steps: int,
         tokens: int,
         round: int | None = None,
         held_out: HeldOut | None = None,
     ) -> TrainState:
-        """Run `loop(state, start)` to `steps`, from its last checkpoint where the stage was stopped before. `state` is used up.
+        """Run `loop` on what it is fed, to `steps`, from its last checkpoint where the stage was stopped before. `state` is used up.
 
         `tokens` is how many a step works on. The final state is on disk too: what the stage does after its training may be stopped as well.
+        A step whose loss or gradient is not finite stops it, or is left out (`divergence`).
         With `held_out` it is watched, at the last step in any case, and may return the parameters of its best look, with that `step`.
         """
         if steps == 0:
@@ -183,26 +192,31 @@ class RunContext:
             start = int(state.step)
             if start:
                 self.log.note(f"{name}: goes on from step {start} of {steps}")
+            title = name if round is None else f"round {round} {name}"
+            finite = FiniteWatch(checkpoint, folder, place, fed, title, steps, start, found[1] if found else {})
             with self.log.stage(name, round=round, total_steps=steps, start=start, folder=folder, watch=self.watch()) as stage:
                 if start < steps:
                     stage.phase("compiling")
                 logged = start
-                for n, (new, metrics) in enumerate(loop(state, start), start=start + 1):
+                for n, (new, metrics) in enumerate(loop(state, fed.batches(start)), start=start + 1):
                     state = new
                     stage.dispatched(n)
                     looks = None if held_out is None or (n % held_out.every and n != steps) else held_out
+                    saves = n % checkpoint.every == 0 or n == steps
+                    metrics = finite.see(n, metrics, now=saves or looks is not None)
                     if looks is not None:
                         stage.phase("held-out rows")
                         metrics = metrics | look(looks, n, state, kept)
                     if looks is not None or n % self.config.log.every == 0 or n == steps:
                         stage.step(n, metrics, tokens=tokens * (n - logged))
                         logged = n
-                    if n % checkpoint.every == 0 or n == steps:
+                    if saves:
                         stage.flush()  # a run that goes on from here will not take this step again
                         if kept is not None:
                             kept.wait()  # nor look at it
                         self.saving(folder)
-                        checkpoints.save(n, state, self.store.spent(folder))
+                        checkpoints.save(n, state, self.store.spent(folder) | finite.saving(n))
+            self.skipped[folder] = finite.skipped
             return with_best(state, kept, self.mesh)
 
 
@@ -222,9 +236,13 @@ def look(held_out: HeldOut, n: int, state: TrainState, kept: Checkpoints | None)
 
 
 def with_best(state: TrainState, kept: Checkpoints | None, mesh: Any) -> TrainState:
-    """The state with the parameters and the step of the best look, if one is kept."""
-    if kept is None or kept.newest() is None:
+    """The state with the parameters and the step of the best look, if one is kept. Raises Diverged where no look was finite."""
+    if kept is None:
         return state
+    if kept.newest() is None:
+        raise Diverged(
+            "no look at the held-out rows gave a finite figure, so none is the best; lower the learning rate, or look at those rows."
+        )
     like = sharding.template(TrainState(state.step, state.params, {}), mesh)
     jax.tree.map(lambda x: x.delete(), state.params)  # one copy at a time
     found = kept.restore(like)
@@ -241,6 +259,11 @@ def add_model(loaded: Loaded, folder: Path) -> None:
         for path in fresh.iterdir():
             os.replace(path, folder / path.name)
         fresh.rmdir()
+
+
+def epochs(run: RunContext, table: Table, ids: Sequence[str], batch_size: int, steps: int, **order: Any) -> Fed:
+    """A table's rows, called `ids`, for `steps` steps, in the order of `seed` and `name`."""
+    return Fed(lambda done: islice(batches(table, batch_size, bucket=run.config.data.bucket, start=done, **order), steps - done), ids)
 
 
 def placed(run: RunContext, stream: Iterator) -> Iterator:

@@ -20,6 +20,7 @@ from jaxrlhf.data.tokens import pad_id_of, tokenize_prompts
 from jaxrlhf.models.hub import Loaded, eos_ids, reward_bias
 from jaxrlhf.pipeline import inputs
 from jaxrlhf.pipeline.stages.context import RoundInputs, RunContext, add_model
+from jaxrlhf.pipeline.stages.divergence import Fed
 from jaxrlhf.pipeline.stages.ensemble import reward_inputs, spread_of
 from jaxrlhf.pipeline.stages.fixed_models import fixed_models, lora_slice, split_params
 from jaxrlhf.pipeline.stages.lineage import policy_lineage, write_lineage
@@ -27,7 +28,7 @@ from jaxrlhf.plugins import plugin, source_of
 from jaxrlhf.steps.state import init_state, joined, restarted_schedules
 from jaxrlhf.storage.checkpoint import Checkpoints
 from jaxrlhf.storage.stage import Done, Stage
-from jaxrlhf.types import Params, TrainState
+from jaxrlhf.types import Params, PromptBatch, TrainState
 
 
 def policy_stage(run: RunContext, round: Round, given: RoundInputs, *, carries: bool) -> Done:
@@ -98,13 +99,18 @@ def _train_policy(
     updates = num_updates(section)
     before = 0 if section.round_prompts == "same" else (round.number - 1) * updates
 
-    def loop(state: TrainState, done: int) -> Iterator:
-        samples, bucket = way.samples(section), config.data.bucket
-        stream = rollout_prompts(table, section, samples=samples, seed=config.seed, bucket=bucket, start=before + done)
-        return train_ppo(trainer, state, fixed, islice(stream, updates - done), key=key, start=done, mesh=run.mesh)
+    samples = way.samples(section)
+
+    def stream(done: int) -> Iterator[PromptBatch]:
+        how = {"samples": samples, "seed": config.seed, "bucket": config.data.bucket}
+        return islice(rollout_prompts(table, section, start=before + done, **how), updates - done)
+
+    def loop(state: TrainState, rows: Iterator[PromptBatch]) -> Iterator:
+        return train_ppo(trainer, state, fixed, rows, key=key, start=int(state.step), mesh=run.mesh)
 
     tokens = section.batch_size * section.response_length
-    state = run.train(folder, "policy", state, loop, steps=updates, tokens=tokens, round=round.number)
+    fed = Fed(stream, [rows[i].id for i in cut.rows], samples)
+    state = run.train(folder, "policy", state, loop, fed, steps=updates, tokens=tokens, round=round.number)
     add_model(policy._replace(params=joined(state.params["policy"], frozen)), folder)
     prompt_length = float(np.asarray(table.prompt_mask_BL).sum(axis=1).mean())
     result = {"updates": updates, "episodes": updates * section.batch_size, "kl_coef": float(state.controller["kl_coef"])}

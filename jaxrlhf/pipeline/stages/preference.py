@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ from jaxrlhf.algorithms.reward import held_out_pairs, pair_trainer, with_columns
 from jaxrlhf.algorithms.reward_update import Pairs
 from jaxrlhf.algorithms.rounds import Round
 from jaxrlhf.algorithms.training import num_steps, own_copy, train
-from jaxrlhf.data.batches import batches
 from jaxrlhf.data.tables import read_pair_table
 from jaxrlhf.models.hub import Loaded
 from jaxrlhf.offline.logprobs import stored_pair_logps
-from jaxrlhf.pipeline.stages.context import RoundInputs, RunContext, add_model, placed
+from jaxrlhf.pipeline.stages.context import RoundInputs, RunContext, add_model, epochs, placed
 from jaxrlhf.pipeline.stages.fixed_models import lora_slice, split_params
 from jaxrlhf.pipeline.stages.lineage import policy_lineage, write_lineage
 from jaxrlhf.pipeline.stages.pairs import VALID
@@ -59,14 +57,14 @@ def preference_stage(run: RunContext, round: Round, given: RoundInputs) -> Done:
         policy, trainable = policy._replace(params=None), None  # the memory is wanted for the training
         base = () if frozen is None else (frozen,)
 
-        def loop(state: TrainState, start: int) -> Iterator:
-            order = f"preference/r{number}"
-            stream = batches(table, section.batch_size, seed=config.seed, name=order, bucket=config.data.bucket, start=start)
-            return train(step, state, placed(run, islice(stream, steps - start)), *base)
-
+        fed = epochs(run, table, fitted.ids, section.batch_size, steps, seed=config.seed, name=f"preference/r{number}")
         tokens = 2 * section.batch_size * (table.prompt_BL.shape[1] + table.chosen_BT.shape[1])
         watched = held_out_pairs(policy.model, loss, name, valid, section, run.mesh, *base)
-        state = run.train(folder, "policy", state, loop, steps=steps, tokens=tokens, round=number, held_out=watched)
+
+        def loop(state: TrainState, rows: Iterator[PairBatch]) -> Iterator:
+            return train(step, state, placed(run, rows), *base)
+
+        state = run.train(folder, "policy", state, loop, fed, steps=steps, tokens=tokens, round=number, held_out=watched)
         add_model(policy._replace(params=joined(state.params, frozen)), folder)
         return {"steps": steps, "kept_step": int(state.step), "pairs": n}
 

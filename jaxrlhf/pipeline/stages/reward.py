@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ from jaxrlhf import rng, sharding
 from jaxrlhf.algorithms.reward import called, held_out_pairs, pair_trainer, reward_loss, score_pairs, with_columns, with_weights
 from jaxrlhf.algorithms.rounds import Round
 from jaxrlhf.algorithms.training import num_steps, own_copy, train
-from jaxrlhf.data.batches import batches
 from jaxrlhf.data.tokens import eos_ids_of, tokenize_demonstrations
 from jaxrlhf.evaluation.diagnostics import VALID_SCORES, pair_accuracy
 from jaxrlhf.models.hub import with_reward_bias
 from jaxrlhf.pipeline import inputs
-from jaxrlhf.pipeline.stages.context import RunContext, add_model, placed
+from jaxrlhf.pipeline.stages.context import RunContext, add_model, epochs, placed
 from jaxrlhf.pipeline.stages.lineage import reward_lineage, write_lineage
 from jaxrlhf.pipeline.stages.pairs import valid_pairs
 from jaxrlhf.pipeline.stages.reward_update import updated_pairs
@@ -58,14 +56,14 @@ def reward_stage(
         state = sharding.place(init_state(own_copy(base.params), optimizer), run.mesh)
         base = base._replace(params=None)
 
-        def loop(state: TrainState, start: int) -> Iterator:
-            name = f"reward{of_member}/r{round.number}"
-            stream = batches(table, section.batch_size, seed=config.seed, name=name, bucket=config.data.bucket, start=start)
-            return train(step, state, placed(run, islice(stream, steps - start)))
+        fed = epochs(run, table, fitted.ids, section.batch_size, steps, seed=config.seed, name=f"reward{of_member}/r{round.number}")
+
+        def loop(state: TrainState, rows: Iterator) -> Iterator:
+            return train(step, state, placed(run, rows))
 
         tokens = 2 * section.batch_size * (table.prompt_BL.shape[1] + table.chosen_BT.shape[1])
         watched = held_out_pairs(base.model, loss, called(section), valid, section, run.mesh)
-        state = run.train(folder, "reward", state, loop, steps=steps, tokens=tokens, round=round.number, held_out=watched)
+        state = run.train(folder, "reward", state, loop, fed, steps=steps, tokens=tokens, round=round.number, held_out=watched)
         options = {"batch_size": section.eval_batch_size, "mesh": run.mesh}
         references = reference_responses(run, base.tokenizer)
         bias = float(score_responses(base.model, state.params, references, **options).mean())

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,13 @@ from jaxrlhf import rng, sharding
 from jaxrlhf.algorithms.training import held_out, num_steps, own_copy, sft_trainer, train
 from jaxrlhf.config import Config
 from jaxrlhf.data import toy
-from jaxrlhf.data.batches import batches
 from jaxrlhf.data.chat import template_of
 from jaxrlhf.data.tokenizer import train_tokenizer
 from jaxrlhf.data.tokens import eos_ids_of, tokenize_demonstrations
 from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.hub import Loaded, initialise, load, read_tokenizer, save_tokenizer, tokenizer_named, with_tokenizer
 from jaxrlhf.pipeline import inputs
-from jaxrlhf.pipeline.stages.context import RunContext, add_model, placed
+from jaxrlhf.pipeline.stages.context import RunContext, add_model, epochs, placed
 from jaxrlhf.steps.sft import make_sft_evaluation
 from jaxrlhf.steps.state import init_state
 from jaxrlhf.storage.stage import Done, Stage
@@ -110,9 +108,11 @@ def sft_stage(run: RunContext, tokenizer_done: Done) -> Done:
         state = sharding.place(init_state(own_copy(base.params), optimizer), run.mesh)
         base = base._replace(params=None)  # the memory is wanted for the training
 
-        def loop(state: TrainState, start: int) -> Iterator:
-            stream = batches(table, config.sft.batch_size, seed=config.text_seed, name="sft", bucket=config.data.bucket, start=start)
-            return train(step, state, placed(run, islice(stream, steps - start)))
+        ids = [rows[i].id for i in cut.rows]
+        fed = epochs(run, table, ids, config.sft.batch_size, steps, seed=config.text_seed, name="sft")
+
+        def loop(state: TrainState, rows: Iterator[TextBatch]) -> Iterator:
+            return train(step, state, placed(run, rows))
 
         tokens = config.sft.batch_size * (table.prompt_BL.shape[1] + table.response_BT.shape[1])
 
@@ -121,7 +121,7 @@ def sft_stage(run: RunContext, tokenizer_done: Done) -> Done:
             return tokenize_demonstrations(rows, tokenizer, inputs.limits_of(config), eos_ids=eos_ids_of(tokenizer))[0]
 
         watched = held_out(make_sft_evaluation, base.model, config.sft.loss_on, valid, config.sft, run.mesh)
-        state = run.train(folder, "sft", state, loop, steps=steps, tokens=tokens, held_out=watched)
+        state = run.train(folder, "sft", state, loop, fed, steps=steps, tokens=tokens, held_out=watched)
         add_model(base._replace(params=state.params), folder)
         tokens = int(np.asarray(table.prompt_mask_BL).sum() + np.asarray(table.response_mask_BT).sum())
         return {"steps": steps, "kept_step": int(state.step), "rows": len(table.index_B), "tokens": tokens}
