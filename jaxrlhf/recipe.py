@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def find_recipe(path: str | Path) -> Path:
 def from_mapping(raw: Mapping[str, Any], *, where: str = "config") -> Config:
     """The config of a mapping. Raises ConfigError with every unknown key, wrong type and impossible combination."""
     try:
-        config = TypeAdapter(Config).validate_python(dict(raw))
+        config = _adapter().validate_python(dict(raw))
     except ValidationError as error:
         found = _distinct(error)
         more = [f"{where}: and {len(found) - MOST_FAULTS} more faults."] if len(found) > MOST_FAULTS else []
@@ -68,6 +69,12 @@ def from_mapping(raw: Mapping[str, Any], *, where: str = "config") -> Config:
     if faults:
         raise ConfigError("\n".join(f"{where}: {fault}" for fault in faults))
     return config
+
+
+@cache
+def _adapter() -> TypeAdapter[Config]:
+    """Made once: that takes longer than a hundred recipes."""
+    return TypeAdapter(Config)
 
 
 def _distinct(error: ValidationError) -> list[Any]:

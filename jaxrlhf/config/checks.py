@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,8 +21,8 @@ def _unfit_numbers(section: Any, prefix: str = "") -> Iterator[str]:
             yield from _unfit_numbers(value, f"{key}.")
         elif isinstance(value, float) and not math.isfinite(value):
             yield f"{key} is {value}; it must be a finite number."
-        elif isinstance(value, str | tuple) and "\0" in "".join(value):
-            yield f"{key} is {value!r}; no name and no text of a recipe has a NUL in it."
+        elif isinstance(value, str | tuple) and re.search("[\0\ud800-\udfff]", "".join(value)):
+            yield f"{key} is {value!r}; no name and no text of a recipe has a NUL or half of a character in it."
         elif isinstance(value, int) and not isinstance(value, bool):
             least = 0 if field.name in _MAY_BE_ZERO else 1
             of_mesh = prefix == "mesh."  # its −1 means all remaining devices; make_mesh checks the axes

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxrlhf.config import Config
 from jaxrlhf.config.names import WRITTEN
@@ -62,81 +62,65 @@ def foresee(config: Config, until: str | None = None) -> Foresight:
 
 
 def finished_here(config: Config) -> dict[str, tuple[str | None, Path]]:
-    """Stage → (hash, folder) of what the run folder shows as finished."""
-    links = folder_of(config) / "stages"
-    if remote.is_url(config.output):
+    """Stage → (hash, link) of what the run folder shows as finished."""
+    folder = folder_of(config) / "stages"
+    if not remote.is_url(config.output):
+        links = {link: link.readlink().name if link.is_symlink() else hash_of(link) for link in sorted(folder.glob("[0-9]*-*"))}
+    else:
         targets = json.loads(remote.read(remote.join(config.output, config.name, LINKS)) or b"{}")
-        return {name.partition("-")[2]: (url.rsplit("/", 1)[1], links / name) for name, url in targets.items()}
-    return {
-        link.name.partition("-")[2]: (link.readlink().name if link.is_symlink() else hash_of(link), link)
-        for link in sorted(links.glob("[0-9]*-*"))
-    }
+        links = {folder / name: url.rsplit("/", 1)[1] for name, url in targets.items()}
+    return {link.name.partition("-")[2]: (hash, link) for link, hash in links.items()}
 
 
-def _written_before(config: Config) -> bytes | None:
-    """config.yaml of the run folder."""
-    if remote.is_url(config.output):
-        return remote.read(remote.join(config.output, config.name, "config.yaml"))
-    path = folder_of(config) / "config.yaml"
-    return path.read_bytes() if path.is_file() else None
+def _recipe_here(config: Config) -> bytes:
+    """config.yaml of the run folder; nothing where there is none."""
+    path, url = folder_of(config) / "config.yaml", remote.join(config.output, config.name, "config.yaml")
+    return (remote.read(url) or b"") if remote.is_url(url) else path.read_bytes() if path.is_file() else b""
 
 
 def check_ours(config: Config) -> None:
-    """ConfigError where a run of this config would write over a file that no run has written: such a folder has no `stages`, and its
-    config.yaml does not say that it is ours."""
-    folder, url = folder_of(config), remote.is_url(config.output)
-    theirs = [name for name in WRITTEN if not url and (folder / name).exists()]
-    before = _written_before(config)
-    if before and not before.startswith(MARK.encode()):
-        theirs = ["config.yaml", *theirs]
-    elif before:
+    """ConfigError where the run would write over a file that no run has written: there are no finished stages beside it, and config.yaml
+    does not say that it is ours."""
+    folder, recipe, url = folder_of(config), _recipe_here(config), remote.is_url(config.output)
+    if recipe.startswith(MARK.encode()) or finished_here(config):
         return
-    if theirs and not (finished_here(config) if url else (folder / "stages").is_dir()):
+    theirs = ["config.yaml"] * bool(recipe) + [name for name in WRITTEN[1:] if not url and (folder / name).exists()]
+    if theirs:
         place = remote.join(config.output, config.name) if url else folder
-        raise ConfigError(
-            f"{place}/{theirs[0]} was not written by jaxrlhf, and a run of this name would write over it; give another --name or --output."
-        )
+        rule = "was not written by jaxrlhf, and a run of this name would write over it"
+        raise ConfigError(f"{place}/{theirs[0]} {rule}; give another --name or --output.")
 
 
-@dataclass(frozen=True)
-class Outlook:
-    """What a run would do to the results in its folder. `changed`: the keys of the recipe that differ from the last run's, as text;
-    `replaced`: finished stages that another recipe made; `notes`: what to know of the rest, said when the run begins."""
+class Outlook(NamedTuple):
+    """What a run would do to the results in its folder."""
 
     run: Foresight
-    changed: list[str]
-    replaced: list[str]
-    notes: list[str]
-
-    def as_text(self) -> str:
-        """One block: whose results are here, what has changed, what is kept and what is built."""
-        kept, built = ([done.name for done in self.run.stages if done.cached is there] for there in (True, False))
-        more = [f"what {self.run.undecided} decides"] if self.run.undecided else []
-        return "\n".join([
-            f"{folder_of(self.run.config)} has results of another recipe ({', '.join(self.replaced)}).",
-            *(f"  changed: {line}" for line in self.changed),
-            f"  kept: {', '.join(kept) or 'nothing'}",
-            f"  to build: {', '.join([*built, *more]) or 'nothing'}",
-        ])  # fmt: skip
+    replaced: list[str]  # finished stages, which another recipe has made
+    said: str  # one block: whose results they are, what has changed, what is kept and what is built
+    notes: list[str]  # what to know where nothing of another recipe is replaced
 
 
 def outlook(config: Config) -> Outlook:
     """Compare the stages of the config with those in its run folder, and with those of the recipe that the folder was made by."""
-    run, here = foresee(config), finished_here(config)
-    now = {done.name: done.hash for done in run.stages}
+    run, here, folder = foresee(config), finished_here(config), folder_of(config)
+    now = then = {done.name: done.hash for done in run.stages}
+    changed: list[str] = []
     try:
-        before = from_mapping(parse(_written_before(config) or b"{}", "config.yaml")) if here else config
-    except (ConfigError, TypeError, ValueError):
-        before = config  # lost or broken: what differs is told by the stages
-    changed = list(changes(to_mapping(before), to_mapping(config)))
-    then = {done.name: done.hash for done in foresee(before).stages} if changed else now
+        before = from_mapping(parse(_recipe_here(config), "config.yaml") or to_mapping(config)) if here else config
+        changed = list(changes(to_mapping(before), to_mapping(config)))
+        then = {done.name: done.hash for done in foresee(before).stages} if changed else now
+    except Exception:  # a broken config.yaml has no keys to compare; of one whose data or code have gone every stage is another
+        then = {} if changed else now
     other = {name: link for name, (hash, link) in here.items() if hash != now.get(name)}
     replaced = [name for name in other if then.get(name) != now.get(name)]
-    notes = []
-    if not replaced and then != now:
-        notes = [f"note: {folder_of(config)} was begun with another recipe ({'; '.join(changed)}); no finished stage depends on that"]
+    kept, built = ([done.name for done in run.stages if done.cached is there] for there in (True, False))
+    built += [f"what {run.undecided} decides"] if run.undecided else []
+    said = [f"{folder} has results of another recipe ({', '.join(replaced)}).", *(f"  changed: {line}" for line in changed)]
+    said += [f"  kept: {', '.join(kept) or 'nothing'}", f"  to build: {', '.join(built) or 'nothing'}"]
+    begun = f"note: {folder} was begun with another recipe ({'; '.join(changed)}); no finished stage depends on that"
+    notes = [begun] if not replaced and then != now else []
     notes += [why_other(run.wanted[name], link) for name, link in other.items() if name not in replaced and name in now][:1]
-    return Outlook(run, changed, replaced, notes)
+    return Outlook(run, replaced, "\n".join(said), notes)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -156,39 +140,33 @@ def why_other(stage: Stage, folder: Path) -> str:
     except StageError:
         record = {}
     version, made = record.get("version"), record.get("versions", {}).get("jaxrlhf")
-    if version is not None and version != stage.version:
+    by = "other data, models or code of the names in the recipe, or by another version of jaxrlhf"
+    if version not in (None, stage.version):
         by = f"another version of jaxrlhf ({made}), which computes it otherwise (version {version} of the stage, now {stage.version})"
-    else:
-        by = "other data, models or code of the names that the recipe gives, or by another version of jaxrlhf"
     return f"note: {stage.name} was made by {by}; it is built again, and so is what follows from it"
 
 
 def prepare(configs: Mapping[str, Config], *, replace: bool) -> dict[str, list[str]]:
     """Name → notes of runs that are about to begin; ConfigError where one would replace the results of another recipe, unless `replace`."""
     found = {name: outlook(config) for name, config in configs.items() if finished_here(config)}
-    refused = [one.as_text() for one in found.values() if one.replaced and not replace]
+    refused = [one.said for one in found.values() if one.replaced and not replace]
     if refused:
         way_out = "Give --replace to put the new results in their place (replace=True in Python), or keep both: another --name."
         raise ConfigError("\n".join([*refused, way_out]))
-    for one in found.values():  # what stays linked is of this recipe: a run that is stopped and goes on asks no second time
-        config = one.run.config
-        for name, (_, link) in finished_here(config).items() if one.replaced else ():
-            if name in one.replaced and os.path.lexists(link):
-                link.unlink() if link.is_symlink() else shutil.rmtree(link)
-        if one.replaced:
-            one.notes.append(
-                f"note: replaces {', '.join(one.replaced)} in {folder_of(config)}; the old stages stay in {one.run.store.root}"
-            )
+    for run, replaced, _, notes in found.values():
+        links = finished_here(run.config)
+        for link in (links[name][1] for name in replaced if os.path.lexists(links[name][1])):
+            link.unlink() if link.is_symlink() else shutil.rmtree(link)  # or a run that is stopped and goes on would ask a second time
+        if replaced:
+            notes.append(f"note: replaces {', '.join(replaced)} in {folder_of(run.config)}; the old stages stay in {run.store.root}")
     return {name: one.notes for name, one in found.items()}
 
 
 def forecast(config: Config, until: str | None = None) -> str:
     """What `jaxrlhf run --dry_run` prints of a run: what it would replace, and its stages."""
     found, run = outlook(config), foresee(config, until)
-    lines = [found.as_text()] if found.replaced else found.notes
     there = sum(done.cached for done in run.stages)
+    lines = [found.said] if found.replaced else found.notes
     lines += [f"{folder_of(config)}: {len(run.stages)} stages, {there} finished, {len(run.stages) - there} to build"]
     lines += [f"  {'kept ' if done.cached else 'build'}  {done.name}  {done.hash}" for done in run.stages]
-    if run.undecided:
-        lines += [f"  unknown yet: {run.undecided} decides what follows"]
-    return "\n".join(lines)
+    return "\n".join(lines + ([f"  unknown yet: {run.undecided} decides what follows"] if run.undecided else []))

@@ -29,7 +29,10 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name → the file that holds it."""
     index, whole = folder / INDEX, folder / WHOLE
     if index.is_file():
-        found = {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+        named = read_json(index)["weight_map"]
+        if outside := [file for file in named.values() if file != Path(file).name]:
+            raise ValueError(f"{index} names {outside[0]!r}, which is no file of its own folder; copy the model again, or fetch another.")
+        found = {name: folder / file for name, file in named.items()}
         absent = sorted({file.name for file in found.values() if not file.is_file()})
         if absent:
             raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, which {INDEX} names; copy the folder again.")
