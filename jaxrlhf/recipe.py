@@ -80,7 +80,7 @@ def _adapter() -> TypeAdapter[Config]:
 def _distinct(error: ValidationError) -> list[Any]:
     """The first fault of each key: pydantic reports one for every member of a union."""
     faults: dict[tuple, Any] = {}
-    for fault in error.errors():
+    for fault in error.errors(include_url=False, include_context=False):
         place = tuple(part for part in fault["loc"] if _is_field(part))
         faults.setdefault(place, fault)
     return [{**fault, "loc": place} for place, fault in faults.items()]
@@ -92,10 +92,10 @@ def _is_field(part: Any) -> bool:
 
 
 def _explain(fault: Any) -> str:
-    place = ".".join(str(part) if str(part).isprintable() else repr(part) for part in fault["loc"])
+    place = ".".join(map(str, fault["loc"]))
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return unknown_key(place)
-    value = fault["input"]
+    value, place = fault["input"], place if place.isprintable() else repr(place)
     return f"{place} is {value!r:.200}: {fault['msg']}." if not isinstance(value, dict) else f"{place}: {fault['msg']}."
 
 

@@ -164,7 +164,8 @@ def prepare(configs: Mapping[str, Config], *, replace: bool) -> dict[str, list[s
 
 def forecast(config: Config, until: str | None = None) -> str:
     """What `jaxrlhf run --dry_run` prints of a run: what it would replace, and its stages."""
-    found, run = outlook(config), foresee(config, until)
+    found = outlook(config)
+    run = found.run if until is None else foresee(config, until)
     there = sum(done.cached for done in run.stages)
     lines = [found.said] if found.replaced else found.notes
     lines += [f"{folder_of(config)}: {len(run.stages)} stages, {there} finished, {len(run.stages) - there} to build"]

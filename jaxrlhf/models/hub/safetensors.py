@@ -30,7 +30,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     index, whole = folder / INDEX, folder / WHOLE
     if index.is_file():
         named = read_json(index)["weight_map"]
-        if outside := [file for file in named.values() if file != Path(file).name]:
+        if outside := [file for file in named.values() if not isinstance(file, str) or file != Path(file).name]:
             raise ValueError(f"{index} names {outside[0]!r}, which is no file of its own folder; copy the model again, or fetch another.")
         found = {name: folder / file for name, file in named.items()}
         absent = sorted({file.name for file in found.values() if not file.is_file()})
