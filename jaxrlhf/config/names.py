@@ -4,7 +4,7 @@ import unicodedata
 
 # What a run writes into its folder, or into the one that its arms and seeds lie in.
 WRITTEN = ("config.yaml", "summary.json", "metrics.jsonl", "wandb_id", "links.json", "sweep.json", "sweep.md", "error.txt", "report.html",
-           "summary.md", "figures", "stages")  # fmt: skip
+           "summary.md", "figures", "tensorboard", "stages")  # fmt: skip
 
 
 def name_fault(name: str) -> str | None:
