@@ -35,7 +35,9 @@ def main(options: argparse.Namespace) -> int:
         logging.getLogger().setLevel(logging.ERROR)  # the leader logs it
     until = None if options.command == "run" else options.command
     if options.dry_run:
-        print(dry_run(config, until))
+        if distributed.is_leader():
+            print(dry_run(config, until))
+        distributed.finish()
         return 0
     folder = run(config, until=until, replace=options.replace)
     if not distributed.is_leader():
