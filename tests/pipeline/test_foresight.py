@@ -162,6 +162,8 @@ def test_dry_run_builds_and_writes_nothing(config, recorded, tmp_path, capsys):
     assert cli.main(["sft", str(recipe), "--dry-run"]) == 0 and "2 stages, 2 finished, 0 to build" in capsys.readouterr().out
     assert cli.main(["run", str(recipe), "--reward.learning-rate", "0.5"]) == 1 and "--replace" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before and recorded.built == STAGES
+    assert cli.main(["reward", str(recipe), "--reward.learning-rate", "0.5", "--replace"]) == 0
+    assert recorded.built[len(STAGES) :] == ["r1-reward"]
 
 
 def test_arms_and_sweeps_are_asked_for_all_at_once(config, recorded, tmp_path):
