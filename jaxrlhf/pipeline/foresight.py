@@ -1,8 +1,6 @@
 """What a run will do, known before it does anything: which stages are there, and which results of an earlier recipe it would replace."""
 
 import json
-import os
-import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +11,7 @@ from typing import Any, NamedTuple
 from jaxrlhf.config import Config
 from jaxrlhf.config.names import WRITTEN
 from jaxrlhf.config.text import parse
+from jaxrlhf.files import remove
 from jaxrlhf.monitoring.runlog import RunLog
 from jaxrlhf.pipeline.loop import walk_through
 from jaxrlhf.pipeline.stages.context import RunContext
@@ -155,8 +154,8 @@ def prepare(configs: Mapping[str, Config], *, replace: bool) -> dict[str, list[s
         raise ConfigError("\n".join([*refused, way_out]))
     for run, replaced, _, notes in found.values():
         links = finished_here(run.config)
-        for link in (links[name][1] for name in replaced if os.path.lexists(links[name][1])):
-            link.unlink() if link.is_symlink() else shutil.rmtree(link)  # or a run that is stopped and goes on would ask a second time
+        for name in replaced:
+            remove(links[name][1])  # or a run that is stopped and goes on would say so a second time
         if replaced:
             notes.append(f"note: replaces {', '.join(replaced)} in {folder_of(run.config)}; the old stages stay in {run.store.root}")
     return {name: one.notes for name, one in found.items()}
