@@ -101,6 +101,12 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_replaceable(path: str | os.PathLike[str], mark: str) -> None:
+    """FileExistsError where `path` is a file that this package has not written: it is not empty and `mark` is nowhere in it."""
+    if os.path.isfile(path) and (content := Path(path).read_bytes()) and mark.encode() not in content:
+        raise FileExistsError(f"{path} exists and was not written by this command; give another name, or move it away.")
+
+
 def write_whole(path: str | os.PathLike[str], content: str | bytes, *, errors: str = "strict") -> None:
     """Write a file, and the folders it lies in. Text is UTF-8; `errors` "surrogatepass" keeps lone surrogates, which a model may write."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from jaxrlhf.config import Config
-from jaxrlhf.config.checks import contradictions
+from jaxrlhf.config.checks import contradictions, truths_as_numbers
+from jaxrlhf.config.names import name_fault
+from jaxrlhf.config.text import ConfigError, parse
 
-
-class ConfigError(ValueError):
-    """A recipe that cannot be run; a line for each fault: the key, its value, the rule, the way out."""
+MARK = "# Written by jaxrlhf; a run of this name writes it anew.\n"  # the first line of a config.yaml of ours
+MOST_FAULTS = 20  # that are spelled out
+OF_ALL_ARMS = ("name", "output", "store", "arms")  # keys of the recipe that say where its arms are
 
 
 def load_config(path: str | Path) -> Config:
@@ -25,10 +28,7 @@ def load_config(path: str | Path) -> Config:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     found = find_recipe(path)
-    try:
-        raw = yaml.safe_load(found.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{found} is not YAML: {error}") from error
+    raw = parse(found.read_bytes(), str(found))
     if raw is None:
         raise ConfigError(f"{found} is empty; a recipe is a mapping of sections (jaxrlhf run configs/quickstart.yaml shows one).")
     if not isinstance(raw, dict):
@@ -60,19 +60,27 @@ def find_recipe(path: str | Path) -> Path:
 def from_mapping(raw: Mapping[str, Any], *, where: str = "config") -> Config:
     """The config of a mapping. Raises ConfigError with every unknown key, wrong type and impossible combination."""
     try:
-        config = TypeAdapter(Config).validate_python(dict(raw))
+        config = _adapter().validate_python(dict(raw))
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {_explain(fault)}" for fault in _distinct(error))) from None
-    faults = list(contradictions(config))
+        found = _distinct(error)
+        more = [f"{where}: and {len(found) - MOST_FAULTS} more faults."] if len(found) > MOST_FAULTS else []
+        raise ConfigError("\n".join([*(f"{where}: {_explain(fault)}" for fault in found[:MOST_FAULTS]), *more])) from None
+    faults = [*truths_as_numbers(raw, config), *contradictions(config)]
     if faults:
         raise ConfigError("\n".join(f"{where}: {fault}" for fault in faults))
     return config
 
 
+@cache
+def _adapter() -> TypeAdapter[Config]:
+    """Made once: that takes longer than a hundred recipes."""
+    return TypeAdapter(Config)
+
+
 def _distinct(error: ValidationError) -> list[Any]:
     """The first fault of each key: pydantic reports one for every member of a union."""
     faults: dict[tuple, Any] = {}
-    for fault in error.errors():
+    for fault in error.errors(include_url=False, include_context=False):
         place = tuple(part for part in fault["loc"] if _is_field(part))
         faults.setdefault(place, fault)
     return [{**fault, "loc": place} for place, fault in faults.items()]
@@ -84,11 +92,11 @@ def _is_field(part: Any) -> bool:
 
 
 def _explain(fault: Any) -> str:
-    place = ".".join(str(part) for part in fault["loc"])
+    place = ".".join(map(str, fault["loc"]))
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return unknown_key(place)
-    value = fault["input"]
-    return f"{place} is {value!r}: {fault['msg']}." if not isinstance(value, dict) else f"{place}: {fault['msg']}."
+    value, place = fault["input"], place if place.isprintable() else repr(place)
+    return f"{place} is {value!r:.200}: {fault['msg']}." if not isinstance(value, dict) else f"{place}: {fault['msg']}."
 
 
 def unknown_key(key: str) -> str:
@@ -129,7 +137,8 @@ def _plain(value: Any) -> Any:
 
 
 def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+    """config.yaml of a run: a recipe that loads again as it is."""
+    return MARK + yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
 
 
 def override(raw: Mapping[str, Any], overrides: Mapping[str, Any], *, where: str) -> dict[str, Any]:
@@ -148,11 +157,18 @@ def override(raw: Mapping[str, Any], overrides: Mapping[str, Any], *, where: str
 
 
 def arms(config: Config) -> dict[str, Config]:
-    """The runs of a config: itself, or for each arm the config with that arm's overrides, checked like any other."""
+    """The runs of a config: itself, or for each arm the config with that arm's overrides, checked like any other.
+
+    All lie in one folder and share one store: an arm that sets its place or its name would be in no table, and is refused.
+    """
     if not config.arms:
         return {config.name: config}
-    base = to_mapping(config) | {"arms": {}}
-    return {
-        name: from_mapping(override(base, changes, where=f"arms.{name}") | {"name": f"{config.name}/{name}"}, where=f"arms.{name}")
-        for name, changes in config.arms.items()
-    }
+    base, found = to_mapping(config) | {"arms": {}}, {}
+    for name, changes in config.arms.items():
+        where = f"arms.{name}" if name.isprintable() else f"arms.{name!r}"
+        if (fault := name_fault(name)) is not None:
+            raise ConfigError(f"{where}: {name!r} {fault}; an arm's name is that of its folder.")
+        if own := sorted(changes.keys() & set(OF_ALL_ARMS)):
+            raise ConfigError(f"{where} sets {own[0]}, which is one for all arms: take it out, or make it a recipe of its own.")
+        found[name] = from_mapping(override(base, changes, where=where) | {"name": f"{config.name}/{name}"}, where=where)
+    return found

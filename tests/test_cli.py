@@ -36,7 +36,7 @@ def calls(monkeypatch, tmp_path):
     made = []
     import jaxrlhf.pipeline.run as module
 
-    def run(config, *, until=None):
+    def run(config, *, until=None, replace=False):
         made.append((config, until))
         folder = tmp_path / "made"
         folder.mkdir(exist_ok=True)
@@ -264,7 +264,7 @@ def swept(monkeypatch, tmp_path):
     made, failed = [], []
     settings = {"policy_update": "ppo", "reference": "SFT", "reward": "kept", "restart": "–", "rounds": 1, "episodes": 8, "prompts": 8}
 
-    def sweep(config, seeds):
+    def sweep(config, seeds, *, replace=False):
         made.append((config, seeds))
         run = Run(0, "a", "failed", error="ValueError: no", folder="f") if failed else Run(0, "a", "pending")
         module.write_table(Sweep("s", None, {"a": settings | {"response_length": 1}}, (run,)), tmp_path)

@@ -70,7 +70,8 @@ def judge_of(options: argparse.Namespace) -> Judge | None:
         return None
     try:
         request = json.loads(options.judge_request)
-    except ValueError as error:
+        json.dumps(request, allow_nan=False)  # which NaN and Infinity are not, though Python reads them
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--judge_request is not JSON ({error}); write it as '{{\"max_tokens\": 64}}'.") from error
     if not isinstance(request, dict):
         raise ValueError("--judge_request must be a JSON object, such as '{\"max_tokens\": 64}'.")

@@ -5,7 +5,7 @@ import json
 import sys
 
 from jaxrlhf.commands.recipe_arguments import add_reading_arguments
-from jaxrlhf.files import write_lines
+from jaxrlhf.files import check_replaceable, write_lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +31,8 @@ def main(options: argparse.Namespace) -> int:
     from jaxrlhf.rollouts.texts import generate_texts  # here: --help and a wrong option need no models
     from jaxrlhf.sharding.compile_cache import cache_compilations
 
+    if options.output is not None:
+        check_replaceable(options.output, '"finished": ')
     cache_compilations()
     settings = vars(options)
     rows = generate_texts(**{name: settings[name] for name in settings if name != "output"})

@@ -9,10 +9,11 @@ import jax
 
 from jaxrlhf.commands.recipe_arguments import config_of
 from jaxrlhf.commands.usage import EPILOG
+from jaxrlhf.files import check_replaceable, write_whole
 from jaxrlhf.plan.devices import Device, device_named, device_of_kind, own_device
 from jaxrlhf.plan.plan import plan
 from jaxrlhf.plan.planner import Phase, Program
-from jaxrlhf.plan.table import as_json, check_figure, draw, show
+from jaxrlhf.plan.table import MADE_BY, as_json, check_figure, draw, show
 from jaxrlhf.recipe import arms, to_yaml
 
 
@@ -64,6 +65,9 @@ def main(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name} {getattr(options, name)} must be at least 1.")
     if options.figure:
         check_figure(options.figure)
+        check_replaceable(options.figure, MADE_BY)
+    if options.json:
+        check_replaceable(options.json, '"of_bandwidth": ')
     if options.json and not Path(options.json).parent.is_dir():
         raise ValueError(f"--json {options.json}: the folder {Path(options.json).parent} does not exist; make it first.")
     plans, known = {}, {}
@@ -74,7 +78,7 @@ def main(options: argparse.Namespace) -> int:
         plans[name] = plan(one, **counts, compiles=options.compile, exact=options.exact, known=known, report=progress)
         show(plans[name], name, devices)
     if options.json:
-        Path(options.json).write_text(json.dumps({name: as_json(one, devices) for name, one in plans.items()}, indent=1) + "\n")
+        write_whole(options.json, json.dumps({name: as_json(one, devices) for name, one in plans.items()}, indent=1) + "\n")
     if options.figure:
         draw(plans, devices, Path(options.figure))
     return 0

@@ -5,10 +5,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
-
 from jaxrlhf.config import Config, DataConfig
 from jaxrlhf.config.checks import contradictions
+from jaxrlhf.config.text import parse
 from jaxrlhf.recipe import ConfigError, load_config
 
 
@@ -33,7 +32,8 @@ def _overridden(config: Config, overrides: list[str], prog: str) -> Config:
     for word in words:
         if word.startswith("--row."):
             column, given, value = word.removeprefix("--row.").partition("=")
-            row[column.replace("-", "_")] = yaml.safe_load(value if given else next(words, ""))
+            value = value if given else next(words, "")
+            row[column.replace("-", "_")] = parse(value.encode("utf-8", "surrogateescape"), f"--row.{column}")
         else:
             rest.append(word)
     # tyro takes underscores, as in the YAML, and hyphens.

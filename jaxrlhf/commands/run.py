@@ -4,15 +4,17 @@ import argparse
 import logging
 
 from jaxrlhf import distributed
+from jaxrlhf.commands.usage import add_changing_arguments
 from jaxrlhf.distributed.cluster import requested_group
 from jaxrlhf.distributed.launch import watched
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How the processes of a run reach each other; all other arguments, `--help` too, belong to the recipe."""
+    """How the processes of a run reach each other, and what a run may do; all other arguments, `--help` too, belong to the recipe."""
     parser.add_argument("--coordinator")
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--process_id", type=int)
+    add_changing_arguments(parser)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -25,13 +27,19 @@ def main(options: argparse.Namespace) -> int:
     config = config_of(options.command, options.recipe, options.overrides)
     distributed.start(**group)
     from jaxrlhf.commands.report import write_report
-    from jaxrlhf.pipeline.run import run
+    from jaxrlhf.pipeline.run import dry_run, run
     from jaxrlhf.pipeline.table import read_summaries, show
     from jaxrlhf.storage.remote import is_url, join
 
     if not distributed.is_leader():
         logging.getLogger().setLevel(logging.ERROR)  # the leader logs it
-    folder = run(config, until=None if options.command == "run" else options.command)
+    until = None if options.command == "run" else options.command
+    if options.dry_run:
+        if distributed.is_leader():
+            print(dry_run(config, until))
+        distributed.finish()
+        return 0
+    folder = run(config, until=until, replace=options.replace)
     if not distributed.is_leader():
         pass
     elif options.command == "run":

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from jaxrlhf.commands.recipe_arguments import config_of
-from jaxrlhf.commands.usage import EPILOG
+from jaxrlhf.commands.usage import EPILOG, add_changing_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,16 +15,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = f"{EPILOG}; --output FOLDER is where runs go (runs by default)."
     parser.add_argument("--seeds", default="", help="5: the seeds 0 to 4; 3,5,9: these three")
+    add_changing_arguments(parser)
 
 
 def main(options: argparse.Namespace) -> int:
     """Run the sweep, print its table and its failures; 1 where a run failed."""
     config = config_of(options.command, options.recipe, options.overrides)
     from jaxrlhf.commands.report import write_report
-    from jaxrlhf.sweep.sweep import failure_lines, read_sweep, seeds_of, sweep  # here: --help and a wrong recipe need no models
+    from jaxrlhf.sweep.sweep import dry_run, failure_lines, read_sweep, seeds_of, sweep  # here: --help and a wrong recipe need no models
     from jaxrlhf.sweep.table import show
 
-    folder = sweep(config, seeds_of(options.seeds))
+    if options.dry_run:
+        print(dry_run(config, seeds_of(options.seeds)))
+        return 0
+    folder = sweep(config, seeds_of(options.seeds), replace=options.replace)
     page = write_report(folder)
     done = read_sweep(folder)
     show(done)

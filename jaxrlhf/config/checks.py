@@ -1,31 +1,50 @@
 """Check a config for values that are out of range or contradict each other, before anything is read."""
 
 import dataclasses
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jaxrlhf.config.names import run_name_fault
 from jaxrlhf.config.run import Config
 
 # The whole numbers that may be 0, which means none or off; all others are at least 1.
 _MAY_BE_ZERO = ("seed", "sft_seed", "warmup_steps", "max_steps", "top_k", "bucket", "critic_warmup_updates", "length_turn", "r")
 
 
-def _too_small(section: Any, prefix: str = "") -> Iterator[str]:
-    """Whole numbers below their least value."""
+def _unfit_numbers(section: Any, prefix: str = "") -> Iterator[str]:
+    """Numbers that no setting takes, whatever it means: NaN and infinity, and whole ones below their least value or over 64 bits."""
     for field in dataclasses.fields(section):
         key, value = f"{prefix}{field.name}", getattr(section, field.name)
         if dataclasses.is_dataclass(value):
-            if field.name != "mesh":  # its −1 means all remaining devices; make_mesh checks the axes
-                yield from _too_small(value, f"{key}.")
-        elif isinstance(value, int) and not isinstance(value, bool) and isinstance(field.default, int | None):
+            yield from _unfit_numbers(value, f"{key}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"{key} is {value}; it must be a finite number."
+        elif isinstance(value, str | tuple) and re.search("[\0\ud800-\udfff]", "".join(value)):
+            yield f"{key} is {value!r}; no name and no text of a recipe has a NUL or half of a character in it."
+        elif isinstance(value, int) and not isinstance(value, bool):
             least = 0 if field.name in _MAY_BE_ZERO else 1
-            if value < least:
+            of_mesh = prefix == "mesh."  # its −1 means all remaining devices; make_mesh checks the axes
+            if value < least and not of_mesh and isinstance(field.default, int | None):
                 yield f"{key} is {value}; it must be at least {least}."
+            if abs(value) >= (bound := 2 ** (64 if field.name.endswith("seed") else 63)):
+                yield f"{key} is {value}; it must be below 2**{bound.bit_length() - 1}."
+
+
+def truths_as_numbers(raw: Mapping[str, Any], section: Any, prefix: str = "") -> Iterator[str]:
+    """true, yes or on where a number is asked for: it would be read as 1."""
+    for key, value in raw.items():
+        found = getattr(section, key)
+        if dataclasses.is_dataclass(found) and isinstance(value, Mapping):
+            yield from truths_as_numbers(value, found, f"{prefix}{key}.")
+        elif isinstance(value, bool) and isinstance(found, int | float) and not isinstance(found, bool):
+            yield f"{prefix}{key} is {value}; it must be a number."
 
 
 def contradictions(config: Config) -> Iterator[str]:
     """A sentence for each fault of the config, with the way out."""
-    faults = list(_too_small(config)) + list(_out_of_range(config))
+    faults = list(_unfit_numbers(config)) or list(_out_of_range(config))
     yield from faults
     if not faults:  # what follows divides by them
         yield from _contradicting(config)
@@ -34,9 +53,8 @@ def contradictions(config: Config) -> Iterator[str]:
 def _out_of_range(config: Config) -> Iterator[str]:
     """Numbers outside of their range."""
     shape = config.model.shape
-    for name, seed in (("seed", config.seed), ("sft_seed", config.sft_seed or 0)):
-        if seed >= 2**64:
-            yield f"{name} is {seed}; it must be below 2**64."
+    if (fault := run_name_fault(config.name)) is not None:
+        yield f"name is {config.name!r}, which {fault}; it is the name of the run's folder inside of output."
     if config.model.source is None and shape.hidden_size % shape.num_heads:
         fits = max(shape.hidden_size // shape.num_heads, 1) * shape.num_heads
         yield f"model.shape.hidden_size {shape.hidden_size} does not divide over num_heads {shape.num_heads}; try {fits}."

@@ -7,6 +7,7 @@ from jaxrlhf.config import Config
 from jaxrlhf.files import write_whole
 from jaxrlhf.monitoring.runlog import RunLog
 from jaxrlhf.pipeline.checks import check, check_same
+from jaxrlhf.pipeline.foresight import check_ours, forecast, prepare
 from jaxrlhf.pipeline.loop import walk_through
 from jaxrlhf.pipeline.stages.context import RunContext
 from jaxrlhf.recipe import arms, load_config, to_yaml
@@ -17,12 +18,13 @@ from jaxrlhf.storage.run_folder import check_places, folder_of, open_run, publis
 UNTIL = ("sft", "reward", "ppo")  # where a single-stage command stops; the latter two in round 1
 
 
-def run(config: Config | str | Path, *, until: str | None = None, log: RunLog | None = None) -> Path:
+def run(config: Config | str | Path, *, until: str | None = None, log: RunLog | None = None, replace: bool = False) -> Path:
     """Run a config (or the recipe at a path), or all its arms one after the other; the run folder.
 
     Finished stages are found again by what they depend on: a run that was stopped goes on from its last finished stage, inside that
     stage from its last checkpoint, and arms share what they have in common. `until`: stop after "sft", or after "reward" or "ppo" of
-    round 1. Raises ConfigError, DataError and the like before anything is compiled where the config or the data cannot work.
+    round 1. Raises ConfigError, DataError and the like before anything is compiled where the config or the data cannot work, and where the
+    run folder holds files of another origin, or results of another recipe that are not to be replaced (`replace`).
 
     Of several processes that work as one (`jaxrlhf.distributed.group.start`) all call it with the same arguments; one writes and logs.
     """
@@ -35,30 +37,38 @@ def run(config: Config | str | Path, *, until: str | None = None, log: RunLog | 
         check(one)
     check_same(config)
     check_places(config)
-    folder = folder_of(config)
+    folder, leads = folder_of(config), distributed.is_leader()
+    for one in (config, *arms(config).values()) if leads else ():
+        check_ours(one)
+    notes = prepare(arms(config), replace=replace) if leads else {}
     if config.arms:
         open_run(config)
-        if distributed.is_leader():
+        if leads:
             write_whole(folder / "config.yaml", to_yaml(config))
-    for one in arms(config).values():
-        _run_one(one, until, log)
+    for name, one in arms(config).items():
+        _run_one(one, until, log, notes.get(name, []))
     return folder
 
 
-def _run_one(config: Config, until: str | None, log: RunLog | None) -> None:
-    folder = folder_of(config)
-    leads = distributed.is_leader()
+def dry_run(config: Config, until: str | None = None) -> str:
+    """What `run` would do, checked as it checks: for each arm which stages are there and which are to be built. Nothing is written."""
+    for one in arms(config).values():
+        check(one)
+        check_ours(one)
+    return "\n".join(forecast(one, until) for one in arms(config).values())
+
+
+def _run_one(config: Config, until: str | None, log: RunLog | None, notes: list[str]) -> None:
+    folder, leads = folder_of(config), distributed.is_leader()
     open_run(config)
-    before = folder / "config.yaml"
-    replaces = leads and (folder / "summary.json").exists() and before.exists() and before.read_bytes() != to_yaml(config).encode()
     if leads:
         write_whole(folder / "config.yaml", to_yaml(config))
     store = store_of(config)
     mesh = sharding.mesh_of(config.mesh)
     wandb = {"project": config.log.wandb, "name": config.name} if config.log.wandb else None
     own = log or RunLog(folder if leads else None, tensorboard=config.log.tensorboard, wandb=wandb)
-    if replaces:
-        own.note(f"note: {folder} held another config's run, whose summary and links this one replaces; its stages stay in {store.root}")
+    for note in notes:
+        own.note(note)
     try:
         run = RunContext(config, store, folder, own, mesh)
         walk_through(run, until)

@@ -21,6 +21,7 @@ from jaxrlhf.report.drawing import Figure
 from jaxrlhf.report.runs import RunRead
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src '{}'; img-src data:; form-action 'none'; base-uri 'none'"
+MADE_BY = "<!-- Made by jaxrlhf report -->"  # a file without is another's, and is not written over
 WIDE = "overoptimisation"
 SECTIONS = (("results", "Results"), ("figures", "Figures"), ("samples-section", "Samples"), ("origin", "Config and lineage"))
 
@@ -57,6 +58,7 @@ def page(
             _samples(*samples),
             _origin(arms),
             "</main>",
+            MADE_BY,
             "<footer>Made by <code>jaxrlhf report</code> from the run folders alone. Colours: Okabe and Ito (2008).</footer>",
         )
     )
@@ -272,4 +274,4 @@ def markdown(title: str, arms: Sequence[Arm], problems: Sequence[str]) -> str:
     lines += ["", *(f"- {escape_markdown(line)}" for line in findings(arms))]
     lines += [f"- Missing: {escape_markdown(f'{names}: {said}')}" for said, names in missing_by_text(arms)]
     lines += [f"- Missing: {escape_markdown(problem)}" for problem in problems]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", MADE_BY]) + "\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf import distributed
+from jaxrlhf.config.names import name_fault
 from jaxrlhf.files import faults
 from jaxrlhf.monitoring.metrics_file import FILE
 
@@ -79,6 +80,8 @@ class Stage:
     parent: str | None = None
 
     def __post_init__(self) -> None:
+        if (fault := name_fault(self.name)) is not None:
+            raise ValueError(f"stage {self.name!r} {fault}; its name is that of a link in the run folder.")
         if self.kind not in KINDS:
             raise ValueError(f"stage {self.name}: kind {self.kind!r} is none of {', '.join(KINDS)}.")
         if self.parent is not None and self.parent not in self.inputs:

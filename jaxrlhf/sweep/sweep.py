@@ -3,25 +3,22 @@
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace as changed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from jaxrlhf import distributed, sharding
+from jaxrlhf import distributed
 from jaxrlhf.config import Config
-from jaxrlhf.evaluation.guards import GuardStop
-from jaxrlhf.files import write_whole
+from jaxrlhf.files import DamagedFile, read_json, write_whole
 from jaxrlhf.formatting import format_duration, with_numbers
 from jaxrlhf.monitoring.runlog import RunLog
 from jaxrlhf.pipeline.checks import check
-from jaxrlhf.pipeline.loop import walk_through
+from jaxrlhf.pipeline.foresight import check_ours, finished_here, forecast, foresee, prepare
 from jaxrlhf.pipeline.run import run
-from jaxrlhf.pipeline.stages.context import RunContext
 from jaxrlhf.recipe import ConfigError, arms, load_config, to_yaml
 from jaxrlhf.storage.remote import is_url
-from jaxrlhf.storage.stage import Done, Stage
-from jaxrlhf.storage.store import Store
+from jaxrlhf.storage.run_folder import folder_of
 from jaxrlhf.sweep.arms import arm_facts
 from jaxrlhf.sweep.statistics import Run, Sweep
 from jaxrlhf.sweep.table import as_json, as_markdown
@@ -58,27 +55,48 @@ def jobs_of(config: Config, seeds: Iterable[int]) -> list[Job]:
     """Every arm at every seed, seed by seed: whole comparisons are there early. A recipe without arms is one arm, named by its method."""
     jobs = []
     for seed in seeds:
-        of_seed = replace(config, seed=seed, name=f"{config.name}/seed-{seed}")
+        one = of_seed(config, seed)
         if config.arms:
-            jobs += [Job(seed, name, one) for name, one in arms(of_seed).items()]
+            jobs += [Job(seed, name, arm) for name, arm in arms(one).items()]
         else:
-            jobs.append(Job(seed, config.method, replace(of_seed, name=f"{of_seed.name}/{config.method.replace(':', '.')}")))
+            jobs.append(Job(seed, config.method, changed(one, name=f"{one.name}/{config.method.replace(':', '.')}")))
     return jobs
 
 
-def sweep(config: Config | str | Path, seeds: Sequence[int], *, log: RunLog | None = None) -> Path:
+def of_seed(config: Config, seed: int) -> Config:
+    return changed(config, seed=seed, name=f"{config.name}/seed-{seed}")
+
+
+def sweep(config: Config | str | Path, seeds: Sequence[int], *, log: RunLog | None = None, replace: bool = False) -> Path:
     """Run every arm of a config (or of the recipe at a path) at every seed; the folder with sweep.json, sweep.md and figures/.
 
     All configs are checked before anything starts. Stages are shared by what they depend on, so what arms and seeds have in common is built
     once. A run that fails is recorded and the others go on: see "runs" of sweep.json. The table is rewritten after every run, and a sweep
-    that was stopped goes on when it is called again: finished runs are recognised by their stages, without reading a model.
+    that was stopped goes on when it is called again: finished runs are recognised by their stages, without reading a model. One that would
+    replace results of another recipe is refused, unless it is told to `replace` them.
     """
+    config, jobs = checked(config, seeds)
+    prepare({job.config.name: job.config for job in jobs}, replace=replace)
+    folder = folder_of(config)
+    write_whole(folder / "config.yaml", to_yaml(config))
+    for seed in seeds if config.arms else ():
+        write_whole(folder / f"seed-{seed}" / "config.yaml", to_yaml(of_seed(config, seed)))
+    _run_all(config, jobs, folder, log)
+    return folder
+
+
+def dry_run(config: Config, seeds: Sequence[int]) -> str:
+    """What `sweep` would do: of each run which stages are there, and which it would build if it ran alone. Nothing is written."""
+    return "\n".join(forecast(job.config) for job in checked(config, seeds)[1])
+
+
+def checked(config: Config | str | Path, seeds: Sequence[int]) -> tuple[Config, list[Job]]:
+    """The config of a sweep and its runs. ConfigError and the like where one of them cannot work, or would write over foreign files."""
     if not isinstance(config, Config):
         config = load_config(config)
     if distributed.count() > 1:
         raise ConfigError(f"a sweep is one process, and this is one of {distributed.count()}; let them share its runs instead.")
-    seeds = tuple(seeds)
-    jobs = jobs_of(config, seeds)
+    jobs = jobs_of(config, tuple(seeds))
     if not jobs:
         raise ConfigError("a sweep needs at least one seed.")
     for name, place in (("output", config.output), ("store", config.store)):
@@ -89,12 +107,9 @@ def sweep(config: Config | str | Path, seeds: Sequence[int], *, log: RunLog | No
         raise ConfigError(f"arms.{own[0]} sets seed, so the seeds of a sweep would not reach it; take it out of the arm.")
     for job in jobs:
         check(job.config)
-    folder = Path(config.output) / config.name
-    write_whole(folder / "config.yaml", to_yaml(config))
-    for seed in seeds if config.arms else ():
-        write_whole(folder / f"seed-{seed}" / "config.yaml", to_yaml(replace(config, seed=seed, name=f"{config.name}/seed-{seed}")))
-    _run_all(config, jobs, folder, log)
-    return folder
+    for one in (config, *(job.config for job in jobs)):
+        check_ours(one)
+    return config, jobs
 
 
 def _run_all(config: Config, jobs: list[Job], folder: Path, log: RunLog | None) -> None:
@@ -124,7 +139,7 @@ def _run_all(config: Config, jobs: list[Job], folder: Path, log: RunLog | None) 
 
 def run_one(job: Job, log: RunLog | None) -> Run:
     """The run, and what came of it. An exception is kept with its traceback in error.txt of the run's folder."""
-    folder = Path(job.config.output) / job.config.name
+    folder = folder_of(job.config)
     try:
         run(job.config, log=log)
         (folder / ERROR).unlink(missing_ok=True)
@@ -137,43 +152,29 @@ def run_one(job: Job, log: RunLog | None) -> Run:
         return Run(job.seed, job.arm, "failed", error=f"{type(error).__name__}: {error}", folder=str(folder))
 
 
-class StageMissing(LookupError):
-    """A stage that is not there yet."""
-
-
-class ReadOnlyStore(Store):
-    """A store in which nothing is built: what is not there raises StageMissing."""
-
-    def build(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None]) -> Done:
-        del fn
-        found = self.find(stage)
-        if found is None:
-            raise StageMissing(stage.name)
-        return found
-
-
 def read_finished(job: Job) -> Run | None:
     """What a run came to, if all its stages are finished: found by going through them as the run does, building none and loading no model.
 
     A marker in the run's folder would be quicker and could lie: data, plug-ins and models named by the config may have changed.
     """
-    config = job.config
-    folder = Path(config.output) / config.name
+    folder = folder_of(job.config)
     written = folder / "config.yaml"
-    if not written.exists() or written.read_bytes() != to_yaml(config).encode():
+    if not written.exists() or written.read_bytes() != to_yaml(job.config).encode():
         return None
-    mesh = sharding.mesh_of(config.mesh)
-    context = RunContext(config, ReadOnlyStore(config.store or Path(config.output) / ".stages"), folder, RunLog(None), mesh)
+    found = foresee(job.config)
+    linked = {name: hash for name, (hash, _) in finished_here(job.config).items()}
     try:
-        walk_through(context, None)
-    except (StageMissing, GuardStop):
+        summary = read_json(folder / "summary.json", "it is written again")
+        rounds, notes, spoke, finished = (summary[name] for name in ("rounds", "notes", "guards", "finished"))
+    except (FileNotFoundError, DamagedFile, KeyError):
         return None
-    context.tidy(metrics=False)
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    fits = sum(done.record["function"] == "reward" for done in context.stages)
-    seconds = sum(done.record["seconds"] for done in context.stages)
-    spoke = [f"guard {one['name']} spoke; summary.json of the run says why." for one in summary["guards"]]
-    return Run(job.seed, job.arm, "finished", summary["rounds"], (*summary["notes"], *spoke), fits, seconds, folder=str(folder))
+    whole = found.undecided is None and all(done.cached for done in found.stages) and finished
+    if not whole or linked != {done.name: done.hash for done in found.stages}:
+        return None
+    fits = sum(done.record["function"] == "reward" for done in found.stages)
+    seconds = sum(done.record["seconds"] for done in found.stages)
+    notes = (*notes, *(f"guard {one['name']} spoke; summary.json of the run says why." for one in spoke))
+    return Run(job.seed, job.arm, "finished", rounds, notes, fits, seconds, folder=str(folder))
 
 
 def read_sweep(folder: Path) -> Sweep:

@@ -388,7 +388,7 @@ def test_standalone_copies_and_a_shorter_config_leaves_no_links(finished, store,
     folder = run(tiny_config(store, name="links", method="ocrm"))
     assert "r2-update" in stages(folder)
     assert ("update", 2) in {(line["stage"], line["round"]) for line in read(folder / "metrics.jsonl")}
-    run(tiny_config(store, name="links", rounds=1))
+    run(tiny_config(store, name="links", rounds=1), replace=True)
     assert list(stages(folder))[-1] == "r1-evaluation" and len(stages(folder)) == 7
     kept = {(line["stage"], line["round"]) for line in read(folder / "metrics.jsonl")}
     assert kept == {("sft", None), ("reward", 1), ("policy", 1)}  # of the longer run nothing is left

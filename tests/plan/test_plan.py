@@ -13,6 +13,7 @@ import yaml
 from jaxrlhf import sharding
 from jaxrlhf.cli import main
 from jaxrlhf.commands import plan as command
+from jaxrlhf.files import check_replaceable
 from jaxrlhf.models.hub import initialise
 from jaxrlhf.models.hub.published import KNOWN, known_shape
 from jaxrlhf.models.model import build_model
@@ -30,6 +31,7 @@ from jaxrlhf.plan.phases import phases_of, policy_phases
 from jaxrlhf.plan.plan import Plan
 from jaxrlhf.plan.planner import Phase, Planner, Program, Read
 from jaxrlhf.plan.shapes import bytes_on_device
+from jaxrlhf.plan.table import MADE_BY
 from jaxrlhf.plan.training import sft_phase
 from jaxrlhf.recipe import load_config
 from jaxrlhf.sharding import mesh
@@ -319,6 +321,8 @@ def test_the_command_tells_all(tmp_path, tiny_mapping, monkeypatch, capsys):
     assert told["phases"][0]["calls"] == 2 and told["phases"][0]["parts"]["activations"] > 89 * GIB
     assert [one["device"]["name"] for one in told["on"]] == ["NVIDIA H100 SXM", "Google TPU v5p"]
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    check_replaceable(tmp_path / "p.png", MADE_BY)  # the same command may write both again
+    check_replaceable(tmp_path / "p.json", '"of_bandwidth": ')
 
 
 def test_rows_that_nobody_states_are_not_counted():

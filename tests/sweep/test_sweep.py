@@ -112,7 +112,7 @@ def test_called_again_it_runs_what_failed_and_nothing_else(finished, raw, monkey
     ran, before, table = [], built(finished), table_of(finished)
     lines = read(finished / "seed-1" / "retrain" / "metrics.jsonl")
     run = module.run
-    monkeypatch.setattr(module, "run", lambda one, log: ran.append(one.name) or run(one, log=log))
+    monkeypatch.setattr(module, "run", lambda one, **how: ran.append(one.name) or run(one, **how))
     sweep(config, (0, 1))
     assert ran == ["tiny/seed-0/broken", "tiny/seed-1/broken"] and built(finished) == before and table_of(finished) == table
     assert read(finished / "seed-1" / "retrain" / "metrics.jsonl") == lines
