@@ -32,7 +32,9 @@ class ReadReport:
         """Number of dropped rows by category."""
         return Counter(reason.split(":")[0] for _, reason in self.dropped)
 
-    def summary(self, limit: int = 5, *, rest: str = "ReadReport.write(path) lists them all") -> str:
+    def summary(
+        self, limit: int = 5, *, rest: str = "the reasons count them, and mending these names the next"
+    ) -> str:
         """A few lines for the screen: counts by reason, and the first `limit` dropped rows by name; `rest` says where the others are."""
         head = f"{self.kept} rows kept, {len(self.dropped)} dropped"
         if self.dropped:

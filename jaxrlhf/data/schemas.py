@@ -170,7 +170,8 @@ def _unknown(row: Row, expected: str) -> BadRow:
     if _has(row, "completions", "labels"):
         return BadRow(f"stepwise supervision: a label a step has no use here; join the steps into one text; expected {expected}")
     found = [f"{name} (null)" if value is None else str(name) for name, value in row.items()]
-    return BadRow(f"unknown schema: fields {', '.join(found) or '(none)'}; expected {expected}")
+    other = "other names: data.rename in a config, rename= in Python, and for a command in the file itself"
+    return BadRow(f"unknown schema: fields {', '.join(found) or '(none)'}; expected {expected} ({other})")
 
 
 def pair_fields(row: Row, reading: Reading) -> dict[str, Any]:
@@ -291,8 +292,8 @@ def prompt_fields(row: Row, reading: Reading) -> dict[str, Any]:
         if not text.strip():
             raise BadRow("empty prompt: nothing to answer")
         return {"prompt": reading.frame_prompt(text), "templated": row.get("templated") is True}
-    if _has(row, "text") and not _has(row, "prompt"):
-        raise _unknown(row, "a row with a prompt")
+    if not _has(row, "prompt") and (_has(row, "text") or not (_has(row, "messages") or _has(row, "chosen", "rejected"))):
+        raise _unknown(row, "{prompt}, {prompt, completion}, {prompt, chosen}, {chosen, rejected} or {messages}")
     found = demonstration_fields({k: v for k, v in row.items() if k != "label"}, reading)
     if not found["prompt"].strip():
         raise BadRow("empty prompt: nothing to answer")

@@ -152,7 +152,7 @@ class StageLog:
         self._phases.add(name)
 
     def dispatched(self, n: int) -> None:
-        """Step `n` is on its way, whether or not it is logged: a phase from here on is its own. Raises RecompileError for what it compiled."""
+        """Step `n` is on its way, logged or not: a phase from here on is its own. Raises RecompileError for what it compiled."""
         self._step = n
         if self._watch is not None:
             self._watch.step(n)

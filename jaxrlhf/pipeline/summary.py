@@ -44,7 +44,7 @@ class Summary:
         """The row of a round, or (None) of π_SFT."""
         figures, report = evaluation.record["result"], update_report(update)
         valid = [done.record["result"]["accuracy_valid"] for done in rewards]  # of an ensemble's members one by one
-        row: dict[str, Any] = {"round": of.number if of else 0, "policy_start": of.policy_start if of else None}
+        row: dict[str, Any] = {"round": of.number if of else 0}
         row |= {key: figures.get(key) for name in INTERVALS for key in as_fields(name, None)}
         row |= {name: report.get(name) for name in ("ess", "ess_fraction", "eta")}
         row |= {

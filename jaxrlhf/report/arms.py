@@ -11,7 +11,7 @@ from jaxrlhf.evaluation.curves import Curve, Estimate, estimate
 from jaxrlhf.evaluation.findings import Trial, difference_to, equally_far
 from jaxrlhf.evaluation.intervals import Interval, from_fields, mean_interval
 from jaxrlhf.report import diagnoses as reading
-from jaxrlhf.report.costs import flops_by_part, seconds_by_part, share_of_corrections
+from jaxrlhf.report.costs import flops_by_part, seconds_by_part, seconds_of, share_of_corrections
 from jaxrlhf.report.runs import ReportError, RunRead, now_doing, read_runs, settings_key
 
 TRAINING = ("rollout/score", "kl/sft", "rollout/kl")
@@ -188,7 +188,8 @@ COLUMNS = (
            lambda view: _percent(share_of_corrections(view.seconds))),
     Column("corrections_flops", "FLOPs on RM %", "share of FLOPs without evaluation, spent on correcting the reward model", 1,
            lambda view: _percent(share_of_corrections(view.flops[0]))),
-    Column("seconds", "seconds", "of all stages, shared ones included", 0, lambda view: sum(view.seconds.values()) or None),
+    Column("seconds", "seconds", "of all stages, shared ones included", 0,
+           lambda view: seconds_of(stage.record for stage in view.run.stages) or None),
 )  # fmt: skip
 
 

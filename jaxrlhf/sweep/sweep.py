@@ -18,6 +18,7 @@ from jaxrlhf.pipeline.loop import walk_through
 from jaxrlhf.pipeline.run import run
 from jaxrlhf.pipeline.stages.context import RunContext
 from jaxrlhf.recipe import ConfigError, arms, load_config, to_yaml
+from jaxrlhf.report.costs import seconds_of
 from jaxrlhf.storage.remote import is_url
 from jaxrlhf.storage.stage import Done, Stage
 from jaxrlhf.storage.store import Store
@@ -170,7 +171,7 @@ def read_finished(job: Job) -> Run | None:
     context.tidy(metrics=False)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     fits = sum(done.record["function"] == "reward" for done in context.stages)
-    seconds = sum(done.record["seconds"] for done in context.stages)
+    seconds = seconds_of(done.record for done in context.stages)
     return Run(job.seed, job.arm, "finished", summary["rounds"], tuple(summary["notes"]), fits, seconds, folder=str(folder))
 
 

@@ -24,7 +24,7 @@ from jaxrlhf.files import identities
 from jaxrlhf.pipeline.table import findings as terminal_findings
 from jaxrlhf.pipeline.table import read_summaries
 from jaxrlhf.report import costs, runs
-from jaxrlhf.report.arms import as_text, collect, table
+from jaxrlhf.report.arms import COLUMNS, as_text, collect, table
 from jaxrlhf.report.build import report, watched, write
 from jaxrlhf.report.drawing import dashed_style, line_style
 from jaxrlhf.report.figures import DRAWINGS, draw
@@ -96,6 +96,7 @@ def test_cost_by_hand(run):
     assert share == pytest.approx(flops["corrections"] / (sum(flops.values()) - flops["evaluation"]))
     assert view.seconds == {"SFT": 8, "pairs": 2, "reward model, round 1": 4, "policies": 10, "corrections": 7, "evaluation": 3}
     assert costs.share_of_corrections(view.seconds) == 7 / 31
+    assert COLUMNS[-1].key == "seconds" and COLUMNS[-1].of(view) == 34 + 1  # the tokenizer's second is no part, and was spent
     assert [costs.rows_seen(10, steps, 4) for steps in range(5)] == [0, 4, 8, 10, 14]  # three batches an epoch, of 4, 4 and 2
 
 
