@@ -5,12 +5,22 @@ depend on its batch mates and on the devices.
 """
 
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 IMPL = "threefry2x32"
 MAX_SEED = 2**64 - 1
+# Flags of the process → their values that are refused, and why. In 64 bits draws are the same and the rest is not.
+STOPS = "this package does not compute"
+GUARDS = ("", "_host_to_device", "_device_to_device", "_device_to_host")
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "jax_enable_x64": ((True,), "the same command has other bits"),
+    "jax_numpy_dtype_promotion": (("strict",), STOPS),
+    "jax_numpy_rank_promotion": (("raise",), STOPS),
+    **{f"jax_transfer_guard{way}": (("disallow", "disallow_explicit"), STOPS) for way in GUARDS},
+}
 
 
 def root_key(seed: int) -> jax.Array:
@@ -23,10 +33,12 @@ def root_key(seed: int) -> jax.Array:
     return jax.random.wrap_key_data(jnp.array(divmod(seed, 2**32), jnp.uint32), impl=IMPL)
 
 
-def check_widths() -> None:
-    """ValueError where the process computes in 64 bits: draws are the same under that flag, the rest is not, and no hash would know."""
-    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
-        raise ValueError("JAX_ENABLE_X64 is on, under which the same command has other bits; unset it.")
+def check_flags() -> None:
+    """ValueError where the process has a flag under which the same command has other bits, which no hash would know, or stops half-way."""
+    for name, (refused, why) in REFUSED.items():
+        found = getattr(jax.config, name)
+        if getattr(found, "value", found) in refused:
+            raise ValueError(f"{name.upper()} is {'on' if found is True else getattr(found, 'value', found)}, under which {why}; unset it.")
 
 
 def stream(root: jax.Array, name: str, step: int | jax.Array = 0) -> jax.Array:

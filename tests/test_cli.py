@@ -241,7 +241,7 @@ def test_sweep_parses_its_seeds_and_overrides(recipe, swept, capsys):
     assert re.search(r"^report: .*report\.html$", output, re.MULTILINE), output  # the page is written, not only offered
     failed.append(True)
     assert cli.main(["sweep", recipe(), "--seeds=3,5"]) == 1
-    assert made[1][1] == (3, 5) and "1 of 1 runs failed" in capsys.readouterr().err
+    assert made[1][1] == (3, 5) and "runs that failed: 1 of 1" in capsys.readouterr().err
 
 
 def test_sweep_refuses_what_cannot_be_meant(recipe, swept, capsys):

@@ -7,7 +7,7 @@ from jaxrlhf import distributed
 from jaxrlhf.algorithms.rounds import Round
 from jaxrlhf.evaluation.intervals import as_fields
 from jaxrlhf.files import write_whole
-from jaxrlhf.pipeline.stages.context import RunContext
+from jaxrlhf.pipeline.stages.context import RunContext, kept_look
 from jaxrlhf.pipeline.stages.reward_update import report_of
 from jaxrlhf.storage.stage import Done
 
@@ -61,6 +61,7 @@ class Summary:
             self.note(f"round {row['round']}: not finite on every prompt, and so without a value: {', '.join(diverged)}; {why}.")
         done = self._run.stages[self._counted :]  # a reward model that is kept was paid for before
         self._counted = len(self._run.stages)
+        self.notes += [said for stage in done if (said := kept_look(stage)) is not None]
         row["seconds"] = round(sum(stage.record["seconds"] for stage in done), 3)
         self._rounds.append(row)
         config = self._run.config

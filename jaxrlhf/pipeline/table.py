@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrlhf.evaluation.baselines import beside
-from jaxrlhf.evaluation.findings import Trial
+from jaxrlhf.evaluation.findings import Trial, notes_of
 from jaxrlhf.evaluation.findings import findings as said
 from jaxrlhf.evaluation.intervals import from_fields
+from jaxrlhf.formatting import too_narrow
 
 Summary = dict[str, Any]
 
@@ -101,16 +102,19 @@ def show(summaries: dict[str, Summary], console: Console | None = None) -> None:
     legend = [LEGENDS[name] for name, _ in columns if name in LEGENDS]
     n = sorted({row["kl_sft_n"] for one in summaries.values() for row in one["rounds"] if row.get("kl_sft_n")})
     if shown and n:
-        legend.append(f"±: half of the 95 % interval over n = {', '.join(map(str, n))} prompts; summary.json has all of them.")
+        legend.append(f"±: half of the 95 % interval over n = {', '.join(map(str, n))} prompts.")
     console.print(" ".join(legend), style="dim", highlight=False)
     for line in findings(summaries):
         console.print(f"- {line}", highlight=False)
+    if left_out := [f"the interval of {' '.join(title.split())}" for name, title in columns if name in {*INTERVALS_SHOWN[0]} - {*shown}]:
+        console.print(f"- {too_narrow(left_out, 'summary.json')}", highlight=False)
 
 
 def _table(summaries: dict[str, Summary], columns: tuple[tuple[str, str], ...], intervals: tuple[str, ...]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
     for name, title in columns:
-        table.add_column(f"arm {title}" if name == "round" and len(summaries) > 1 else title, justify="right", no_wrap=True)
+        first = name == "round"  # alone may be folded: figures are whole
+        table.add_column(f"arm {title}" if first and len(summaries) > 1 else title, justify="right", no_wrap=not first, overflow="fold")
     for arm, summary in summaries.items():
         for row in summary["rounds"]:
             cells = [_cell(row, name, name in intervals) for name, _ in columns]
@@ -168,4 +172,4 @@ def findings(summaries: dict[str, Summary]) -> list[str]:
         Trial(arm, one["seed"], one["rounds"], one.get("last_gold") or {}, bool(one.get("finished"))) for arm, one in summaries.items()
     ]
     compared = beside({arm: (one["rounds"], one.get("baselines")) for arm, one in summaries.items()})
-    return said(trials) + compared + sorted({note for one in summaries.values() for note in one.get("notes", [])})
+    return said(trials) + compared + notes_of((arm, one.get("notes", [])) for arm, one in summaries.items())

@@ -12,9 +12,11 @@ from importlib.resources import files
 from typing import Any
 
 from jaxrlhf.evaluation.baselines import beside
+from jaxrlhf.evaluation.curves import NO_ERROR
 from jaxrlhf.evaluation.findings import findings as said_of
+from jaxrlhf.evaluation.findings import notes_of
 from jaxrlhf.evaluation.intervals import chance_beyond
-from jaxrlhf.formatting import escape_markdown, markdown_table
+from jaxrlhf.formatting import counted, escape_markdown, markdown_table
 from jaxrlhf.report.arms import Arm, Column, as_text, best_of, origin, table
 from jaxrlhf.report.costs import PARTS
 from jaxrlhf.report.drawing import Figure
@@ -44,7 +46,7 @@ def page(
     body = "\n".join(
         (
             f"<header><h1>{escape(title)}</h1>",
-            f"<p>{runs} run{'s' if runs != 1 else ''} in {len(arms)} arm{'s' if len(arms) != 1 else ''} · made {escape(made)}"
+            f"<p>{counted(runs, 'run')} in {counted(len(arms), 'arm')} · made {escape(made)}"
             + ('<span class="live"> · kept fresh while it is served</span>' if version else "")
             + "</p>",
             f"<p>{escape(origin(arms))}</p>" if arms else "",
@@ -129,7 +131,7 @@ def errors_said(arms: Sequence[Arm], columns: Sequence[Column], rows: Sequence[d
     several = [len(arm.compared) for arm in arms if len(arm.compared) > 1]
     if several:
         chance = f"with n = {min(several)} seeds one comparison is beyond by chance in {100 * chance_beyond(min(several)):.0f} % of cases"
-        said.insert(0, f"±: one standard error over seeds. Coloured: more than two above every other arm, seed by seed; {chance}.")
+        said.insert(0, f"±: one standard error over seeds. {NO_ERROR} Coloured: over two above all other arms, seed by seed; {chance}.")
     return " ".join(said)
 
 
@@ -145,7 +147,7 @@ def cell_text(row: dict[str, Any], column: Column) -> tuple[str, str]:
     """(figure, or mean ± standard error over seeds; the interval over prompts in brackets, or nothing)."""
     one, digits = row["intervals"].get(column.key), column.digits
     text = as_text(row[column.key], digits, sign=column.key == "difference")
-    return text, "" if one is None else f"[{one.low:,.{digits}f}, {one.high:,.{digits}f}]".replace("-", "−")
+    return text, "" if one is None else f"[{one.low:,.{digits}f}, {one.high:,.{digits}f}]"
 
 
 def _th(title: str, kind: str, meaning: str, first: str = "descending") -> str:
@@ -171,7 +173,7 @@ def findings(arms: Sequence[Arm]) -> list[str]:
     lines += [
         f"{arm.name}: means are of the {len(arm.compared)} of {len(arm.views)} seeds with the most finished rounds." for arm in behind
     ]
-    return lines + sorted({note for arm in arms for view in arm.views for note in view.run.notes})
+    return lines + notes_of((arm.name, view.run.notes) for arm in arms for view in arm.views)
 
 
 def _figures(figures: Sequence[Figure], absent: Sequence[tuple[str, str]]) -> str:
@@ -181,7 +183,7 @@ def _figures(figures: Sequence[Figure], absent: Sequence[tuple[str, str]]) -> st
         for f in figures
     )
     rest = "".join(f"<li><b>{escape(title)}</b>: {escape(why)}</li>" for title, why in absent)
-    left = f"<details><summary>{len(absent)} figures have nothing to show</summary><ul>{rest}</ul></details>" if absent else ""
+    left = f"<details><summary>Nothing to show in {counted(len(absent), 'figure')}</summary><ul>{rest}</ul></details>" if absent else ""
     where = "<p>Also as SVG and PNG in <code>figures/</code> beside this page.</p>" if figures else ""
     return f'<section id="figures"><h2>Figures</h2>{where}<div class="figures">{drawn}</div>{left}</section>'
 

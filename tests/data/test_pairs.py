@@ -260,7 +260,7 @@ def test_a_report_names_the_first_five(capsys):
     report = P.ReadReport(1, [(f"f:{i}", "empty chosen") for i in range(7)])
     report.say("pairs: ")
     said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("pairs: 1 rows kept, 7 dropped (7 empty chosen)\n")
+    assert said.out == "" and said.err.startswith("pairs: rows: 1 kept, 7 dropped (7 empty chosen)\n")
     assert "f:4: empty chosen" in said.err and "f:5" not in said.err and "… and 2 more; the reasons count them" in said.err
 
 

@@ -333,6 +333,13 @@ def test_a_process_that_computes_in_other_widths_is_refused(tmp_path):
     rows = lines(tmp_path / "t.jsonl", PAIR, PAIR | {"prompt": "q"})
     with jax.enable_x64(True), pytest.raises(ValueError, match="JAX_ENABLE_X64 is on"):
         check(config(rows))
+    for flag, name, value in (
+        (jax.numpy_dtype_promotion, "NUMPY_DTYPE_PROMOTION", "strict"),
+        (jax.numpy_rank_promotion, "NUMPY_RANK_PROMOTION", "raise"),
+        (jax.transfer_guard_device_to_device, "TRANSFER_GUARD_DEVICE_TO_DEVICE", "disallow"),
+    ):  # it would stop half-way, in jax's words
+        with flag(value), pytest.raises(ValueError, match=f"JAX_{name} is {value}, under which this package does not compute; unset it"):
+            check(config(rows))
     with jax.threefry_partitionable(False), pytest.raises(ValueError, match="JAX_THREEFRY_PARTITIONABLE is off"):
         check(config(rows))
     with jax.enable_x64(True), pytest.raises(ValueError, match="JAX_ENABLE_X64 is on"):

@@ -122,9 +122,9 @@ def test_samples_are_chosen_filtered_and_sorted(page):
     page.locator("#ended").select_option("")
     proxy = page.locator("#sample-table th", has_text="proxy").get_by_role("button")
     proxy.click()
-    assert column(page, "sample-table", 6) == ["2.00", "1.00", "0.00", "−1.00", "−2.00"]
+    assert column(page, "sample-table", 6) == ["2.00", "1.00", "0.00", "-1.00", "-2.00"]
     proxy.click()
-    assert column(page, "sample-table", 6)[0] == "−2.00"
+    assert column(page, "sample-table", 6)[0] == "-2.00"
     page.locator("#sample-table th", has_text="reference").get_by_role("button").click()
     assert column(page, "sample-table", 4)[-1] == "–"
 

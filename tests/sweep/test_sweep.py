@@ -88,7 +88,7 @@ def test_a_run_that_fails_is_recorded_and_the_others_go_on(finished, capsys):
     assert [run.error for run in failed] == [f"RuntimeError: no update for seed {seed}" for seed in (0, 1)]
     assert "raise RuntimeError" in (Path(failed[0].folder) / "error.txt").read_text()
     said = failure_lines(done)
-    assert "2 of 8 runs failed" in said[0] and "the same command" in said[0] and "seed 1, broken: RuntimeError" in said[2]
+    assert "runs that failed: 2 of 8" in said[0] and "the same command" in said[0] and "seed 1, broken: RuntimeError" in said[2]
 
 
 def test_the_table_follows_the_summaries(finished):
