@@ -28,14 +28,9 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], first: st
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
-def counted(n: int, noun: str) -> str:
-    """1 row, 1,024 rows."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
-
-
 def too_narrow(left_out: Sequence[str], where: str) -> str:
     """What a table leaves out, whose names may hold commas, and where it stands."""
-    return f"This screen is too narrow for {'; '.join(left_out)}. {where} has all."
+    return f"This screen is too narrow for {' '.join('; '.join(left_out).split())}. {where} has all."
 
 
 def format_duration(seconds: float) -> str:

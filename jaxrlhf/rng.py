@@ -5,22 +5,16 @@ depend on its batch mates and on the devices.
 """
 
 import zlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 IMPL = "threefry2x32"
 MAX_SEED = 2**64 - 1
-# Flags of the process → their values that are refused, and why. In 64 bits draws are the same and the rest is not.
-STOPS = "this package does not compute"
-GUARDS = ("", "_host_to_device", "_device_to_device", "_device_to_host")
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "jax_enable_x64": ((True,), "the same command has other bits"),
-    "jax_numpy_dtype_promotion": (("strict",), STOPS),
-    "jax_numpy_rank_promotion": (("raise",), STOPS),
-    **{f"jax_transfer_guard{way}": (("disallow", "disallow_explicit"), STOPS) for way in GUARDS},
-}
+_GUARDS = [f"jax_transfer_guard{way}" for way in ("", "_host_to_device", "_device_to_device", "_device_to_host")]
+# Flags of the process and their values under which a command has other bits (64: the draws are the same, the rest is not), or no end.
+_REFUSED = {"jax_enable_x64": (True,), "jax_numpy_dtype_promotion": ("strict",), "jax_numpy_rank_promotion": ("raise",)}
+_REFUSED |= dict.fromkeys(_GUARDS, ("disallow", "disallow_explicit"))
 
 
 def root_key(seed: int) -> jax.Array:
@@ -35,10 +29,11 @@ def root_key(seed: int) -> jax.Array:
 
 def check_flags() -> None:
     """ValueError where the process has a flag under which the same command has other bits, which no hash would know, or stops half-way."""
-    for name, (refused, why) in REFUSED.items():
-        found = getattr(jax.config, name)
-        if getattr(found, "value", found) in refused:
-            raise ValueError(f"{name.upper()} is {'on' if found is True else getattr(found, 'value', found)}, under which {why}; unset it.")
+    for name, refused in _REFUSED.items():
+        found = getattr(value := getattr(jax.config, name), "value", value)  # some are enumerations
+        if found in refused:
+            why = "has other bits" if found is True else "stops half-way"
+            raise ValueError(f"{name.upper()} is {'on' if found is True else found}, under which the same command {why}; unset it.")
 
 
 def stream(root: jax.Array, name: str, step: int | jax.Array = 0) -> jax.Array:

@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -43,6 +46,17 @@ def calls(monkeypatch, tmp_path):
 
     monkeypatch.setattr(module, "run", run)
     return made
+
+
+def test_a_flag_of_jax_that_jax_does_not_know_is_one_line(recipe):
+    """jax itself raises, where it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxrlhf.cli", "run", recipe()],
+        env=os.environ | {"JAX_DEFAULT_PRNG_IMPL": "foo"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (1, 'jaxrlhf: Invalid value "foo" for JAX flag jax_default_prng_impl\n')
 
 
 def test_without_arguments_and_help(capsys):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.evaluation.diagnostics import pair_accuracy
-from jaxrlhf.evaluation.intervals import Interval, proportion, wilson_interval
+from jaxrlhf.evaluation.intervals import proportion, wilson_interval
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 Texts = Sequence[tuple[str, str]]  # (chosen, rejected) of every pair
@@ -70,11 +70,8 @@ def beside(runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], Mapping[str, An
         known = [row["reward_accuracy_valid"] for row in rounds if row.get("reward_accuracy_valid") is not None]
         if known and baselines:
             pairs = baselines["longer"]["pairs"]
-            shares = [proportion(known[-1] * pairs, pairs), *(_known(baselines[name]) for name in ("longer", "bag_of_words"))]
+            shares = [proportion(known[-1] * pairs, pairs)[:3]]
+            shares += [(one["accuracy"], one["low"], one["high"]) for one in (baselines["longer"], baselines["bag_of_words"])]
             text = "of {} held-out pairs the last reward model orders {} right, the longer response {}, a bag of words {}"
-            said.setdefault(text.format(pairs, *(f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in shares)), []).append(name)
+            said.setdefault(text.format(pairs, *(f"{share:.3f} [{low:.3f}, {high:.3f}]" for share, low, high in shares)), []).append(name)
     return [f"{', '.join(names)}: {text}." for text, names in said.items()]
-
-
-def _known(one: Mapping[str, Any]) -> Interval:
-    return Interval(one["accuracy"], one["low"], one["high"], one["pairs"])

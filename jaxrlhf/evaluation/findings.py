@@ -186,12 +186,12 @@ def _over_seeds(arms: Mapping[str, Sequence[Trial]]) -> list[str]:
 
 def notes_of(runs: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
     """What runs (their arm, their notes) note themselves: each once, after the arms it is noted of where there are several."""
-    said: dict[str, list[str]] = {}
-    given = [(arm, note) for arm, notes in runs for note in (*notes, None)]  # None: an arm without a note is one, too
-    for arm, note in given:
-        said.setdefault(note or "", []).append(arm)
-    several = len({arm for arm, _ in given}) > 1
-    return [f"{', '.join(dict.fromkeys(arms))}: {note}" if several else note for note, arms in said.items() if note]
+    said: dict[str, list[str]] = {"": []}
+    for arm, notes in runs:
+        for note in ("", *notes):
+            said.setdefault(note, []).append(arm)
+    several = len({*said.pop("")}) > 1
+    return [f"{', '.join(dict.fromkeys(arms))}: {note}" if several else note for note, arms in said.items()]
 
 
 def difference_to(first: Mapping[Any, float | None], own: Mapping[Any, float | None]) -> Estimate | None:

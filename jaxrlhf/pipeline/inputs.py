@@ -67,7 +67,8 @@ def check_model(config: Config, model: DecoderConfig, tokenizer: Any) -> None:
 
 def check_positions(config: Config, model: DecoderConfig, source: str | None) -> None:
     """ValueError where a model has not learned as many positions, in a table or by rotation, as the longest text of the run has."""
-    filters = reads_filter(config)
+    update = method_of(config.method, config.row, plugin).reward_update
+    filters = update is not None and "filter" in SECTIONS_READ.get(update, ("filter",))  # code that is not ours may read all
     prompt, response = config.data.limits.max_prompt_length, longest_response(config, filters=filters)
     if prompt + response > model.longest_text:
         raise ValueError(
@@ -77,17 +78,8 @@ def check_positions(config: Config, model: DecoderConfig, source: str | None) ->
         )
 
 
-def reads_filter(config: Config) -> bool:
-    """Whether the method's row reads the section `filter`; code that is not ours may read all."""
-    update = method_of(config.method, config.row, plugin).reward_update
-    return update is not None and "filter" in SECTIONS_READ.get(update, ("filter",))
-
-
 def longest_response(config: Config, *, filters: bool = True) -> int:
-    """Tokens of the longest response that is read or written; without the generations of a filter that is not there.
-
-    What is built has room for them in any case: the arms of a recipe share π_SFT, whether they filter or not.
-    """
+    """Tokens of the longest response that is read or written, by a filter too: arms share π_SFT and its positions, with one or without."""
     return max(config.data.limits.max_response_length, config.ppo.response_length, (filters and config.filter.max_new_tokens) or 0)
 
 

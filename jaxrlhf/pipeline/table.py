@@ -106,8 +106,10 @@ def show(summaries: dict[str, Summary], console: Console | None = None) -> None:
     console.print(" ".join(legend), style="dim", highlight=False)
     for line in findings(summaries):
         console.print(f"- {line}", highlight=False)
-    if left_out := [f"the interval of {' '.join(title.split())}" for name, title in columns if name in {*INTERVALS_SHOWN[0]} - {*shown}]:
-        console.print(f"- {too_narrow(left_out, 'summary.json')}", highlight=False)
+    rows = [row for one in summaries.values() for row in one["rounds"]]
+    narrow = [title for name, title in columns if any(_cell(row, name, name in shown) != _cell(row, name, True) for row in rows)]
+    if narrow:
+        console.print(f"- {too_narrow([f'the interval of {title}' for title in narrow], 'summary.json')}", highlight=False)
 
 
 def _table(summaries: dict[str, Summary], columns: tuple[tuple[str, str], ...], intervals: tuple[str, ...]) -> Table:

@@ -10,7 +10,6 @@ import numpy as np
 from jaxrlhf.evaluation.curves import Curve, Estimate, estimate
 from jaxrlhf.evaluation.findings import Trial, difference_to, equally_far
 from jaxrlhf.evaluation.intervals import Interval, from_fields, mean_interval
-from jaxrlhf.formatting import counted
 from jaxrlhf.report import diagnoses as reading
 from jaxrlhf.report.costs import flops_by_part, seconds_by_part, seconds_of, share_of_corrections
 from jaxrlhf.report.runs import ReportError, RunRead, now_doing, read_runs, settings_key
@@ -274,7 +273,7 @@ def _model_of(config: dict[str, Any]) -> str:
     shape = model.get("shape")
     if model.get("source") or not isinstance(shape, dict):
         return str(model.get("source") or "")
-    return f"{shape.get('family')} from scratch, {counted(shape.get('num_layers') or 0, 'layer')} of {shape.get('hidden_size')}"
+    return f"{shape.get('family')} from scratch, {shape.get('hidden_size')} wide and {shape.get('num_layers')} deep"
 
 
 def state_of(arm: Arm) -> str:

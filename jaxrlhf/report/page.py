@@ -16,7 +16,7 @@ from jaxrlhf.evaluation.curves import NO_ERROR
 from jaxrlhf.evaluation.findings import findings as said_of
 from jaxrlhf.evaluation.findings import notes_of
 from jaxrlhf.evaluation.intervals import chance_beyond
-from jaxrlhf.formatting import counted, escape_markdown, markdown_table
+from jaxrlhf.formatting import escape_markdown, markdown_table
 from jaxrlhf.report.arms import Arm, Column, as_text, best_of, origin, table
 from jaxrlhf.report.costs import PARTS
 from jaxrlhf.report.drawing import Figure
@@ -46,7 +46,7 @@ def page(
     body = "\n".join(
         (
             f"<header><h1>{escape(title)}</h1>",
-            f"<p>{counted(runs, 'run')} in {counted(len(arms), 'arm')} · made {escape(made)}"
+            f"<p>{runs} run{'s' if runs != 1 else ''} in {len(arms)} arm{'s' if len(arms) != 1 else ''} · made {escape(made)}"
             + ('<span class="live"> · kept fresh while it is served</span>' if version else "")
             + "</p>",
             f"<p>{escape(origin(arms))}</p>" if arms else "",
@@ -127,11 +127,12 @@ def errors_said(arms: Sequence[Arm], columns: Sequence[Column], rows: Sequence[d
         if n:
             over.setdefault(f"n = {', '.join(map(str, n))}" if all(n) else "n not kept", []).append(column.title)
     which = "; ".join(f"{n}: {', '.join(titles)}" for n, titles in over.items())
-    said = [f"Brackets: 95 % over prompts, of accuracy and ECE over the pairs that gold decides ({which})."] if over else []
+    said = [f"Brackets: 95 % over one seed's prompts, of accuracy and ECE over the pairs that gold decides ({which})."] if over else []
     several = [len(arm.compared) for arm in arms if len(arm.compared) > 1]
     if several:
         chance = f"with n = {min(several)} seeds one comparison is beyond by chance in {100 * chance_beyond(min(several)):.0f} % of cases"
-        said.insert(0, f"±: one standard error over seeds. {NO_ERROR} Coloured: over two above all other arms, seed by seed; {chance}.")
+        coloured = f"Coloured: more than two above every other arm, seed by seed; {chance}."
+        said.insert(0, f"±: one standard error over seeds. {NO_ERROR} {coloured}")
     return " ".join(said)
 
 
@@ -183,7 +184,7 @@ def _figures(figures: Sequence[Figure], absent: Sequence[tuple[str, str]]) -> st
         for f in figures
     )
     rest = "".join(f"<li><b>{escape(title)}</b>: {escape(why)}</li>" for title, why in absent)
-    left = f"<details><summary>Nothing to show in {counted(len(absent), 'figure')}</summary><ul>{rest}</ul></details>" if absent else ""
+    left = f"<details><summary>Figures with nothing to show: {len(absent)}</summary><ul>{rest}</ul></details>" if absent else ""
     where = "<p>Also as SVG and PNG in <code>figures/</code> beside this page.</p>" if figures else ""
     return f'<section id="figures"><h2>Figures</h2>{where}<div class="figures">{drawn}</div>{left}</section>'
 

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-from jaxrlhf.formatting import counted
-
 TEXTS = ("id", "prompt", "reference", "response_1")
 TOKENS = ("response_1_tokens", "prompt_tokens")
 FIGURES = ("gold_1", "gold_2", "proxy", "proxy_start_1", "kl_sft")
@@ -93,7 +91,7 @@ def read_log(path: Path, missing: list[str]) -> list[dict[str, Any]]:
         else:
             wrong += 1
     if wrong:
-        missing.append(f"metrics.jsonl: {counted(wrong, 'line')} without a stage, round and step of ours left out.")
+        missing.append(f"metrics.jsonl: {wrong} line{'s' if wrong > 1 else ''} without a stage, round and step of ours left out.")
     return lines
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jaxrlhf import distributed, sharding
 from jaxrlhf.config import Config
 from jaxrlhf.files import write_whole
-from jaxrlhf.formatting import counted, format_duration, with_numbers
+from jaxrlhf.formatting import format_duration, with_numbers
 from jaxrlhf.monitoring.runlog import RunLog
 from jaxrlhf.pipeline.checks import check
 from jaxrlhf.pipeline.loop import walk_through
@@ -103,8 +103,7 @@ def _run_all(config: Config, jobs: list[Job], folder: Path, log: RunLog | None) 
     todo = [job for job in jobs if runs[job.seed, job.arm].state == "pending"]
     names = list(dict.fromkeys(job.arm for job in jobs))
     before = f", {len(jobs) - len(todo)} of them finished before" if len(todo) < len(jobs) else ""
-    what = " × ".join(counted(n, of) for n, of in ((len(names), "arm"), (len(jobs) // len(names), "seed")))
-    say(f"sweep {config.name}: {what}{before}, in {folder}")
+    say(f"sweep {config.name}: runs {len(jobs)} (arms {len(names)} × seeds {len(jobs) // len(names)}){before}, in {folder}")
     settings = {name: arm_facts(next(job.config for job in jobs if job.arm == name)) for name in names}
 
     def rewrite() -> None:

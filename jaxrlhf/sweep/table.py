@@ -83,7 +83,7 @@ def show(sweep: Sweep, console: Console | None = None) -> None:
     left_out = []
     while len(columns) > 2 and Console(width=10_000).measure(table).maximum > console.width:
         worst = min(columns, key=lambda column: column.keep)
-        left_out.append(worst.title.replace("\n", " "))
+        left_out.append(worst.title)
         columns.remove(worst)
         table = _table(sweep, columns)
     console.print(table)

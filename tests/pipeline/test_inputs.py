@@ -338,7 +338,7 @@ def test_a_process_that_computes_in_other_widths_is_refused(tmp_path):
         (jax.numpy_rank_promotion, "NUMPY_RANK_PROMOTION", "raise"),
         (jax.transfer_guard_device_to_device, "TRANSFER_GUARD_DEVICE_TO_DEVICE", "disallow"),
     ):  # it would stop half-way, in jax's words
-        with flag(value), pytest.raises(ValueError, match=f"JAX_{name} is {value}, under which this package does not compute; unset it"):
+        with flag(value), pytest.raises(ValueError, match=f"JAX_{name} is {value}, under which the same command stops half-way; unset it"):
             check(config(rows))
     with jax.threefry_partitionable(False), pytest.raises(ValueError, match="JAX_THREEFRY_PARTITIONABLE is off"):
         check(config(rows))

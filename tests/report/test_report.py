@@ -9,7 +9,7 @@ import re
 import shutil
 import threading
 import urllib.request
-from html import escape
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.error import HTTPError
@@ -231,7 +231,7 @@ def test_the_page_says_what_the_terminal_says(two_arms, tmp_path, undrawn):
     said = terminal_findings(read_summaries(home))
     html = report([home]).html
     assert said and all(escape(line) in html for line in said), said
-    assert "ppo: gold's change is within noise in round 2 (n = 15)" in html
+    assert escape("ppo: gold's change is within noise in round 2 (n = 15)") in html
     assert not [
         word
         for word in ("rose", " fell", "liked", "highest", "larger", "smaller")
@@ -247,8 +247,8 @@ def test_intervals_stand_in_the_table_and_under_the_figures(make_run, tmp_path, 
     done = report([home])
     assert '1.500<span class="soft">[1.300, 1.700]</span>' in done.html
     assert '0.700<span class="soft">[0.500, 0.900]</span>' in done.html and "KL to SFT 4.00 [3.80, 4.20]" in done.html  # the same in both
-    said = re.findall(r"Brackets: .*?\)\.", done.html)[0]
-    assert said.startswith("Brackets: 95 % over prompts, of accuracy and ECE over the pairs that gold decides (n = 15: gold, ")
+    said = re.findall(r"Brackets: .*?\)\.", unescape(done.html))[0]
+    assert said.startswith("Brackets: 95 % over one seed's prompts, of accuracy and ECE over the pairs that gold decides (n = 15: gold, ")
     assert said.endswith("; n not kept: win rate %).") and "one standard error" not in done.html  # a win rate from before n was kept
     captions = {figure.name: figure.caption for figure in done.figures}
     assert captions["gold_kl"].endswith("Bands and bars: 95 % intervals over prompts.") and "Bands" not in captions["cost_seconds"]
@@ -267,7 +267,7 @@ def test_the_header_says_of_what_and_with_what(run, undrawn):
     )
     for path in run.glob("stages/*/stage.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"versions": {"jaxrlhf": "0.1.0", "jax": "0.10.2"}}))
-    said = "data: pairs.jsonl · model: llama from scratch, 2 layers of 48 · jaxrlhf 0.1.0 · jax 0.10.2 · last stage finished 2026-01-01"
+    said = "data: pairs.jsonl · model: llama from scratch, 48 wide and 2 deep · jaxrlhf 0.1.0 · jax 0.10.2 · last stage finished 2026-01-01"
     assert said in report([run]).html
 
 
