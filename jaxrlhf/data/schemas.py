@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # importing transformers takes seconds, and a plan needs none
 
 ASSISTANT = "\n\nAssistant:"
 _RESPONSES = ("completion", "response")
+_OTHER = "other names: data.rename in a config, rename= in Python, and for a command in the file itself"
 # EOS and PAD as data sets and programs spell them: TL;DR's references end in the first.
 _ENDS = (
     "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eot|>", "<|end|>", "<|eos|>", "<|pad|>", "<end_of_turn>", "<eos>",
@@ -169,9 +170,8 @@ def _unknown(row: Row, expected: str) -> BadRow:
         )
     if _has(row, "completions", "labels"):
         return BadRow(f"stepwise supervision: a label a step has no use here; join the steps into one text; expected {expected}")
-    found = [f"{name} (null)" if value is None else str(name) for name, value in row.items()]
-    other = "other names: data.rename in a config, rename= in Python, and for a command in the file itself"
-    return BadRow(f"unknown schema: fields {', '.join(found) or '(none)'}; expected {expected} ({other})")
+    found = ", ".join(f"{name} (null)" if value is None else str(name) for name, value in row.items()) or "(none)"
+    return BadRow(f"unknown schema: fields {found}; expected {expected} ({_OTHER})")
 
 
 def pair_fields(row: Row, reading: Reading) -> dict[str, Any]:
