@@ -151,8 +151,7 @@ def _has(row: Row, *fields: str) -> bool:
 
 
 def _check_reply(messages: Messages, field: str) -> None:
-    last = messages[-1] if messages else {}
-    if not last.get("tool_calls"):
+    if not (last := messages[-1] if messages else {}).get("tool_calls"):
         _reply(last.get("content", ""), field)
 
 
