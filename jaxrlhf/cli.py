@@ -113,7 +113,7 @@ def _is_plain(error: Exception) -> bool:
 
 
 def _raised_here(error: Exception) -> bool:
-    """Whether a `raise` statement of this package raised it, and not an operation such as `int("x")`."""
+    """Whether a `raise` statement of this package raised it, or of JAX's flags, and not an operation such as `int("x")`."""
     where = None
     for where in traceback.walk_tb(error.__traceback__):  # noqa: B007
         pass
@@ -122,7 +122,7 @@ def _raised_here(error: Exception) -> bool:
     frame, line = where
     file = Path(frame.f_code.co_filename)
     if not file.is_relative_to(Path(__file__).parent):
-        return False
+        return file.parts[-3:] == ("jax", "_src", "config.py")  # a flag of JAX in the environment with a value that JAX does not know
     nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
     return any(isinstance(node, ast.Raise) and node.exc is not None and node.lineno == line for node in nodes)
 

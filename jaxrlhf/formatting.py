@@ -28,6 +28,11 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], first: st
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
+def too_narrow(left_out: Sequence[str], where: str) -> str:
+    """What a table leaves out, whose names may hold commas, and where it stands."""
+    return f"This screen is too narrow for {' '.join('; '.join(left_out).split())}. {where} has all."
+
+
 def format_duration(seconds: float) -> str:
     """40 s, 12 min, 3.5 h."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

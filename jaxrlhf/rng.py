@@ -11,6 +11,10 @@ import jax.numpy as jnp
 
 IMPL = "threefry2x32"
 MAX_SEED = 2**64 - 1
+_GUARDS = [f"jax_transfer_guard{way}" for way in ("", "_host_to_device", "_device_to_device", "_device_to_host")]
+# Flags of the process and their values under which a command has other bits (64: the draws are the same, the rest is not), or no end.
+_REFUSED = {"jax_enable_x64": (True,), "jax_numpy_dtype_promotion": ("strict",), "jax_numpy_rank_promotion": ("raise",)}
+_REFUSED |= dict.fromkeys(_GUARDS, ("disallow", "disallow_explicit"))
 
 
 def root_key(seed: int) -> jax.Array:
@@ -23,10 +27,13 @@ def root_key(seed: int) -> jax.Array:
     return jax.random.wrap_key_data(jnp.array(divmod(seed, 2**32), jnp.uint32), impl=IMPL)
 
 
-def check_widths() -> None:
-    """ValueError where the process computes in 64 bits: draws are the same under that flag, the rest is not, and no hash would know."""
-    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
-        raise ValueError("JAX_ENABLE_X64 is on, under which the same command has other bits; unset it.")
+def check_flags() -> None:
+    """ValueError where the process has a flag under which the same command has other bits, which no hash would know, or stops half-way."""
+    for name, refused in _REFUSED.items():
+        found = getattr(value := getattr(jax.config, name), "value", value)  # some are enumerations
+        if found in refused:
+            why = "has other bits" if found is True else "stops half-way"
+            raise ValueError(f"{name.upper()} is {'on' if found is True else found}, under which the same command {why}; unset it.")
 
 
 def stream(root: jax.Array, name: str, step: int | jax.Array = 0) -> jax.Array:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,6 +47,17 @@ def calls(monkeypatch, tmp_path):
 
     monkeypatch.setattr(module, "run", run)
     return made
+
+
+def test_a_flag_of_jax_that_jax_does_not_know_is_one_line(recipe):
+    """jax itself raises, where it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxrlhf.cli", "run", recipe()],
+        env=os.environ | {"JAX_DEFAULT_PRNG_IMPL": "foo"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (1, 'jaxrlhf: Invalid value "foo" for JAX flag jax_default_prng_impl\n')
 
 
 def test_without_arguments_and_help(capsys):
@@ -284,7 +296,7 @@ def test_sweep_parses_its_seeds_and_overrides(recipe, swept, capsys):
     assert re.search(r"^report: .*report\.html$", output, re.MULTILINE), output  # the page is written, not only offered
     failed.append(True)
     assert cli.main(["sweep", recipe(), "--seeds=3,5"]) == 1
-    assert made[1][1] == (3, 5) and "1 of 1 runs failed" in capsys.readouterr().err
+    assert made[1][1] == (3, 5) and "runs that failed: 1 of 1" in capsys.readouterr().err
 
 
 def test_sweep_refuses_what_cannot_be_meant(recipe, swept, capsys):

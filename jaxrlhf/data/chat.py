@@ -83,11 +83,24 @@ def check_strings(value: Any, where: str, specials: tuple[str, ...]) -> None:
 def template_of(given: str) -> str:
     """The chat template that a config gives: Jinja, or the name of a file of it."""
     if "{" in given:
-        return given
+        return checked_template(given, "tokenizer.chat_template")
     try:
-        return Path(given).expanduser().read_text(encoding="utf-8")
+        template = Path(given).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FileNotFoundError(f"tokenizer.chat_template is {given!r}, neither a Jinja template nor a file of one ({error}).") from error
+    return checked_template(template, f"tokenizer.chat_template, {given},")
+
+
+def checked_template(template: str, where: str) -> str:
+    """The template. DataError where it is no Jinja: once and where it is given, not of every row."""
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        render_jinja_template([], chat_template=template)  # compiles it, and renders nothing
+    except TemplateSyntaxError as error:
+        raise DataError(f"{where} is no valid Jinja template: {error.message} (line {error.lineno}); mend or remove it.") from error
+    return template
 
 
 def special_strings(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:

@@ -207,7 +207,7 @@ def split_by_prompt(rows: Sequence[T], fraction: float, seed: int) -> tuple[list
     for row in rows:
         count[row.prompt] = count.get(row.prompt, 0) + 1
     if len(count) < 2:
-        raise DataError(f"cannot split by prompt: the {len(rows)} rows have {len(count)} distinct prompt(s); give a validation file.")
+        raise DataError(f"cannot split by prompt: of {len(rows)} rows the distinct prompts are {len(count)}; give a validation file.")
     order = sorted(count, key=lambda prompt: text_id(str(seed), prompt))
     held, target = set(), max(1, round(fraction * len(rows)))
     size = 0

@@ -32,12 +32,12 @@ class ReadReport:
         """Number of dropped rows by category."""
         return Counter(reason.split(":")[0] for _, reason in self.dropped)
 
-    def summary(self, limit: int = 5, *, rest: str = "ReadReport.write(path) lists them all") -> str:
+    def summary(self, limit: int = 5, *, rest: str = "the reasons count them, and mending these names the next") -> str:
         """A few lines for the screen: counts by reason, and the first `limit` dropped rows by name; `rest` says where the others are."""
-        head = f"{self.kept} rows kept, {len(self.dropped)} dropped"
+        head = f"rows: {self.kept} kept, {len(self.dropped)} dropped"
         if self.dropped:
             head += " (" + ", ".join(f"{n} {reason}" for reason, n in self.reasons().most_common()) + ")"
-        lines = [head, *(f"  {n} {name}" for name, n in sorted(self.counts.items()) if n)]
+        lines = [head, *(f"  {name}: {n}" for name, n in sorted(self.counts.items()) if n)]
         lines += [f"  {source}: {reason}" for source, reason in self.dropped[:limit]]
         if len(self.dropped) > limit:
             lines.append(f"  … and {len(self.dropped) - limit} more; {rest}")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # importing transformers takes seconds, and a plan needs none
 
 ASSISTANT = "\n\nAssistant:"
 _RESPONSES = ("completion", "response")
+_OTHER = "other names: data.rename in a config, rename= in Python, and for a command in the file itself"
 # EOS and PAD as data sets and programs spell them: TL;DR's references end in the first.
 _ENDS = (
     "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eot|>", "<|end|>", "<|eos|>", "<|pad|>", "<end_of_turn>", "<eos>",
@@ -150,8 +151,7 @@ def _has(row: Row, *fields: str) -> bool:
 
 
 def _check_reply(messages: Messages, field: str) -> None:
-    last = messages[-1] if messages else {}
-    if not last.get("tool_calls"):
+    if not (last := messages[-1] if messages else {}).get("tool_calls"):
         _reply(last.get("content", ""), field)
 
 
@@ -169,8 +169,8 @@ def _unknown(row: Row, expected: str) -> BadRow:
         )
     if _has(row, "completions", "labels"):
         return BadRow(f"stepwise supervision: a label a step has no use here; join the steps into one text; expected {expected}")
-    found = [f"{name} (null)" if value is None else str(name) for name, value in row.items()]
-    return BadRow(f"unknown schema: fields {', '.join(found) or '(none)'}; expected {expected}")
+    found = ", ".join(f"{name} (null)" if value is None else str(name) for name, value in row.items()) or "(none)"
+    return BadRow(f"unknown schema: fields {found}; expected {expected} ({_OTHER})")
 
 
 def pair_fields(row: Row, reading: Reading) -> dict[str, Any]:
@@ -291,8 +291,8 @@ def prompt_fields(row: Row, reading: Reading) -> dict[str, Any]:
         if not text.strip():
             raise BadRow("empty prompt: nothing to answer")
         return {"prompt": reading.frame_prompt(text), "templated": row.get("templated") is True}
-    if _has(row, "text") and not _has(row, "prompt"):
-        raise _unknown(row, "a row with a prompt")
+    if not _has(row, "prompt") and (_has(row, "text") or not (_has(row, "messages") or _has(row, "chosen", "rejected"))):
+        raise _unknown(row, "{prompt}, {prompt, completion}, {prompt, chosen}, {chosen, rejected} or {messages}")
     found = demonstration_fields({k: v for k, v in row.items() if k != "label"}, reading)
     if not found["prompt"].strip():
         raise BadRow("empty prompt: nothing to answer")

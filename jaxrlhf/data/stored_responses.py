@@ -76,5 +76,5 @@ def read_stored(path: Path) -> tuple[tuple[StoredResponse, ...], tuple[str, ...]
         count += 1
     further = count - len(rows)
     notes = [f"{label(path)}: {further} further responses to the same prompts are left out (the first counts)."] if further else []
-    notes += [f"{label(path)}: EOS or PAD spelled at the end of {counts[BARE]} responses was taken off."] if counts[BARE] else []
+    notes += [f"{label(path)}: {BARE}: {counts[BARE]}."] if counts[BARE] else []
     return tuple(rows.values()), tuple(notes)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.evaluation.diagnostics import pair_accuracy
-from jaxrlhf.evaluation.intervals import wilson_interval
+from jaxrlhf.evaluation.intervals import proportion, wilson_interval
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 Texts = Sequence[tuple[str, str]]  # (chosen, rejected) of every pair
@@ -20,13 +20,8 @@ def pair_baselines(train: Texts, valid: Texts, lengths_2M: Sequence[np.ndarray])
     """
     scores = bag_of_words(train, [text for pair in valid for text in pair])
     right = {"longer": pair_accuracy(*lengths_2M), "bag_of_words": pair_accuracy(scores[::2], scores[1::2])}
-    return {name: counted(accuracy, len(valid)) for name, accuracy in right.items()}
-
-
-def counted(accuracy: float | None, pairs: int) -> dict[str, Any]:
-    """An accuracy with its interval and its n."""
-    low, high = wilson_interval((accuracy or 0.0) * pairs, pairs)
-    return {"accuracy": accuracy, "low": low, "high": high, "pairs": pairs}
+    ends = {name: wilson_interval((accuracy or 0.0) * len(valid), len(valid)) for name, accuracy in right.items()}
+    return {name: {"accuracy": right[name], "low": low, "high": high, "pairs": len(valid)} for name, (low, high) in ends.items()}
 
 
 def bag_of_words(train: Texts, texts: Sequence[str]) -> np.ndarray:
@@ -75,11 +70,8 @@ def beside(runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], Mapping[str, An
         known = [row["reward_accuracy_valid"] for row in rounds if row.get("reward_accuracy_valid") is not None]
         if known and baselines:
             pairs = baselines["longer"]["pairs"]
-            shares = [_share(one) for one in (counted(known[-1], pairs), baselines["longer"], baselines["bag_of_words"])]
+            shares = [proportion(known[-1] * pairs, pairs)[:3]]
+            shares += [(one["accuracy"], one["low"], one["high"]) for one in (baselines["longer"], baselines["bag_of_words"])]
             text = "of {} held-out pairs the last reward model orders {} right, the longer response {}, a bag of words {}"
-            said.setdefault(text.format(pairs, *shares), []).append(name)
+            said.setdefault(text.format(pairs, *(f"{share:.3f} [{low:.3f}, {high:.3f}]" for share, low, high in shares)), []).append(name)
     return [f"{', '.join(names)}: {text}." for text, names in said.items()]
-
-
-def _share(one: Mapping[str, Any]) -> str:
-    return f"{one['accuracy']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"

@@ -87,6 +87,9 @@ class Curve:
         return None if proxy is None or gold is None or len(self.points) < 2 else proxy - gold
 
 
+NO_ERROR = "Without ±: one seed, or seeds that are all alike, which does not make the figure exact."
+
+
 class Estimate(NamedTuple):
     """Mean over n seeds, its standard error (None for one seed) and the least of them."""
 
@@ -96,14 +99,19 @@ class Estimate(NamedTuple):
     least: float
 
     @property
+    def error(self) -> float | None:
+        """`se` where it says something: of seeds that do not vary it is 0, and their mean is not exact."""
+        return self.se if self.se is not None and varies(self.se, self.mean) else None
+
+    @property
     def interval(self) -> Interval:
         """± two standard errors, within which nothing is called a difference; no ends of one seed, or where seeds do not vary."""
-        reach = 2 * self.se if self.se is not None and varies(self.se, self.mean) else math.nan
+        reach = math.nan if self.error is None else 2 * self.error
         return Interval(self.mean, self.mean - reach, self.mean + reach, self.n)
 
     def spelled(self, digits: int, *, sign: bool = False) -> str:
-        """1.84 ± 0.05, one standard error; without ± where there is one seed."""
-        return f"{self.mean:{'+' if sign else ''},.{digits}f}" + ("" if self.se is None else f" ± {self.se:,.{digits}f}")
+        """1.84 ± 0.05, one standard error; without ± where there is one seed, or none differs."""
+        return f"{self.mean:{'+' if sign else ''},.{digits}f}" + ("" if self.error is None else f" ± {self.error:,.{digits}f}")
 
 
 def estimate(values: Sequence[float | None]) -> Estimate | None:

@@ -96,7 +96,7 @@ def _field(example: dict[str, Any] | None, name: str) -> str:
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}".replace("-", "−")
+    return "–" if value is None else f"{value:,.{digits}f}"
 
 
 def _percent(share: float) -> str:

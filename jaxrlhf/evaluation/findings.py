@@ -4,7 +4,7 @@ Whatever is said to have risen, fallen or been better has an interval on one sid
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,8 +66,8 @@ def _of_arm(rounds: Sequence[Row]) -> list[str]:
             rounds_so = [f"{n} ({one.spelled()})" for n, one in changes.items() if one.direction == way]
             told += [f"{word} in round {', '.join(rounds_so)}"] if rounds_so else []
         rest = ", ".join(str(n) for n, one in changes.items() if not one.direction)
-        told += [f"is within noise in round {rest} (n = {min(one.n for one in changes.values())})"] if rest else []
-        said.append(f"gold {', '.join(told)}")
+        said += [f"gold {', '.join(told)}"] if told else []
+        said += [f"gold's change is within noise in round {rest} (n = {min(one.n for one in changes.values())})"] if rest else []
     for row in trained:
         if proxy_alone_rose(row):
             said.append(f"in round {row['round']} its reward model liked the new policy better ({_change(row, 'proxy_change')})")
@@ -182,6 +182,16 @@ def _over_seeds(arms: Mapping[str, Sequence[Trial]]) -> list[str]:
     return lines + (
         [f"In the last round the proxy rose while gold fell, both beyond their intervals: {', '.join(counts)}."] if counts else []
     )
+
+
+def notes_of(runs: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
+    """What runs (their arm, their notes) note themselves: each once, after the arms it is noted of where there are several."""
+    said: dict[str, list[str]] = {"": []}
+    for arm, notes in runs:
+        for note in ("", *notes):
+            said.setdefault(note, []).append(arm)
+    several = len({*said.pop("")}) > 1
+    return [f"{', '.join(dict.fromkeys(arms))}: {note}" if several else note for note, arms in said.items()]
 
 
 def difference_to(first: Mapping[Any, float | None], own: Mapping[Any, float | None]) -> Estimate | None:

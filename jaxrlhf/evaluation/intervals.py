@@ -28,7 +28,9 @@ class Interval(NamedTuple):
         return Interval(factor * self.value, factor * self.low, factor * self.high, self.n)
 
     def spelled(self, digits: int = 2) -> str:
-        """+0.23 [0.20, 0.26], of a difference."""
+        """+0.23 [0.20, 0.26], of a difference; with more digits where an end would look like 0, and which side it is on tells."""
+        while digits < 6 and any(0 < abs(end) < 0.5 * 10**-digits for end in (self.low, self.high)):
+            digits += 1
         return f"{self.value:+.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 

@@ -14,7 +14,7 @@ def style(name: str, **further: Any) -> AbstractContextManager:
     import matplotlib
 
     own: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "axes.spines.top": False, "axes.spines.right": False}
-    return matplotlib.rc_context(own | further)
+    return matplotlib.rc_context(own | {"axes.unicode_minus": False} | further)  # numbers in text have hyphens
 
 
 def svg_of(figure: Any) -> str:

@@ -166,7 +166,8 @@ class StageLog:
         self._phases.add(name)
 
     def dispatched(self, n: int) -> None:
-        """Check what step `n`, just dispatched, has compiled, whether or not it is logged. Raises RecompileError."""
+        """Step `n` is on its way, logged or not: a phase from here on is its own. Raises RecompileError for what it compiled."""
+        self._step = n
         if self._watch is not None:
             self._watch.step(n)
 
@@ -184,7 +185,7 @@ class StageLog:
         self._pending = (n, metrics)
         first = not self._times
         self._times.append((time.monotonic(), n, tokens or 0))
-        self._step, self._phase = n, ""
+        self._phase = ""
         if n == self._total:
             self.flush()
         self._show(force=first or n == self._total)

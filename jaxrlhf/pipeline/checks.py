@@ -26,7 +26,7 @@ def check(config: Config) -> None:
     from jaxrlhf.algorithms.preference import REFERENCE, preference_loss
     from jaxrlhf.algorithms.reward import called, check_columns, reward_loss
 
-    rng.check_widths()
+    rng.check_flags()
     method = method_of(config.method, config.row, plugin)
     if method.reward_update is not None:
         reward_update_named(method.reward_update, plugin)

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from jaxrlhf import distributed
+from jaxrlhf.algorithms.rounds import SECTIONS_READ, method_of
 from jaxrlhf.config import Config
 from jaxrlhf.data import toy
 from jaxrlhf.data.pairs import Demonstration, Pair, Prompt, ReadReport, read_demonstrations, read_pairs, read_prompts, split_by_prompt
@@ -16,7 +17,7 @@ from jaxrlhf.data.tokens import Limits
 from jaxrlhf.models import DecoderConfig
 from jaxrlhf.models.hub import check_vocabulary, check_weights, read_config, resolve
 from jaxrlhf.models.hub.identity import folder_identity
-from jaxrlhf.plugins import source_of
+from jaxrlhf.plugins import plugin, source_of
 from jaxrlhf.scorers import Scorer
 from jaxrlhf.scorers.function import function_scorer
 from jaxrlhf.scorers.reward_model import limits_within, reward_model_scorer
@@ -66,18 +67,20 @@ def check_model(config: Config, model: DecoderConfig, tokenizer: Any) -> None:
 
 def check_positions(config: Config, model: DecoderConfig, source: str | None) -> None:
     """ValueError where a model has not learned as many positions, in a table or by rotation, as the longest text of the run has."""
-    prompt, response = config.data.limits.max_prompt_length, longest_response(config)
+    update = method_of(config.method, config.row, plugin).reward_update
+    filters = update is not None and "filter" in SECTIONS_READ.get(update, ("filter",))  # code that is not ours may read all
+    prompt, response = config.data.limits.max_prompt_length, longest_response(config, filters=filters)
     if prompt + response > model.longest_text:
         raise ValueError(
             f"prompts of {prompt} and responses of {response} tokens are {prompt + response} positions, and {source} has learned "
-            f"{model.longest_text}; lower data.limits.max_prompt_length, data.limits.max_response_length, ppo.response_length or "
-            "filter.max_new_tokens."
+            f"{model.longest_text}; lower data.limits.max_prompt_length, data.limits.max_response_length"
+            f"{', ppo.response_length or filter.max_new_tokens' if filters else ' or ppo.response_length'}."
         )
 
 
-def longest_response(config: Config) -> int:
-    """Tokens of the longest response that is read or written."""
-    return max(config.data.limits.max_response_length, config.ppo.response_length, config.filter.max_new_tokens or 0)
+def longest_response(config: Config, *, filters: bool = True) -> int:
+    """Tokens of the longest response that is read or written, by a filter too: arms share π_SFT and its positions, with one or without."""
+    return max(config.data.limits.max_response_length, config.ppo.response_length, (filters and config.filter.max_new_tokens) or 0)
 
 
 def try_gold(gold: Scorer | None, rows: list[Prompt]) -> None:

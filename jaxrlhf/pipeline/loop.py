@@ -11,7 +11,7 @@ from jaxrlhf.pipeline.stages.evaluation import evaluation_stage
 from jaxrlhf.pipeline.stages.pairs import pairs_stage
 from jaxrlhf.pipeline.stages.policy import policy_stage
 from jaxrlhf.pipeline.stages.preference import preference_stage
-from jaxrlhf.pipeline.stages.refit import RefitInputs, refit_stage
+from jaxrlhf.pipeline.stages.refit import RefitInputs, decision_text, refit_stage
 from jaxrlhf.pipeline.stages.reward import reward_stage
 from jaxrlhf.pipeline.stages.reward_update import update_stage
 from jaxrlhf.pipeline.stages.sft import sft_stage, tokenizer_stage
@@ -177,7 +177,5 @@ def not_whole(episodes: int, size: int) -> str:
 
 def not_due(number: int, decision: dict[str, Any], *, adapters: bool) -> str:
     """Why round `number` has no refit, and what it goes on with: not the moments of adapters that the last round has merged."""
-    value = "not to be had" if decision["value"] is None else f"{decision['value']:.3g}"
-    what = f"{decision['when']} is {value}, the threshold {decision['threshold']:.3g}"
     kept = "reward model, reference and critic" if adapters else "reward model, reference, optimizer and critic"
-    return f"round {number}: no refit was due ({what}); it goes on with the {kept} of the last one."
+    return f"{decision_text(number, decision)}; it goes on with the {kept} of the last one."

@@ -11,7 +11,7 @@ from jaxrlhf.evaluation.guards import Figures, sample_figures
 from jaxrlhf.evaluation.intervals import as_fields, from_fields
 from jaxrlhf.evaluation.samples import SAMPLES
 from jaxrlhf.files import write_whole
-from jaxrlhf.pipeline.stages.context import RunContext
+from jaxrlhf.pipeline.stages.context import RunContext, kept_look
 from jaxrlhf.pipeline.stages.reward_update import report_of
 from jaxrlhf.storage.stage import Done
 
@@ -48,7 +48,7 @@ class Summary:
     ) -> None:
         """The row of a round, or (None) of π_SFT."""
         figures, report = evaluation.record["result"], update_report(update)
-        row: dict[str, Any] = {"round": of.number if of else 0, "policy_start": of.policy_start if of else None}
+        row: dict[str, Any] = {"round": of.number if of else 0}
         row |= {key: figures.get(key) for name in INTERVALS for key in as_fields(name, None)}
         row |= {name: report.get(name) for name in ("ess", "ess_fraction", "eta")}
         row |= {
@@ -65,6 +65,7 @@ class Summary:
             self.note(f"round {row['round']}: not finite on every prompt, and so without a value: {', '.join(diverged)}; {why}.")
         done = self._run.stages[self._counted :]  # a reward model that is kept was paid for before
         self._counted = len(self._run.stages)
+        self.notes += [said for stage in done if (said := kept_look(stage)) is not None]
         row["seconds"] = round(sum(stage.record["seconds"] for stage in done), 3)
         self._rounds.append(row)
         self.write()

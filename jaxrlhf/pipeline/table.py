@@ -11,10 +11,11 @@ from rich.table import Table
 
 from jaxrlhf.data.tables import read_table
 from jaxrlhf.evaluation.baselines import beside
-from jaxrlhf.evaluation.findings import Trial
+from jaxrlhf.evaluation.findings import Trial, notes_of
 from jaxrlhf.evaluation.findings import findings as said
 from jaxrlhf.evaluation.intervals import from_fields
 from jaxrlhf.files import DamagedFile, read_json
+from jaxrlhf.formatting import too_narrow
 
 Summary = dict[str, Any]
 AGAIN = "`jaxrlhf run` on its config writes it again"
@@ -102,16 +103,21 @@ def show(summaries: dict[str, Summary], console: Console | None = None) -> None:
     legend = [LEGENDS[name] for name, _ in columns if name in LEGENDS]
     n = sorted({row["kl_sft_n"] for one in summaries.values() for row in one["rounds"] if row.get("kl_sft_n")})
     if shown and n:
-        legend.append(f"±: half of the 95 % interval over n = {', '.join(map(str, n))} prompts; summary.json has all of them.")
+        legend.append(f"±: half of the 95 % interval over n = {', '.join(map(str, n))} prompts.")
     console.print(" ".join(legend), style="dim", highlight=False)
     for line in findings(summaries):
         console.print(f"- {line}", highlight=False)
+    rows = [row for one in summaries.values() for row in one["rounds"]]
+    narrow = [title for name, title in columns if any(_cell(row, name, name in shown) != _cell(row, name, True) for row in rows)]
+    if narrow:
+        console.print(f"- {too_narrow([f'the interval of {title}' for title in narrow], 'summary.json')}", highlight=False)
 
 
 def _table(summaries: dict[str, Summary], columns: tuple[tuple[str, str], ...], intervals: tuple[str, ...]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
     for name, title in columns:
-        table.add_column(f"arm {title}" if name == "round" and len(summaries) > 1 else title, justify="right", no_wrap=True)
+        first = name == "round"  # alone may be folded: figures are whole
+        table.add_column(f"arm {title}" if first and len(summaries) > 1 else title, justify="right", no_wrap=not first, overflow="fold")
     for arm, summary in summaries.items():
         for row in summary["rounds"]:
             cells = [_cell(row, name, name in intervals) for name, _ in columns]
@@ -170,4 +176,4 @@ def findings(summaries: dict[str, Summary]) -> list[str]:
     ]
     compared = beside({arm: (one["rounds"], one.get("baselines")) for arm, one in summaries.items()})
     spoke = {f"guard {found['name']}: {found['text']}": None for one in summaries.values() for found in one.get("guards", [])}
-    return said(trials) + compared + sorted({note for one in summaries.values() for note in one.get("notes", [])}) + list(spoke)
+    return said(trials) + compared + notes_of((arm, one.get("notes", [])) for arm, one in summaries.items()) + list(spoke)

@@ -11,7 +11,7 @@ from jaxrlhf.evaluation.curves import Curve, Estimate, estimate
 from jaxrlhf.evaluation.findings import Trial, difference_to, equally_far
 from jaxrlhf.evaluation.intervals import Interval, from_fields, mean_interval
 from jaxrlhf.report import diagnoses as reading
-from jaxrlhf.report.costs import flops_by_part, seconds_by_part, share_of_corrections
+from jaxrlhf.report.costs import flops_by_part, seconds_by_part, seconds_of, share_of_corrections
 from jaxrlhf.report.runs import ReportError, RunRead, now_doing, read_runs, settings_key
 
 TRAINING = ("rollout/score", "kl/sft", "rollout/kl")
@@ -188,7 +188,8 @@ COLUMNS = (
            lambda view: _percent(share_of_corrections(view.seconds))),
     Column("corrections_flops", "FLOPs on RM %", "share of FLOPs without evaluation, spent on correcting the reward model", 1,
            lambda view: _percent(share_of_corrections(view.flops[0]))),
-    Column("seconds", "seconds", "of all stages, shared ones included", 0, lambda view: sum(view.seconds.values()) or None),
+    Column("seconds", "seconds", "of all stages, shared ones included", 0,
+           lambda view: seconds_of(stage.record for stage in view.run.stages) or None),
 )  # fmt: skip
 
 
@@ -200,20 +201,21 @@ def difference_column(arms: Sequence[Arm]) -> Column:
 
 def table(arms: Sequence[Arm]) -> tuple[list[Column], list[dict[str, Any]]]:
     """(columns that have a value somewhere, one row an arm): {"arm", "seeds" (of the means), "state", "intervals": {key: Interval} over
-    prompts of an arm of one seed, key: Estimate | None, …}."""
+    prompts of the first seed where it is the only one or all are alike, key: Estimate | None, …}."""
     columns = [*COLUMNS[:2], difference_column(arms), *COLUMNS[2:]] if arms else []
     rows = []
     for arm in arms:
         row: dict[str, Any] = {"arm": arm.name, "seeds": len(arm.compared), "state": state_of(arm)}
         row |= {column.key: estimate([column.of(view) for view in arm.compared]) for column in columns}
-        row["intervals"] = _over_prompts(arm.compared[0], columns) if row["seeds"] == 1 else {}
+        row["intervals"] = _over_prompts(arm.compared[0], columns)
         if arm is not arms[0] and equally_far(arm.trials[0], arms[0].trials[0]):
             row["difference"] = difference_to(_by_seed(arms[0], COLUMNS[1]), _by_seed(arm, COLUMNS[1]))
             own, other = arm.compared[0].last_gold, arms[0].compared[0].last_gold
             both = [name for name in own if name in other]
-            if row["difference"] is not None and row["difference"].se is None and both:
+            if row["difference"] is not None and both:
                 row["intervals"]["difference"] = mean_interval(np.array([own[name] - other[name] for name in both]))
-        row["intervals"] = {key: one for key, one in row["intervals"].items() if one is not None and not math.isnan(one.low)}
+        alone = {key for key, one in row["intervals"].items() if one and row[key] and row[key].error is None and not math.isnan(one.low)}
+        row["intervals"] = {key: one for key, one in row["intervals"].items() if key in alone}
         rows.append(row)
     return [column for column in columns if any(row[column.key] is not None for row in rows)], rows
 
@@ -271,7 +273,7 @@ def _model_of(config: dict[str, Any]) -> str:
     shape = model.get("shape")
     if model.get("source") or not isinstance(shape, dict):
         return str(model.get("source") or "")
-    return f"{shape.get('family')} from scratch, {shape.get('num_layers')} layers of {shape.get('hidden_size')}"
+    return f"{shape.get('family')} from scratch, {shape.get('hidden_size')} wide and {shape.get('num_layers')} deep"
 
 
 def state_of(arm: Arm) -> str:
@@ -285,6 +287,6 @@ def as_text(value: Estimate | None, digits: int, *, sign: bool = False) -> str:
     """mean, or mean ± one standard error; "–" where there is nothing."""
     if value is None:
         return "–"
-    if digits == 0 and value.se and abs(value.mean) < 100:
+    if digits == 0 and value.error and abs(value.mean) < 100:
         digits = 1  # whole numbers have means that are none
-    return value.spelled(digits, sign=sign).replace("-", "−")
+    return value.spelled(digits, sign=sign)

@@ -12,7 +12,7 @@ do to the reward model: deciding (refit), weighing, choosing or making pairs (up
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,11 @@ def part_of(stage: StageRead) -> str | None:
         return "corrections"
     by_function = {"sft": "SFT", "pairs": "pairs", "reward": "reward model, round 1", "evaluation": "evaluation"}
     return by_function.get(stage.function) or ("policies" if stage.round else None)
+
+
+def seconds_of(records: Iterable[Mapping[str, Any]]) -> float:
+    """Of all stages, given their stage.json: the tokenizer's too, which is no part of the cost, and those that runs share."""
+    return sum(float(record.get("seconds") or 0.0) for record in records)
 
 
 def seconds_by_part(run: RunRead) -> dict[str, float]:

@@ -85,7 +85,7 @@ def bands_of(arms: Sequence[Arm], arm: Arm, of: Quantity) -> list[Interval | Non
     if not over_seeds_of(arms):
         return series[0]
     means = over_seeds([[None if one is None else one.value for one in run] for run in series])
-    reach = [None if one is None else math.nan if one.se is None else one.se for one in means]
+    reach = [None if one is None else math.nan if one.error is None else one.error for one in means]
     return [None if m is None or r is None else Interval(m.mean, m.mean - r, m.mean + r, m.n) for m, r in zip(means, reach, strict=True)]
 
 

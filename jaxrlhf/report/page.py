@@ -12,7 +12,9 @@ from importlib.resources import files
 from typing import Any
 
 from jaxrlhf.evaluation.baselines import beside
+from jaxrlhf.evaluation.curves import NO_ERROR
 from jaxrlhf.evaluation.findings import findings as said_of
+from jaxrlhf.evaluation.findings import notes_of
 from jaxrlhf.evaluation.intervals import chance_beyond
 from jaxrlhf.formatting import escape_markdown, markdown_table
 from jaxrlhf.report.arms import Arm, Column, as_text, best_of, origin, table
@@ -136,11 +138,12 @@ def errors_said(arms: Sequence[Arm], columns: Sequence[Column], rows: Sequence[d
         if n:
             over.setdefault(f"n = {', '.join(map(str, n))}" if all(n) else "n not kept", []).append(column.title)
     which = "; ".join(f"{n}: {', '.join(titles)}" for n, titles in over.items())
-    said = [f"Brackets: 95 % over prompts, of accuracy and ECE over the pairs that gold decides ({which})."] if over else []
+    said = [f"Brackets: 95 % over one seed's prompts, of accuracy and ECE over the pairs that gold decides ({which})."] if over else []
     several = [len(arm.compared) for arm in arms if len(arm.compared) > 1]
     if several:
         chance = f"with n = {min(several)} seeds one comparison is beyond by chance in {100 * chance_beyond(min(several)):.0f} % of cases"
-        said.insert(0, f"±: one standard error over seeds. Coloured: more than two above every other arm, seed by seed; {chance}.")
+        coloured = f"Coloured: more than two above every other arm, seed by seed; {chance}."
+        said.insert(0, f"±: one standard error over seeds. {NO_ERROR} {coloured}")
     return " ".join(said)
 
 
@@ -156,7 +159,7 @@ def cell_text(row: dict[str, Any], column: Column) -> tuple[str, str]:
     """(figure, or mean ± standard error over seeds; the interval over prompts in brackets, or nothing)."""
     one, digits = row["intervals"].get(column.key), column.digits
     text = as_text(row[column.key], digits, sign=column.key == "difference")
-    return text, "" if one is None else f"[{one.low:,.{digits}f}, {one.high:,.{digits}f}]".replace("-", "−")
+    return text, "" if one is None else f"[{one.low:,.{digits}f}, {one.high:,.{digits}f}]"
 
 
 def _th(title: str, kind: str, meaning: str, first: str = "descending") -> str:
@@ -182,7 +185,7 @@ def findings(arms: Sequence[Arm]) -> list[str]:
     lines += [
         f"{arm.name}: means are of the {len(arm.compared)} of {len(arm.views)} seeds with the most finished rounds." for arm in behind
     ]
-    return lines + sorted({note for arm in arms for view in arm.views for note in view.run.notes})
+    return lines + notes_of((arm.name, view.run.notes) for arm in arms for view in arm.views)
 
 
 def _figures(figures: Sequence[Figure], absent: Sequence[tuple[str, str]]) -> str:
@@ -192,7 +195,7 @@ def _figures(figures: Sequence[Figure], absent: Sequence[tuple[str, str]]) -> st
         for f in figures
     )
     rest = "".join(f"<li><b>{escape(title)}</b>: {escape(why)}</li>" for title, why in absent)
-    left = f"<details><summary>{len(absent)} figures have nothing to show</summary><ul>{rest}</ul></details>" if absent else ""
+    left = f"<details><summary>Figures with nothing to show: {len(absent)}</summary><ul>{rest}</ul></details>" if absent else ""
     where = "<p>Also as SVG and PNG in <code>figures/</code> beside this page.</p>" if figures else ""
     return f'<section id="figures"><h2>Figures</h2>{where}<div class="figures">{drawn}</div>{left}</section>'
 

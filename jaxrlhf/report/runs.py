@@ -200,7 +200,7 @@ def _completeness(run: RunRead, summary: dict[str, Any]) -> None:
     elif isinstance(asked, int) and run.rounds:
         run.finished = done >= asked
         if not run.finished:
-            run.missing.append(f"Unfinished: {done} of {asked} rounds. The same `jaxrlhf run` goes on from here.")
+            run.missing.append(f"Unfinished: round {done} of {asked} is done. The same `jaxrlhf run` goes on from here.")
     if not run.log and not all(s.function in ("tokenizer", "pairs") for s in run.stages):
         run.missing.append("metrics.jsonl is missing or empty: no training curves, no KL to the penalty's reference, no FLOPs of PPO.")
 

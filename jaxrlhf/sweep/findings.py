@@ -7,13 +7,14 @@ from jaxrlhf.sweep.statistics import Sweep
 def findings(sweep: Sweep) -> list[str]:
     """Sentences computed from the figures; every one holds whichever way they came out."""
     trials = [sentences.Trial(run.arm, run.seed, run.rounds, finished=True) for arm in sweep.settings for run in sweep.finished(arm)]
-    return [*_missing(sweep), *_shared(sweep), *sentences.findings(trials), *_equal(sweep), *_notes(sweep)]
+    notes = sentences.notes_of((run.arm, run.notes) for run in sweep.runs)
+    return [*_missing(sweep), *_shared(sweep), *sentences.findings(trials), *_equal(sweep), *notes]
 
 
 def _missing(sweep: Sweep) -> list[str]:
     lines = [f"seed {run.seed}, {run.arm} failed and is not in the table: {run.error}" for run in sweep.runs if run.state == "failed"]
     pending = sum(run.state == "pending" for run in sweep.runs)
-    return lines + ([f"{pending} of {len(sweep.runs)} runs are not finished yet."] if pending else [])
+    return lines + ([f"Runs not finished yet: {pending} of {len(sweep.runs)}."] if pending else [])
 
 
 def _shared(sweep: Sweep) -> list[str]:
@@ -37,13 +38,3 @@ def _equal(sweep: Sweep) -> list[str]:
             spelled_out = (f"{', '.join(arms)} {value:,}" for value, arms in groups.items())
             lines.append(f"Rows differ in {said}: {'; '.join(spelled_out)}.")
     return [*lines, *([f"Equal in all rows that sample: {', '.join(same)}."] if same and len(sampling) > 1 else [])]
-
-
-def _notes(sweep: Sweep) -> list[str]:
-    """What the runs themselves note, with the arms they note it of."""
-    said: dict[str, list[str]] = {}
-    for run in sweep.runs:
-        for note in run.notes:
-            if run.arm not in said.setdefault(note, []):
-                said[note].append(run.arm)
-    return [f"{', '.join(arms)}: {note}" for note, arms in said.items()]

@@ -17,6 +17,7 @@ from jaxrlhf.pipeline.checks import check
 from jaxrlhf.pipeline.foresight import check_ours, finished_here, forecast, foresee, prepare
 from jaxrlhf.pipeline.run import run
 from jaxrlhf.recipe import ConfigError, arms, load_config, to_yaml
+from jaxrlhf.report.costs import seconds_of
 from jaxrlhf.storage.remote import is_url
 from jaxrlhf.storage.run_folder import folder_of
 from jaxrlhf.sweep.arms import arm_facts
@@ -118,7 +119,7 @@ def _run_all(config: Config, jobs: list[Job], folder: Path, log: RunLog | None) 
     todo = [job for job in jobs if runs[job.seed, job.arm].state == "pending"]
     names = list(dict.fromkeys(job.arm for job in jobs))
     before = f", {len(jobs) - len(todo)} of them finished before" if len(todo) < len(jobs) else ""
-    say(f"sweep {config.name}: {len(jobs)} runs{before} ({len(names)} arms × {len(jobs) // len(names)} seeds), in {folder}")
+    say(f"sweep {config.name}: runs {len(jobs)} (arms {len(names)} × seeds {len(jobs) // len(names)}){before}, in {folder}")
     settings = {name: arm_facts(next(job.config for job in jobs if job.arm == name)) for name in names}
 
     def rewrite() -> None:
@@ -172,7 +173,7 @@ def read_finished(job: Job) -> Run | None:
     if not whole or linked != {done.name: done.hash for done in found.stages}:
         return None
     fits = sum(done.record["function"] == "reward" for done in found.stages)
-    seconds = sum(done.record["seconds"] for done in found.stages)
+    seconds = seconds_of(done.record for done in found.stages)
     notes = (*notes, *(f"guard {one['name']} spoke; summary.json of the run says why." for one in spoke))
     return Run(job.seed, job.arm, "finished", rounds, notes, fits, seconds, folder=str(folder))
 
@@ -190,7 +191,7 @@ def failure_lines(done: Sweep) -> list[str]:
     if not failed:
         return []
     lines = [f"seed {run.seed}, {run.arm}: {run.error} (traceback: {run.folder}/{ERROR})" for run in failed]
-    said = f"{len(failed)} of {len(done.runs)} runs failed; when the cause is removed, the same command runs these and no others:"
+    said = f"runs that failed: {len(failed)} of {len(done.runs)}; when the cause is removed, the same command runs these and no others:"
     return [said, *lines]
 
 

@@ -8,8 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxrlhf.evaluation.curves import Estimate
-from jaxrlhf.formatting import as_strict_json, markdown_table
+from jaxrlhf.evaluation.curves import NO_ERROR, Estimate
+from jaxrlhf.formatting import as_strict_json, markdown_table, too_narrow
 from jaxrlhf.sweep.findings import findings
 from jaxrlhf.sweep.statistics import FIGURES, Sweep
 
@@ -70,7 +70,8 @@ LEGEND = (
     "Mean ± standard error over n seeds (sample deviation / √n). gold: true reward of the last policy; least: of the seeds; best round: of "
     "each seed, which takes gold to know. proxy: the last round's reward model on the last policy, not comparable between reward models. "
     "KL to SFT: nats a response. RM accuracy: on fresh text of the policy that enters the last round, labelled by gold. ESS: pairs that "
-    "still count in the last weighted fit. RM fits: reward models fitted. s: seconds of all stages of a run, those it shares included."
+    "still count in the last weighted fit. RM fits: reward models fitted. s: seconds of all stages of a run, those it shares included. "
+    f"{NO_ERROR}"
 )
 
 
@@ -82,7 +83,7 @@ def show(sweep: Sweep, console: Console | None = None) -> None:
     left_out = []
     while len(columns) > 2 and Console(width=10_000).measure(table).maximum > console.width:
         worst = min(columns, key=lambda column: column.keep)
-        left_out.append(worst.title.replace("\n", " "))
+        left_out.append(worst.title)
         columns.remove(worst)
         table = _table(sweep, columns)
     console.print(table)
@@ -97,7 +98,7 @@ def show(sweep: Sweep, console: Console | None = None) -> None:
     for line in findings(sweep):
         console.print(f"- {line}", highlight=False)
     if left_out:
-        console.print(f"- This screen is too narrow for {', '.join(left_out)}; sweep.md has all columns.", highlight=False)
+        console.print(f"- {too_narrow(left_out, 'sweep.md')}", highlight=False)
 
 
 def _table(sweep: Sweep, columns: Sequence[Column]) -> Table:

@@ -16,11 +16,13 @@ from jaxrlhf.data.pairs import DataError, read_demonstrations, read_pairs, read_
 from jaxrlhf.data.stored_responses import read_generations
 from jaxrlhf.data.tokenizer import train_tokenizer
 from jaxrlhf.models.hub import read_tokenizer
+from jaxrlhf.models.hub.tokenizer import SAVED_IDS
 from jaxrlhf.monitoring.runlog import RunLog
 from jaxrlhf.pipeline import inputs
 from jaxrlhf.pipeline.stages.context import RunContext
 from jaxrlhf.pipeline.stages.sft import given_tokenizer, tokenizer_stage
 from jaxrlhf.recipe import to_mapping
+from jaxrlhf.storage.stage import Stage
 from jaxrlhf.storage.store import Store
 
 ASKED = "{% if add_generation_prompt %}"
@@ -305,6 +307,43 @@ def test_a_message_advises_what_there_is_where_it_is_read(tmp_path):
         command.add_arguments(parser)
         there = set(parser._option_string_actions)  # generate's tokenizer is the policy's
         assert {"--tokenizer", "--implicit_prompt", "--template_date"} - there == ({"--tokenizer"} if command is generate else set())
+
+
+def test_a_template_that_is_no_jinja_is_refused_where_it_is_given(tiny_config, tmp_path, tokenizers):
+    """By file or key and in Jinja's words; not once a row, as if the rows were at fault."""
+    broken, rows = "{% for m in messages %}\n{{ m.content }", lines(tmp_path / "a.jsonl", [{"messages": say("q", "a")}])
+    (tmp_path / "b.jinja").write_text(broken)
+    inside, beside = tmp_path / "inside", tmp_path / "beside"
+    for folder in (inside, beside):
+        tokenizers["zephyr"].save_pretrained(str(folder))
+        (folder / "chat_template.jinja").unlink()
+    (beside / "chat_template.jinja").write_text(broken)
+    stated = json.loads((inside / "tokenizer_config.json").read_text())
+    (inside / "tokenizer_config.json").write_text(json.dumps(stated | {"chat_template": broken}))
+    base = {"data__train": str(rows), "gold__kind": "none", "pairs__source": "data"}
+    for where, of in (
+        ("tokenizer.chat_template", {"chat_template": broken}),
+        (f"tokenizer.chat_template, {tmp_path / 'b.jinja'},", {"chat_template": str(tmp_path / "b.jinja")}),
+        (f"{beside / 'chat_template.jinja'}", {"source": str(beside)}),
+        (f"chat_template of {inside / 'tokenizer_config.json'}", {"source": str(inside)}),
+    ):
+        with pytest.raises(ValueError) as error:
+            config = tiny_config(tmp_path, **base, **{f"tokenizer__{name}": value for name, value in of.items()})
+            inputs.check(config, given_tokenizer(config))
+        said = f"{where} is no valid Jinja template: unexpected '}}' (line 2); mend or remove it."
+        assert str(error.value) == said, error.value
+
+
+def test_a_tokenizer_from_before_its_ids_were_kept_is_made_again(tiny_config, tmp_path):
+    """Nothing holds what is read from there to what was saved: stages of version 1 may have no ids."""
+    setting = RunContext(tiny_config(tmp_path), Store(tmp_path / ".stages"), tmp_path / "log", RunLog(tmp_path / "log"), None)
+    folder = tokenizer_stage(setting).folder
+    record = json.loads((folder / "stage.json").read_text())
+    old = Stage("tokenizer", "data", "tokenizer", record["config"]).hash
+    (folder / SAVED_IDS).unlink()
+    (folder / "stage.json").write_text(json.dumps(record | {"hash": old}))
+    folder.rename(folder.with_name(old))
+    assert (tokenizer_stage(setting).folder / SAVED_IDS).is_file()
 
 
 def test_a_config_gives_the_chat_template(tiny_config, tmp_path, tokenizers):

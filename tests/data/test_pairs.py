@@ -260,8 +260,8 @@ def test_a_report_names_the_first_five(capsys):
     report = P.ReadReport(1, [(f"f:{i}", "empty chosen") for i in range(7)])
     report.say("pairs: ")
     said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("pairs: 1 rows kept, 7 dropped (7 empty chosen)\n")
-    assert "f:4: empty chosen" in said.err and "f:5" not in said.err and "… and 2 more; ReadReport.write(path)" in said.err
+    assert said.out == "" and said.err.startswith("pairs: rows: 1 kept, 7 dropped (7 empty chosen)\n")
+    assert "f:4: empty chosen" in said.err and "f:5" not in said.err and "… and 2 more; the reasons count them" in said.err
 
 
 def test_write_pairs_reads_back(tmp_path):
@@ -296,6 +296,17 @@ def test_demonstrations_of_every_schema(tmp_path, chat_tokenizer):
         (head, "a", True),
     ]
     assert list(report.reasons()) == ["labelled false", "unknown schema", "empty response"]
+
+
+def test_foreign_fields_are_told_the_names_that_are_read_and_the_ways_to_them(tmp_path):
+    with pytest.raises(DataError) as error:
+        read_prompts(lines(tmp_path / "a.jsonl", *[{"question": "q"}] * 7))
+    assert "fields question; expected {prompt}, {prompt, completion}, {prompt, chosen}, {chosen, rejected} or {messages} (" in str(
+        error.value
+    )
+    assert "data.rename" in str(error.value) and "rename=" in str(error.value) and "for a command in the file itself" in str(error.value)
+    # What is not shown has no list that a command could print: the reasons count it.
+    assert str(error.value).endswith("… and 2 more; the reasons count them, and mending these names the next")
 
 
 def test_rename_maps_foreign_fields(tmp_path):

@@ -162,6 +162,17 @@ def test_the_last_step_is_shown_with_its_own_figures(tmp_path):
     assert next(line for line in out.getvalue().splitlines() if "step 2/2" in line).endswith("loss/sft 3")
 
 
+def test_a_phase_between_dispatch_and_line_is_shown_at_its_own_step(tmp_path):
+    """Held-out rows are looked at after step 2 and before its line."""
+    out = StringIO()
+    with RunLog(tmp_path, plain=True, every=0, file=out) as log, log.stage("sft", total_steps=3) as stage:
+        stage.step(1, {})
+        stage.dispatched(2)
+        stage.phase("held-out rows")
+        stage.step(2, {})
+    assert [" ".join(line.split()[1:3]) for line in out.getvalue().splitlines() if "held-out rows" in line] == ["step 2/3"]
+
+
 def test_the_time_left_does_not_count_the_first_step(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("jaxrlhf.monitoring.runlog.time.monotonic", lambda: now[0])

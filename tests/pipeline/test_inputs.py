@@ -304,16 +304,23 @@ def test_models_that_cannot_do_their_part_are_refused_before_anything_is_trained
     scalar, lm = real_folder(tmp_path / "rm", "llama", labels=1), real_folder(tmp_path / "lm", "llama")
     two = real_folder(tmp_path / "two", "gpt2", labels=2)
 
-    def refusal(prompt=30, response=10, sampled=10, filter=None, **sources):
+    def made(prompt=30, response=10, sampled=10, filter=None, **sources):
         limits = {"limits": {"max_prompt_length": prompt, "max_response_length": response}}
         named = {"gold": {"kind": "model", "source": sources.get("gold", scalar)}, "model": {"source": sources.get("model", lm)}}
-        made = config(rows, data=limits, ppo={"response_length": sampled}, filter={"max_new_tokens": filter}, **named)
+        method = sources.get("method", "ppo")
+        return config(rows, data=limits, ppo={"response_length": sampled}, filter={"max_new_tokens": filter}, method=method, **named)
+
+    def refusal(**changes):
         with pytest.raises(ValueError) as error:
-            inputs.check(made)
+            inputs.check(made(**changes))
         return str(error.value)
 
     assert "31 and responses of 10 tokens are 41 positions, and " in refusal(prompt=31)
-    assert "lm has learned 40" in refusal(sampled=11) and "lm has learned 40" in refusal(filter=11)
+    assert refusal(sampled=11).endswith("lm has learned 40; lower data.limits.max_prompt_length, data.limits.max_response_length or "
+                                        "ppo.response_length.")  # fmt: skip
+    inputs.check(made(filter=11))  # PPO filters nothing
+    for method in ("frft", "frft+ocrm", "random-subset"):
+        assert "lm has learned 40" in (said := refusal(filter=11, method=method)) and said.endswith("or filter.max_new_tokens.")
     assert "no 'scalar' head (score.weight)" in refusal(gold=lm)
     assert "scores 2 labels" in refusal(gold=two)
     assert "is a reward model (score.weight), which writes no text" in refusal(model=scalar)
@@ -326,6 +333,13 @@ def test_a_process_that_computes_in_other_widths_is_refused(tmp_path):
     rows = lines(tmp_path / "t.jsonl", PAIR, PAIR | {"prompt": "q"})
     with jax.enable_x64(True), pytest.raises(ValueError, match="JAX_ENABLE_X64 is on"):
         check(config(rows))
+    for flag, name, value in (
+        (jax.numpy_dtype_promotion, "NUMPY_DTYPE_PROMOTION", "strict"),
+        (jax.numpy_rank_promotion, "NUMPY_RANK_PROMOTION", "raise"),
+        (jax.transfer_guard_device_to_device, "TRANSFER_GUARD_DEVICE_TO_DEVICE", "disallow"),
+    ):  # it would stop half-way, in jax's words
+        with flag(value), pytest.raises(ValueError, match=f"JAX_{name} is {value}, under which the same command stops half-way; unset it"):
+            check(config(rows))
     with jax.threefry_partitionable(False), pytest.raises(ValueError, match="JAX_THREEFRY_PARTITIONABLE is off"):
         check(config(rows))
     with jax.enable_x64(True), pytest.raises(ValueError, match="JAX_ENABLE_X64 is on"):

@@ -49,7 +49,10 @@ def test_what_lies_within_its_interval_is_not_spoken():
     golds[1] = {name: value + (-1) ** int(name) for name, value in golds[1].items()}
     text = said(**{arm: summary(*rounds) | {"last_gold": gold} for arm, gold in zip("ab", golds, strict=True)})
     assert not [word for word in ("rose", "fell", "liked", "highest", "above", "below", "did not") if word in text], text
-    assert "a: gold is within noise in round 1, 2 (n = 15); the change of reward-model accuracy from round 1 to 2 is within noise" in text
+    assert (
+        "a: gold's change is within noise in round 1, 2 (n = 15); the change of reward-model accuracy from round 1 to 2 is within noise"
+        in text
+    )
     assert "Final gold against a, prompt by prompt: within noise (n = 15): b +0.27 [-0.31, 0.84]." in text
 
 
@@ -61,7 +64,8 @@ def test_the_words_need_the_intervals():
 def test_a_proxy_that_fell():
     text = said(a=summary(row(0, 1.0), moved(1, 0.0, -0.5, 100)))
     assert (
-        "a: gold is within noise in round 1 (n = 100); in round 1 the proxy fell (-0.50 [-0.60, -0.40]): the policy did not learn" in text
+        "a: gold's change is within noise in round 1 (n = 100); in round 1 the proxy fell (-0.50 [-0.60, -0.40]): the policy did not learn"
+        in text
     )
 
 
@@ -158,6 +162,14 @@ def test_the_table_has_as_many_intervals_as_fit():
         printed[width] = file.getvalue()
         assert max(map(len, printed[width].splitlines())) <= width
     assert "1.50 ±.30" in printed[80] and "over n = 40 prompts" in " ".join(printed[80].split())
+    # What does not fit is named, with where it stands; a name that is too long is folded, not cut, and no figure is.
+    missing = {width: " ".join(text.split()).partition("too narrow for ")[2] for width, text in printed.items()}
+    assert missing[60] == "the interval of gold; the interval of KL to SFT; the interval of RM accuracy. summary.json has all."
+    assert missing[80] == missing[120] == ""
+    long = {f"retrain-fixed-reference-{arm}": rows for arm, rows in arms.items()}
+    show(long, Console(file=(file := io.StringIO()), width=80))
+    table = file.getvalue().split("gold: true")[0]
+    assert "…" not in table and "1.50" in table and "the interval of gold" in " ".join(file.getvalue().split())
     assert all(cell in printed[120] for cell in ("1.50 ±.30", "2.00 ±.50", "0.600 ±.145")) and "±" not in printed[60].split("gold: true")[0]
 
 

@@ -1,6 +1,9 @@
 """Trainings that are watched while they run: looks at held-out rows, rates and norms in the log, the best look kept over a kill."""
 
 import dataclasses
+import io
+import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,9 +12,12 @@ import pytest
 import jaxrlhf
 from jaxrlhf.config import DPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.monitoring.metrics_file import read
+from jaxrlhf.monitoring.runlog import RunLog
 from jaxrlhf.pipeline.run import run
 from jaxrlhf.pipeline.stages import context
+from jaxrlhf.pipeline.summary import Summary
 from jaxrlhf.storage.record import read_record
+from jaxrlhf.storage.stage import Done
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -58,6 +64,19 @@ def test_the_best_look_is_what_goes_on(whole):
     record = read_record(next((whole / "stages").glob("*-sft")))["result"]
     assert (record["kept_step"], record["steps"]) == (best, 6)
     assert not list((whole / "stages").glob("*/checkpoint"))
+
+
+def test_the_step_that_goes_on_is_said(whole, tmp_path, tiny_config):
+    """In the terminal, of a stage that was found too, and in summary.json, whose notes the report shows."""
+    kept = read_record(next((whole / "stages").glob("*-sft")))["result"]["kept_step"]
+    said = f"sft goes on with step {kept} of 6, its best look (load_best_model_at_end)."
+    run(tiny_config(whole.parent, **WATCHED), until="sft", log=RunLog(tmp_path, plain=True, file=(out := io.StringIO())))
+    assert f"note: {said}" in out.getvalue()
+    stages = [Done(name, tmp_path, name, {"seconds": 1.0, "result": result}) for name, result in (
+        ("sft", {"steps": 6, "kept_step": kept}), ("r1-reward", {"steps": 2, "kept_step": 2}), ("sft-evaluation", {}))]  # fmt: skip
+    config = SimpleNamespace(method="ppo", row={}, seed=0, name="tiny")
+    Summary(SimpleNamespace(stages=stages, config=config, folder=tmp_path), 1).add(None, stages[-1])  # type: ignore[arg-type]
+    assert json.loads((tmp_path / "summary.json").read_text())["notes"] == [said]
 
 
 @pytest.mark.parametrize("after", [3, 5])

@@ -11,7 +11,7 @@ import socket
 import struct
 import threading
 import urllib.request
-from html import escape
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.error import HTTPError
@@ -26,10 +26,11 @@ from jaxrlhf.files import identities
 from jaxrlhf.pipeline.table import findings as terminal_findings
 from jaxrlhf.pipeline.table import read_summaries
 from jaxrlhf.report import costs, runs
-from jaxrlhf.report.arms import as_text, collect, table
+from jaxrlhf.report.arms import COLUMNS, as_text, collect, table
 from jaxrlhf.report.build import report, watched, write
 from jaxrlhf.report.drawing import dashed_style, line_style
 from jaxrlhf.report.figures import DRAWINGS, draw
+from jaxrlhf.report.page import cell_text
 from jaxrlhf.report.runs import ReportError
 from jaxrlhf.report.server import CONNECTIONS, Live, server_of
 
@@ -98,6 +99,7 @@ def test_cost_by_hand(run):
     assert share == pytest.approx(flops["corrections"] / (sum(flops.values()) - flops["evaluation"]))
     assert view.seconds == {"SFT": 8, "pairs": 2, "reward model, round 1": 4, "policies": 10, "corrections": 7, "evaluation": 3}
     assert costs.share_of_corrections(view.seconds) == 7 / 31
+    assert COLUMNS[-1].key == "seconds" and COLUMNS[-1].of(view) == 34 + 1  # the tokenizer's second is no part, and was spent
     assert [costs.rows_seen(10, steps, 4) for steps in range(5)] == [0, 4, 8, 10, 14]  # three batches an epoch, of 4, 4 and 2
 
 
@@ -138,6 +140,10 @@ def test_seeds_of_a_sweep_are_one_arm(make_run, tmp_path):
     assert [(arm.name, [view.run.seed for view in arm.views]) for arm in arms] == [("ocrm", [0, 1, 10]), ("ppo", [0, 1, 10])]
     columns, rows = table(arms)
     assert as_text(rows[0]["gold"], 3) == "2.500 ± 0.577" and rows[0]["seeds"] == 3  # 1.5, 2.5, 3.5
+    # What all seeds have alike is not exact: no ± says 0, and the first seed's interval over prompts stands there, where it has one.
+    texts = {column.key: cell_text(rows[0], column) for column in columns}
+    assert texts["round"] == ("2", "") and not [text for text, _ in texts.values() if text.rstrip("0.").endswith("±")], texts
+    assert texts["win_rate"][1].startswith("[") and texts["gold"][1] == ""
     assert "ece" in {column.key for column in columns}
 
 
@@ -202,7 +208,7 @@ def test_nothing_is_highlighted_that_is_not_two_errors_above_every_other(make_ru
             make_run(tmp_path / name / f"seed-{seed}" / "ocrm", arm="ocrm", seed=seed, gold_shift=0.5 + shift * (seed - 1))
     html = report([tmp_path / "clear"]).html  # 1 ± 0.1, by seed
     assert best(html) == ["ocrm"]
-    assert "Final gold against ocrm, seed by seed: below: ppo −1.00" in html.replace("-1.00", "−1.00")
+    assert "Final gold against ocrm, seed by seed: below: ppo -1.00" in html and "−1" not in html
     assert "Chance alone puts 18 % of rows beyond: about 0.2 of these 1." in html and "than two above every other arm" in html
     unclear = report([tmp_path / "unclear"]).html  # 1 ± 2.3
     assert best(unclear) == [] and "within noise (n = 3 seeds): ppo" in unclear
@@ -227,7 +233,7 @@ def test_the_page_says_what_the_terminal_says(two_arms, tmp_path, undrawn):
     said = terminal_findings(read_summaries(home))
     html = report([home]).html
     assert said and all(escape(line) in html for line in said), said
-    assert "ppo: gold is within noise in round 2 (n = 15)" in html
+    assert escape("ppo: gold's change is within noise in round 2 (n = 15)") in html
     assert not [
         word
         for word in ("rose", " fell", "liked", "highest", "larger", "smaller")
@@ -259,8 +265,8 @@ def test_intervals_stand_in_the_table_and_under_the_figures(make_run, tmp_path, 
     done = report([home])
     assert '1.500<span class="soft">[1.300, 1.700]</span>' in done.html
     assert '0.700<span class="soft">[0.500, 0.900]</span>' in done.html and "KL to SFT 4.00 [3.80, 4.20]" in done.html  # the same in both
-    said = re.findall(r"Brackets: .*?\)\.", done.html)[0]
-    assert said.startswith("Brackets: 95 % over prompts, of accuracy and ECE over the pairs that gold decides (n = 15: gold, ")
+    said = re.findall(r"Brackets: .*?\)\.", unescape(done.html))[0]
+    assert said.startswith("Brackets: 95 % over one seed's prompts, of accuracy and ECE over the pairs that gold decides (n = 15: gold, ")
     assert said.endswith("; n not kept: win rate %).") and "one standard error" not in done.html  # a win rate from before n was kept
     captions = {figure.name: figure.caption for figure in done.figures}
     assert captions["gold_kl"].endswith("Bands and bars: 95 % intervals over prompts.") and "Bands" not in captions["cost_seconds"]
@@ -279,7 +285,7 @@ def test_the_header_says_of_what_and_with_what(run, undrawn):
     )
     for path in run.glob("stages/*/stage.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"versions": {"jaxrlhf": "0.1.0", "jax": "0.10.2"}}))
-    said = "data: pairs.jsonl · model: llama from scratch, 2 layers of 48 · jaxrlhf 0.1.0 · jax 0.10.2 · last stage finished 2026-01-01"
+    said = "data: pairs.jsonl · model: llama from scratch, 48 wide and 2 deep · jaxrlhf 0.1.0 · jax 0.10.2 · last stage finished 2026-01-01"
     assert said in report([run]).html
 
 
@@ -353,7 +359,7 @@ def test_an_unfinished_run_shows_what_is_there(make_run, tmp_path):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "policy", "round": 2, "step": 7, "kl/pen')  # a line that is being written
     done = report([folder])
-    assert "Unfinished: 1 of 2 rounds. The same `jaxrlhf run` goes on from here." in done.html
+    assert "Unfinished: round 1 of 2 is done. The same `jaxrlhf run` goes on from here." in done.html
     assert "last heard from: policy of round 1, step 2" in done.html
     names = {figure.name for figure in done.figures}
     assert "gold_kl" in names and "drift_scale" not in names and "Needs a refit, and valid_scores.npy" in done.html

@@ -16,6 +16,7 @@ from jaxrlhf.formatting import format_duration
 from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.pipeline.table import read_summaries
 from jaxrlhf.recipe import ConfigError, from_mapping
+from jaxrlhf.report.arms import COLUMNS, collect
 from jaxrlhf.storage.record import read_record
 from jaxrlhf.sweep import sweep as module
 from jaxrlhf.sweep.sweep import failure_lines, jobs_of, read_sweep, seconds_left, seeds_of, sweep
@@ -87,7 +88,7 @@ def test_a_run_that_fails_is_recorded_and_the_others_go_on(finished, capsys):
     assert [run.error for run in failed] == [f"RuntimeError: no update for seed {seed}" for seed in (0, 1)]
     assert "raise RuntimeError" in (Path(failed[0].folder) / "error.txt").read_text()
     said = failure_lines(done)
-    assert "2 of 8 runs failed" in said[0] and "the same command" in said[0] and "seed 1, broken: RuntimeError" in said[2]
+    assert "runs that failed: 2 of 8" in said[0] and "the same command" in said[0] and "seed 1, broken: RuntimeError" in said[2]
 
 
 def test_the_table_follows_the_summaries(finished):
@@ -104,6 +105,8 @@ def test_the_table_follows_the_summaries(finished):
         "broken": 96,
         "retrain": 96,
     }
+    shown = {arm.name: [COLUMNS[-1].of(view) for view in arm.views] for arm in collect([finished]).arms}  # of all stages, in the report
+    assert shown["retrain"] == pytest.approx([run["figures"]["seconds"] for run in body["runs"] if run["arm"] == "retrain"])
     assert (finished / "sweep.md").exists() and not (finished / "figures").exists()  # `jaxrlhf report` draws
 
 

@@ -70,6 +70,13 @@ def test_differences_are_paired_over_the_seeds_both_have(three):
     assert apart.difference("b") is None and "above" not in " ".join(findings(apart))
 
 
+def test_seeds_that_do_not_vary_are_not_exact():
+    """0 of 20 wins at both seeds: no ± that says 0, in the table and under it."""
+    page = as_markdown(a_sweep(*(done(seed, arm, 0.0, 1.0 + seed, win=0.0) for seed in (0, 1) for arm in ("a", "b"))))
+    assert "± 0.00 " not in page and "± 0 |" not in page and "1.50 ± 0.50" in page, page
+    assert "| +0.00 |" in page and "all alike, which does not make the figure exact" in page
+
+
 def test_sft_is_no_round_that_can_be_best():
     assert a_sweep(done(0, "a", 9.0, 1.0, 2.0)).estimate("a", "peak").mean == 2.0
 
@@ -150,7 +157,7 @@ def test_arms_that_have_come_unequally_far_are_not_compared():
 def test_failed_and_pending_runs_are_not_in_the_table_and_are_named():
     sweep = a_sweep(done(0, "a", 0.0, 1.0), Run(0, "b", "failed", error="ValueError: no"), Run(1, "a", "pending"))
     text = findings(sweep)
-    assert text[0] == "seed 0, b failed and is not in the table: ValueError: no" and text[1] == "1 of 3 runs are not finished yet."
+    assert text[0] == "seed 0, b failed and is not in the table: ValueError: no" and text[1] == "Runs not finished yet: 1 of 3."
     assert sweep.estimate("b", "gold") is None and sweep.estimate("a", "gold").n == 1
     assert "| b | 0 | – |" in as_markdown(sweep)
 
@@ -169,11 +176,11 @@ def printed(sweep, width) -> str:
 def test_the_screen_shows_as_many_columns_as_fit(three):
     wide, narrow = printed(three, 120), printed(three, 60)
     assert max(map(len, wide.splitlines())) <= 120 and max(map(len, narrow.splitlines())) <= 60
-    for cell in ("2.00 ± 0.58", "+0.50 ± 0.50", "50 ± 10", "0.500 ± 0.000", "win rate", "optimizer + critic", "SFT, β 0.05"):
+    for cell in ("2.00 ± 0.58", "+0.50 ± 0.50", "50 ± 10", "0.500", "win rate", "optimizer + critic", "SFT, β 0.05"):
         assert cell in wide, cell
     assert "2.00 ± 0.58" in narrow and "+0.50 ± 0.50" in narrow and "win rate" not in narrow.split("Mean ±")[0]
     said = " ".join(narrow.split())
-    assert "too narrow for s, RM fits" in said and "win rate" in said.split("too narrow")[1]
+    assert "too narrow for s; RM fits" in said and "win rate" in said.split("too narrow")[1]
     every = printed(three, 200)
     assert "too narrow" not in every and "best round" in every
 

@@ -275,7 +275,7 @@ def _layout(config: BertConfig) -> Iterator[Entry]:
 
 def _read(folder: Path, config: BertConfig, mesh: Any) -> Params:
     """Parameters on the mesh. ValueError for tensors that are missing, unknown or of another shape."""
-    rng.check_widths()
+    rng.check_flags()
     read = TensorReader(folder)
     names = {plain_name(name): name for name in read.files}
     prefix = next((prefix for prefix in _PREFIXES if prefix + _FIRST in names), "")

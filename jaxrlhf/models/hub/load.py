@@ -46,7 +46,7 @@ def load(
 
     ValueError: a family, setting or dtype that is not supported; tensors missing, unknown or of another shape; a new head without key.
     """
-    rng.check_widths()
+    rng.check_flags()
     check_head(head)
     folder = resolve(source)
     config = read_config(folder)

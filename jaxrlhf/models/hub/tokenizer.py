@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.data.chat import eos_ids_of
+from jaxrlhf.data.chat import checked_template, eos_ids_of
 from jaxrlhf.data.tokens import tokenizer_fingerprint
 from jaxrlhf.files import DamagedFile
 from jaxrlhf.models.hub.loaded import Loaded, stated_eos_ids
@@ -25,7 +25,7 @@ def read_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder, or None where it has no tokenizer files. Never runs code from the folder.
 
     A folder with tokenizer.json alone does not say which token ends a text; config.json does, and is asked. ValueError where a folder that
-    `save_tokenizer` wrote gives other ids now.
+    `save_tokenizer` wrote gives other ids now, and where a chat template is no Jinja.
     """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
@@ -50,6 +50,11 @@ def read_tokenizer(folder: Path) -> Any:
         first = stated[0] if isinstance(stated, list) and stated else stated
         if isinstance(first, int) and 0 <= first < len(tokenizer):
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first)
+    own = folder / "chat_template.jinja"  # else it is a key of the config, or several by name are
+    where = own if own.is_file() else f"chat_template of {folder / 'tokenizer_config.json'}"
+    template = tokenizer.chat_template or {}
+    for one in template.values() if isinstance(template, dict) else (template,):
+        checked_template(one, str(where))
     for text, ids in (read_json(folder / SAVED_IDS) if (folder / SAVED_IDS).is_file() else {}).items():
         if (found := _ids(tokenizer, text)) != ids:
             raise ValueError(

@@ -99,6 +99,8 @@ class RunContext:
             self.log.note(f"{stage.name}: finished before ({done.record['seconds']:.0f} s), taken from {done.place}")
             if done.metrics is not None:
                 self.log.replay(done.metrics, name, round=round)
+        if (said := kept_look(done)) is not None:
+            self.log.note(f"note: {said}")
         self.store.link(done, self.folder, len(self.stages), standalone=self.config.standalone)
         self.stages.append(done)
         if distributed.is_leader():
@@ -249,6 +251,13 @@ def with_best(state: TrainState, kept: Checkpoints | None, mesh: Any) -> TrainSt
     assert found is not None
     best = sharding.uncommitted(found[0], mesh)
     return replace(state, step=best.step, params=best.params)
+
+
+def kept_look(done: Done) -> str | None:
+    """Which step `load_best_model_at_end` went on with, where that is not the last."""
+    result = done.record["result"] or {}
+    step, steps = result.get("kept_step"), result.get("steps")
+    return None if step in (None, steps) else f"{done.name} goes on with step {step} of {steps}, its best look (load_best_model_at_end)."
 
 
 def add_model(loaded: Loaded, folder: Path) -> None:

@@ -72,7 +72,7 @@ def refit_stage(run: RunContext, since: RefitInputs) -> Done:
 def decision_text(number: int, result: dict[str, Any]) -> str:
     """The decision in words."""
     value = "cannot be measured" if result["value"] is None else f"{result['value']:.3g} (threshold {result['threshold']:.3g})"
-    forced = f", {result['rounds']} rounds since the last" if result["forced"] else ""
+    forced = f", rounds since the last: {result['rounds']}" if result["forced"] else ""
     return f"round {number}: {MEASURES[result['when']].what} {value}{forced}: {'refit' if result['due'] else 'no refit'}"
 
 

@@ -45,7 +45,7 @@ def tokenizer_stage(run: RunContext) -> Done:
         "model": None if config.tokenizer.source else inputs.tokenizer_identity(config.model.source),
         "data": inputs.data_identity(config) if trained else config.data.train,
     }
-    return run.build(Stage("tokenizer", "data", "tokenizer", slice_), build)
+    return run.build(Stage("tokenizer", "data", "tokenizer", slice_, version=2), build)
 
 
 def given_tokenizer(config: Config) -> Any:

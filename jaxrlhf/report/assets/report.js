@@ -50,7 +50,7 @@
       [...new Set(of.map((r) => r[index.round]))].sort((a, b) => a - b).forEach((n) => option(roundBox, String(n), n === 0 ? "SFT" : String(n)));
       roundBox.value = [...roundBox.options].some((o) => o.value === kept) ? kept : "";
     };
-    const number = (x, digits) => (x === null ? "–" : x.toFixed(digits).replace("-", "−"));
+    const number = (x, digits) => (x === null ? "–" : x.toFixed(digits));
     const cell = (row, text, cls) => { const td = row.insertCell(); if (cls) td.className = cls; td.textContent = text; return td; };
     const long = (row, text) => { const td = row.insertCell(); td.className = "text"; const div = document.createElement("div"); div.className = "cut"; div.textContent = text === null ? "–" : text === "" ? "(empty)" : text; td.append(div); };
 
