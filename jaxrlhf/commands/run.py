@@ -6,6 +6,7 @@ import logging
 from jaxrlhf import distributed
 from jaxrlhf.distributed.cluster import requested_group
 from jaxrlhf.distributed.launch import watched
+from jaxrlhf.distributed.stops import heard
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,8 @@ def main(options: argparse.Namespace) -> int:
 
     if not distributed.is_leader():
         logging.getLogger().setLevel(logging.ERROR)  # the leader logs it
-    folder = run(config, until=None if options.command == "run" else options.command)
+    with heard():
+        folder = run(config, until=None if options.command == "run" else options.command)
     if not distributed.is_leader():
         pass
     elif options.command == "run":

@@ -5,6 +5,7 @@ import sys
 
 from jaxrlhf.commands.recipe_arguments import config_of
 from jaxrlhf.commands.usage import EPILOG
+from jaxrlhf.distributed.stops import heard
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,8 @@ def main(options: argparse.Namespace) -> int:
     from jaxrlhf.sweep.sweep import failure_lines, read_sweep, seeds_of, sweep  # here: --help and a wrong recipe need no models
     from jaxrlhf.sweep.table import show
 
-    folder = sweep(config, seeds_of(options.seeds))
+    with heard():
+        folder = sweep(config, seeds_of(options.seeds))
     done = read_sweep(folder)
     show(done)
     print(f"sweep folder: {folder}")

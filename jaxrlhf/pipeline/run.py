@@ -1,5 +1,6 @@
 """All stages of a run, in order, into a run folder."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from jaxrlhf import distributed, sharding
@@ -17,12 +18,15 @@ from jaxrlhf.storage.run_folder import check_places, folder_of, open_run, publis
 UNTIL = ("sft", "reward", "ppo")  # where a single-stage command stops; the latter two in round 1
 
 
-def run(config: Config | str | Path, *, until: str | None = None, log: RunLog | None = None) -> Path:
+def run(
+    config: Config | str | Path, *, until: str | None = None, log: RunLog | None = None, context: Callable[..., RunContext] = RunContext
+) -> Path:
     """Run a config (or the recipe at a path), or all its arms one after the other; the run folder.
 
     Finished stages are found again by what they depend on: a run that was stopped goes on from its last finished stage, inside that
     stage from its last checkpoint, and arms share what they have in common. `until`: stop after "sft", or after "reward" or "ppo" of
-    round 1. Raises ConfigError, DataError and the like before anything is compiled where the config or the data cannot work.
+    round 1. `context` makes what the stages are given. Raises ConfigError, DataError and the like before anything is compiled where the
+    config or the data cannot work.
 
     Of several processes that work as one (`jaxrlhf.distributed.group.start`) all call it with the same arguments; one writes and logs.
     """
@@ -41,11 +45,11 @@ def run(config: Config | str | Path, *, until: str | None = None, log: RunLog | 
         if distributed.is_leader():
             write_whole(folder / "config.yaml", to_yaml(config))
     for one in arms(config).values():
-        _run_one(one, until, log)
+        _run_one(one, until, log, context)
     return folder
 
 
-def _run_one(config: Config, until: str | None, log: RunLog | None) -> None:
+def _run_one(config: Config, until: str | None, log: RunLog | None, context: Callable[..., RunContext]) -> None:
     folder = folder_of(config)
     leads = distributed.is_leader()
     open_run(config)
@@ -59,7 +63,7 @@ def _run_one(config: Config, until: str | None, log: RunLog | None) -> None:
     if replaces:
         own.note(f"note: {folder} held another config's run, whose summary and links this one replaces; its stages stay in {store.root}")
     try:
-        run = RunContext(config, store, folder, own, mesh)
+        run = context(config, store, folder, own, mesh)
         walk_through(run, until)
         if until is None:
             run.tidy(metrics=log is None)  # a log that was given may hold other runs

@@ -14,10 +14,12 @@ from jaxrlhf import distributed, rng, sharding
 from jaxrlhf.algorithms.training import HeldOut
 from jaxrlhf.config import Config
 from jaxrlhf.data.read_report import ReadReport
+from jaxrlhf.distributed.stops import Looks, Stopped
 from jaxrlhf.evaluation.guards import Guards, line_figures
 from jaxrlhf.models.hub import Loaded, load, save
 from jaxrlhf.monitoring.recompiles import CompileWatch, ignore_compilations
 from jaxrlhf.monitoring.runlog import RunLog, StageLog
+from jaxrlhf.storage.blocks import NOWHERE, Blocks
 from jaxrlhf.storage.checkpoint import Checkpoints
 from jaxrlhf.storage.run_folder import publish
 from jaxrlhf.storage.stage import Done, Stage
@@ -50,6 +52,7 @@ class RunContext:
     mesh: Any
     stages: list[Done] = field(default_factory=list)
     logged: set[tuple[str, int | None]] = field(default_factory=set)  # (stage, round) of the lines in metrics.jsonl that are this run's
+    blocks: Blocks = NOWHERE  # where the passes of the stage in work keep what they have computed
     guards: Guards = field(init=False)
 
     def __post_init__(self) -> None:
@@ -87,7 +90,9 @@ class RunContext:
 
         name = stage.name.removeprefix(f"r{round}-")  # what it logs under
         self.logged.add((name, round))
+        self.blocks = self.store.blocks(stage)
         done = self.store.build(stage, whole, keep_state=keep_state)
+        self.blocks.remove()
         if done.cached:
             self.log.note(f"{stage.name}: finished before ({done.record['seconds']:.0f} s), taken from {done.place}")
             if done.metrics is not None:
@@ -107,6 +112,10 @@ class RunContext:
     def watch(self) -> CompileWatch | None:
         """What notices compilations in the middle of a loop (log.recompiles)."""
         return None if self.config.log.recompiles == "off" else CompileWatch(self.config.log.recompiles, widths=self.config.data.bucket)
+
+    def kept(self, what: str, *, round: int | None = None, tokens: int = 0) -> dict[str, Any]:
+        """The blocks and the progress of a pass of the stage in work, as the passes over tables take them; `what` names it in the stage."""
+        return {"blocks": self.blocks.of(what), "progress": self.progress(what, round=round, tokens=tokens)}
 
     def progress(self, what: str, *, round: int | None = None, tokens: int = 0) -> Progress:
         """What a pass over a table reports its batches (of so many `tokens`) to, from (0, total) on: shown, and not kept."""
@@ -167,14 +176,16 @@ class RunContext:
     ) -> TrainState:
         """Run `loop(state, start)` to `steps`, from its last checkpoint where the stage was stopped before. `state` is used up.
 
-        `tokens` is how many a step works on. The final state is on disk too: what the stage does after its training may be stopped as well.
+        `tokens` is how many a step works on. The state is saved as the config's `checkpoint` says, at the last step (what the stage does
+        after its training may be stopped as well), and where the run is told to stop: then Stopped is raised.
         With `held_out` it is watched, at the last step in any case, and may return the parameters of its best look, with that `step`.
         """
         if steps == 0:
             return state
         checkpoint, place = self.config.checkpoint, self.store.state(folder)
         best = Checkpoints(f"{place}/best", keep=1, whole=place) if held_out is not None and held_out.best else nullcontext()
-        with Checkpoints(place, keep=checkpoint.keep) as checkpoints, best as kept:
+        looks = Looks(checkpoint.minutes, checkpoint.every, steps)
+        with looks, Checkpoints(place, keep=checkpoint.keep) as checkpoints, best as kept:
             found = checkpoints.restore(sharding.template(state, self.mesh))
             if found is not None:
                 jax.tree.map(lambda x: x.delete(), state)  # as the first step would: going on needs no more memory than starting
@@ -190,19 +201,24 @@ class RunContext:
                 for n, (new, metrics) in enumerate(loop(state, start), start=start + 1):
                     state = new
                     stage.dispatched(n)
-                    looks = None if held_out is None or (n % held_out.every and n != steps) else held_out
-                    if looks is not None:
+                    watched = None if held_out is None or (n % held_out.every and n != steps) else held_out
+                    if watched is not None:
                         stage.phase("held-out rows")
-                        metrics = metrics | look(looks, n, state, kept)
-                    if looks is not None or n % self.config.log.every == 0 or n == steps:
+                        metrics = metrics | look(watched, n, state, kept)
+                    if watched is not None or n % self.config.log.every == 0 or n == steps:
                         stage.step(n, metrics, tokens=tokens * (n - logged))
                         logged = n
-                    if n % checkpoint.every == 0 or n == steps:
+                    save, stop = looks.at(n)
+                    if save:
                         stage.flush()  # a run that goes on from here will not take this step again
                         if kept is not None:
                             kept.wait()  # nor look at it
                         self.saving(folder)
                         checkpoints.save(n, state, self.store.spent(folder))
+                        looks.saved()
+                    if stop is not None:
+                        checkpoints.wait()
+                        raise Stopped(stop, f"{name if round is None else f'round {round} {name}'} is saved at step {n} of {steps}")
             return with_best(state, kept, self.mesh)
 
 
