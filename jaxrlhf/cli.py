@@ -5,6 +5,7 @@ import ast
 import importlib
 import logging
 import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -12,20 +13,24 @@ from pathlib import Path
 from jaxrlhf import distributed
 from jaxrlhf.commands.usage import HELP, RUN_COMMANDS, USAGE
 from jaxrlhf.distributed.cluster import check_alone
+from jaxrlhf.distributed.launch import LAUNCHED
+from jaxrlhf.distributed.stops import Stopped
 from jaxrlhf.distributed.watchdog import STATUS_OF_OTHERS
 from jaxrlhf.monitoring.output import shown_output
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn that torch is missing
 
-RECIPE_COMMANDS = (*RUN_COMMANDS, "sweep", "plan")  # take a recipe and --section.key VALUE
+RECIPE_COMMANDS = (*RUN_COMMANDS, "sweep", "plan", "verify-resume")  # take a recipe and --section.key VALUE
 # Command → its module in jaxrlhf.commands.
 COMMANDS = dict.fromkeys(RUN_COMMANDS, "run") | {
-    name: name for name in ("sweep", "plan", "embed", "nearest", "generate", "evaluate", "report", "verify", "launch")
+    name: name.replace("-", "_")
+    for name in ("sweep", "plan", "verify-resume", "embed", "nearest", "generate", "evaluate", "report", "verify", "launch")
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0; 1 with a message on standard error; 2 for a command that cannot be parsed; 141 where who read it went away.
+    """The exit status: 0; 1 with a message on standard error; 2 for a command that cannot be parsed; 143 or 130 for one told to stop; 141
+    where who read its output went away.
 
     Whatever becomes of standard output and error, the command goes on to its end and its results are complete.
     """
@@ -52,9 +57,11 @@ def _main(argv: list[str]) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # for `module:attribute` in the current folder; last, so that it hides no installed module
     try:
-        if COMMANDS[argv[0]] != "run":
+        if COMMANDS[argv[0]] not in ("run", "verify_resume"):
             check_alone(argv[0])
         return _command(argv[0], argv[1:])
+    except Stopped as stop:
+        return _stopped(stop, shlex.join(["jaxrlhf", *argv]))
     except KeyboardInterrupt:
         message = "stopped; the same command goes on from the last finished stage, or from a checkpoint inside one."
         print(f"\n{message}", file=sys.stderr)
@@ -80,6 +87,17 @@ def _command(command: str, argv: list[str]) -> int:
         return 2
     options, overrides = parser.parse_known_args(argv[1:])
     return module.main(argparse.Namespace(command=command, recipe=argv[0], overrides=overrides, **vars(options)))
+
+
+def _stopped(stop: Stopped, command: str) -> int:
+    """Say what goes on from where, and return the exit status: 143 for SIGTERM, 130 for Ctrl-C."""
+    where = "the last finished stage, or from a checkpoint inside one" if stop.where is None else "there"
+    message = f"{stop.signal}: {stop.where or 'stopped at once'}. The same command goes on from {where}"
+    print(f"\njaxrlhf: {message}{'.' if LAUNCHED in os.environ else f':{chr(10)}  {command}'}", file=sys.stderr)
+    if stop.where is None:
+        distributed.abort(stop.code, message)
+    distributed.finish()  # all stop at the same step
+    return stop.code
 
 
 def _failed(error: Exception) -> int:

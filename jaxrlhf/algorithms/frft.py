@@ -28,6 +28,7 @@ from jaxrlhf.offline.select import NAMES, keep_flags, select, similarity_header,
 from jaxrlhf.offline.select import random_subset as drawn_at_random
 from jaxrlhf.offline.vectors import embed_cached
 from jaxrlhf.rollouts.dataset import Sampling, renumbered, sample_texts
+from jaxrlhf.storage.blocks import NOWHERE, Blocks
 from jaxrlhf.types import Progress, PromptBatch
 
 SIDES, RANDOM = ("chosen", "rejected"), "random"
@@ -46,7 +47,8 @@ class Filter(NamedTuple):
     """Pairs and the policy's texts they are compared with: what the filter of a round and that of files have in common.
 
     `answers` is what the policy wrote to `prompts`, `own_N` the number of the answer to each pair's own prompt (None: every response is
-    compared with all answers), `embedding` the keywords of `embed_cached`, `progress(what)` what a pass reports to.
+    compared with all answers), `embedding` the keywords of `embed_cached`, `progress(what)` what a pass reports to, `blocks` where one
+    keeps what it has found.
     """
 
     section: FilterConfig
@@ -57,6 +59,7 @@ class Filter(NamedTuple):
     embedding: dict[str, Any]
     mesh: Any
     progress: Callable[[str], Progress | None]
+    blocks: Blocks = NOWHERE
 
     def similarities(self) -> dict[str, np.ndarray]:
         """{"chosen_similarity", "rejected_similarity"}: cosines of both sides with the policy's texts, float32 [N]."""
@@ -66,7 +69,7 @@ class Filter(NamedTuple):
             if self.own_N is not None:
                 found[f"{side}_similarity"] = own_similarity(vectors, answers[self.own_N])
             else:
-                how = {"mesh": self.mesh, "progress": self.progress(f"comparing {side} responses")}
+                how = {"mesh": self.mesh, "blocks": self.blocks, "progress": self.progress(f"comparing {side} responses")}
                 found[f"{side}_similarity"] = nearest_similarity(vectors, answers, k=self.section.k, **how)
         return found
 
@@ -82,12 +85,16 @@ class Filter(NamedTuple):
 
     def report(self, similar: dict[str, np.ndarray], kept: np.ndarray, folder: str | Path, **facts: Any) -> dict[str, Any]:
         """Write what the filter did to the data to `folder`; `facts` are further keywords of `filter_report`."""
-        near = self.own_N if self.own_N is not None else nearest_index(self._vectors("chosen"), self._vectors(), mesh=self.mesh)
+        near = self.own_N if self.own_N is not None else self._nearest()
         said = {name: getattr(self.section, name) for name in ("rule", "n", "threshold", "compare", "k")}
         chosen, rejected = (similar[f"{side}_similarity"] for side in SIDES)
         report = filter_report(self.pairs, chosen, rejected, kept, generations=self.answers, nearest_N=near, **said | facts)
         write_filter_report(report, folder)
         return report
+
+    def _nearest(self) -> np.ndarray:
+        how = {"mesh": self.mesh, "blocks": self.blocks.of("index"), "progress": self.progress("finding the nearest")}
+        return nearest_index(self._vectors("chosen"), self._vectors(), **how)
 
     def _ids(self) -> list[str]:
         return [pair.id for pair in self.pairs]
@@ -135,7 +142,7 @@ def similarities(context: RoundContext, pairs: Pairs) -> tuple[Filter, dict[str,
     facts |= {"max_new_tokens": _max_new_tokens(context), **{name: getattr(section, name) for name in SAMPLED}}
     answers = _kept_on_disk(context.columns / f"texts-{fingerprint(facts)}.json", lambda: _answers(context, asked))
     embedding = {"folder": context.columns / "embeddings", "batch_size": encoder.batch_size, **encoder_options(encoder)}
-    here = Filter(section, pairs.rows, asked.prompts, answers, asked.own_N, embedding, context.mesh, context.progress)
+    here = Filter(section, pairs.rows, asked.prompts, answers, asked.own_N, embedding, context.mesh, context.progress, context.blocks)
     header = similarity_header(
         section,
         dataset=dataset_hash(pairs.rows),
@@ -203,7 +210,7 @@ def _answers(context: RoundContext, asked: FilterPrompts) -> list[str]:
         Sampling.of(context.policy, max_new_tokens=_max_new_tokens(context), **how),
         batch_size=section.batch_size,
         mesh=context.mesh,
-        progress=context.progress("what the policy writes now"),
+        **context.kept("what the policy writes now"),
     )
     return texts
 

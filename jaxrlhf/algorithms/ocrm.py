@@ -32,7 +32,7 @@ def importance_weighted(context: RoundContext, pairs: Pairs) -> tuple[Pairs, np.
             model_hash=model_hash,
             tokenizer=model.tokenizer,
             mesh=context.mesh,
-            progress=context.progress(f"log-probs under {name}"),
+            **context.kept(f"log-probs under {name}"),
             **logps_read(context.config),
         )
         for model, model_hash, name in ((context.policy, context.policy_hash, "the policy"), (context.sft, context.sft_hash, "π_SFT"))

@@ -131,7 +131,7 @@ def sides(pairs: PairBatch) -> Iterator[TextBatch]:
         yield TextBatch(pairs.prompt_BL, pairs.prompt_mask_BL, response, mask, pairs.row_mask_B, pairs.index_B)
 
 
-def score_pairs(model: Model, params: Params, pairs: PairBatch, *, batch_size: int, mesh: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(chosen_N, rejected_N) scores; the bias cancels in whatever one does with them."""
-    chosen, rejected = (score_responses(model, params, texts, batch_size=batch_size, mesh=mesh) for texts in sides(pairs))
+def score_pairs(model: Model, params: Params, pairs: PairBatch, **how: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(chosen_N, rejected_N) scores; the bias cancels in whatever one does with them. `how` as `score_responses` takes it."""
+    chosen, rejected = (score_responses(model, params, texts, **how) for texts in sides(pairs))
     return chosen, rejected

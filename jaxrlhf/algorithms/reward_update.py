@@ -19,6 +19,7 @@ from jaxrlhf.data.columns import fingerprint
 from jaxrlhf.data.pairs import Pair, Prompt
 from jaxrlhf.files import read_json, write_whole
 from jaxrlhf.models.hub import Loaded
+from jaxrlhf.storage.blocks import NOWHERE, Blocks
 from jaxrlhf.types import PairBatch
 
 
@@ -46,7 +47,8 @@ class RoundContext:
     `folder` is the update's own stage folder: what it writes there is kept with the run. `report` adds to its report.json, whose
     numbers reach the run's metrics as weights/NAME, and "ess", "ess_fraction" and "eta" its summary. "needs_sampler": true there says
     that the weights take `sft` for the sampler of the pairs, and the run notes where it is not. `progress(what)` gives what a
-    pass reports (batches done, of all) to. `columns` is the folder of precomputed columns, shared by rounds, arms and runs;
+    pass reports (batches done, of all) to, `blocks` is where it keeps them until the update is finished, and `kept(what)` is both as
+    keywords of our passes. `columns` is the folder of precomputed columns, shared by rounds, arms and runs;
     `policy_hash` and `sft_hash` name the two models there. `prompts` reads the run's PPO prompts; `kept_before` are the ids of the
     pairs the last update kept, None where there was none.
     """
@@ -63,9 +65,14 @@ class RoundContext:
     sft_hash: str
     mesh: Any = None
     progress: Callable[[str], Callable[[int, int], None] | None] = lambda what: None
+    blocks: Blocks = NOWHERE
     prompts: Callable[[], list[Prompt]] = list
     kept_before: frozenset[str] | None = None
     fingerprint = staticmethod(fingerprint)  # of a dict (JSON): a short name for a folder under `columns`
+
+    def kept(self, what: str) -> dict[str, Any]:
+        """Blocks and progress of a pass, as the passes over tables take them; `what` names it in the update."""
+        return {"blocks": self.blocks.of(what), "progress": self.progress(what)}
 
     def report(self, facts: Mapping[str, Any]) -> None:
         """Add `facts` (JSON) to what the update reports of itself."""

@@ -88,7 +88,7 @@ def sampled(context: RoundContext) -> Drawn:
         Sampling.of(policy, max_new_tokens=context.config.ppo.response_length, temperature=section.temperature),
         batch_size=section.batch_size,
         mesh=context.mesh,
-        progress=context.progress("what the policy writes now"),
+        **context.kept("what the policy writes now"),
     )
     n = section.num_samples
     return Drawn(prompts, texts, [said[start : start + n] for start in range(0, len(said), n)])
@@ -111,11 +111,14 @@ def _judge(context: RoundContext, drawn: Drawn) -> tuple[Same, dict[str, Any]]:
         options = encoder_options(encoder)
         texts = list(dict.fromkeys(text for texts in drawn.texts for text in texts))
         progress = context.progress("embedding what the policy writes")
-        vectors = embed_texts(texts, batch_size=encoder.batch_size, mesh=context.mesh, progress=progress, **options)
+        how = {"batch_size": encoder.batch_size, "mesh": context.mesh, "progress": progress}
+        kept = context.blocks.of("vectors", texts)
+        (vectors,) = kept.collect(1, lambda _: iter([(embed_texts(texts, **how, **options),)]))
         record = {"clusters": "embeddings", "encoder": encoder_identity(**options)._asdict()}
         return same_by_vectors(texts, vectors, section.similarity), record
     classifier = load_classifier(section.nli, mesh=context.mesh)
-    entails = entailment(classifier, batch_size=encoder.batch_size, mesh=context.mesh, progress=context.progress)
+    how = {"batch_size": encoder.batch_size, "mesh": context.mesh, "progress": context.progress, "blocks": context.blocks}
+    entails = entailment(classifier, **how)
     contexts, cut = fitting_contexts(classifier, [row.prompt for row in drawn.prompts], drawn.texts)
     named = {"files": folder_hash(encoder_folder(section.nli)), "source": section.nli, "labels": list(classifier.labels)}
     return same_by_entailment(contexts, entails), {"clusters": "nli", "nli": named, "prompts_cut": cut}
@@ -126,6 +129,7 @@ def _scores(context: RoundContext, table: TextBatch, rows_K: np.ndarray, n: int)
     reward = context.reward
     responses = take(table, (rows_K[:, None] * n + np.arange(n)).ravel())
     options = {"batch_size": context.config.reward.eval_batch_size, "mesh": context.mesh, "bias": reward_bias(reward)}
+    options["blocks"] = context.blocks.of("scores")
     return score_responses(reward.model, reward.params, responses, **options).reshape(-1, n)
 
 

@@ -1,6 +1,7 @@
 """`jaxrlhf launch`: several processes of one run on this machine."""
 
 import argparse
+import shlex
 import shutil
 import sys
 
@@ -36,4 +37,5 @@ def main(options: argparse.Namespace) -> int:
             f"--processes {options.processes} on a machine with GPUs: each process would take all of them; give --devices_per_process."
         )
     command = [sys.executable, "-m", "jaxrlhf.cli", *options.command]
-    return launch(command, options.processes, options.devices_per_process, grace=options.grace)
+    again = shlex.join(["jaxrlhf", *sys.argv[1:]])
+    return launch(command, options.processes, options.devices_per_process, grace=options.grace, again=again)

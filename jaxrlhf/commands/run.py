@@ -7,6 +7,7 @@ from jaxrlhf import distributed
 from jaxrlhf.commands.usage import add_changing_arguments
 from jaxrlhf.distributed.cluster import requested_group
 from jaxrlhf.distributed.launch import watched
+from jaxrlhf.distributed.stops import heard
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +40,8 @@ def main(options: argparse.Namespace) -> int:
             print(dry_run(config, until))
         distributed.finish()
         return 0
-    folder = run(config, until=until, replace=options.replace)
+    with heard():
+        folder = run(config, until=until, replace=options.replace)
     if not distributed.is_leader():
         pass
     elif options.command == "run":

@@ -5,6 +5,7 @@ import sys
 
 from jaxrlhf.commands.recipe_arguments import config_of
 from jaxrlhf.commands.usage import EPILOG, add_changing_arguments
+from jaxrlhf.distributed.stops import heard
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,8 @@ def main(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(dry_run(config, seeds_of(options.seeds)))
         return 0
-    folder = sweep(config, seeds_of(options.seeds), replace=options.replace)
+    with heard():
+        folder = sweep(config, seeds_of(options.seeds), replace=options.replace)
     page = write_report(folder)
     done = read_sweep(folder)
     show(done)

@@ -8,6 +8,7 @@ jaxrlhf sweep CONFIG.yaml --seeds 5 [--…]           every arm at the seeds 0 t
 jaxrlhf sft | reward | ppo CONFIG.yaml [--…]        the stages up to that one (of round 1)
   … --dry_run | --replace                           of all these: print the stages and build none; replace another recipe's results
 jaxrlhf plan CONFIG.yaml [--devices 8] [--device h100] [--…]   memory and time of every phase, nothing run or fetched
+jaxrlhf verify-resume CONFIG.yaml [--steps 4] [--…] whether a training that is killed half-way goes on to the same bits
 jaxrlhf embed | nearest DATA --output FOLDER        vectors of preference pairs; the pairs nearest to a policy's text
 jaxrlhf generate FOLDER [PROMPT …] [--file F]       sample from a policy
 jaxrlhf evaluate A [B] --gold … | --judge MODEL     policies, stored responses or references against each other

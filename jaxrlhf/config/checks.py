@@ -75,6 +75,9 @@ def _out_of_range(config: Config) -> Iterator[str]:
     yield from _refit_out_of_range(config)
     if config.evaluation.temperature < 0:
         yield f"evaluation.temperature is {config.evaluation.temperature}; it must be at least 0 (0 is greedy)."
+    minutes = config.checkpoint.minutes
+    if minutes is not None and not minutes > 0:
+        yield f"checkpoint.minutes is {minutes}; it must be above 0 (null: checkpoints by steps alone, checkpoint.every)."
     if not 0 <= weights.alpha < 1:
         yield f"weights.alpha is {weights.alpha}; the relative ratio needs 0 ≤ alpha < 1."
     if weights.temperature <= 0:

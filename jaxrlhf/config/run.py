@@ -36,9 +36,12 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """When a training saves its state: as `minutes` or `every` says, at its last step, and when it is told to stop."""
+
     __pydantic_config__ = STRICT
 
-    every: int = 500  # steps of a stage; a stopped stage resumes from its last checkpoint
+    minutes: float | None = 10.0  # between two checkpoints; None: at steps alone
+    every: int | None = None  # steps of a stage; None: by time alone
     keep: int = 2  # the newest so many; where the last is damaged, the stage goes on from the one before
     on_nonfinite: Literal["stop", "skip"] = "stop"  # where loss or gradient is not finite; skip: leave that step out and go on
     max_nonfinite: int = 3  # skip: so many such steps in a row stop it all the same

@@ -66,9 +66,9 @@ def endless_batches(table: Table, batch_size: int, *, seed: int, name: str, buck
         yield replace(batch, index_B=numbers.astype(np.int32))
 
 
-def evaluation_batches(table: Table, batch_size: int, *, bucket: int = 0) -> Iterator[Table]:
-    """Every row once, in order; the last batch is filled with rows whose `row_mask_B` is False."""
-    return batches(table, batch_size, seed=0, shuffle=False, bucket=bucket, epochs=1)
+def evaluation_batches(table: Table, batch_size: int, *, bucket: int = 0, start: int = 0) -> Iterator[Table]:
+    """Every row once, in order, from batch `start` on; the last batch is filled with rows whose `row_mask_B` is False."""
+    return batches(table, batch_size, seed=0, shuffle=False, bucket=bucket, start=start, epochs=1)
 
 
 def batches_per_epoch(table: Table, batch_size: int) -> int:

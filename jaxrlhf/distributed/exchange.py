@@ -78,3 +78,5 @@ def barrier(name: str) -> None:
     """Return once all processes are here. All call it, in the same order."""
     if count() > 1:
         coordinator_client().wait_at_barrier(f"jaxrlhf/barrier/{next(_numbers)}/{name}", PATIENCE_MS)
+        if is_leader():  # which alone sets them: all have read what was agreed before
+            coordinator_client().key_value_delete("jaxrlhf/agree")

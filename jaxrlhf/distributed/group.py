@@ -47,7 +47,7 @@ def start(
     patience.daemon = True
     patience.start()
     try:
-        # With the service JAX only records SIGTERM, and a process that a scheduler ends would go on until it is killed.
+        # Its notice is SIGTERM, which `stops` hears; with the service JAX would record it and go on until it is killed.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             group.coordinator,

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import IO
 
 from jaxrlhf.distributed.cluster import ENVIRONMENT
@@ -66,29 +67,35 @@ class Member:
         return list(self.lines)
 
 
-def launch(command: Sequence[str], processes: int, devices: int | None = None, *, grace: float = GRACE) -> int:
-    """Run `command` in `processes` processes that connect over the loopback device; the exit status of the group."""
+def launch(command: Sequence[str], processes: int, devices: int | None = None, *, grace: float = GRACE, again: str = "") -> int:
+    """Run `command` in `processes` processes that connect over the loopback device; the exit status of the group.
+
+    SIGTERM and Ctrl-C are passed on, and all are waited for; `again` is the command that goes on afterwards.
+    """
     port = free_port()
     members: list[Member] = []
-    interrupted = False
-    with terminations():
+    with passed_on(members) as told:
         try:
-            with _uninterrupted():
-                members += [Member(number, command, environment_of(number, processes, devices, port)) for number in range(processes)]
+            for number in range(processes):
+                members.append(Member(number, command, environment_of(number, processes, devices, port)))
+            for member in members if told else ():
+                member.signal(told[0])  # it came while they were started
             first = _first_to_fail(members)
         except KeyboardInterrupt:
-            interrupted, first = True, None
-            end(members, grace, signal.SIGINT)
-    if first is None:
+            first = members[0]
+            end(members, grace)
+    status = None if first is None else first.ended()
+    stopped = status in (128 + signal.SIGTERM, 128 + signal.SIGINT) or (bool(told) and (len(told) > 1 or status == -told[0]))
+    if stopped:
+        end(members, grace)
+    if first is None or stopped:
         for member in members:
             member.drained()
-    if interrupted:
-        print(
-            "\njaxrlhf: stopped; the same command goes on from the last finished stage, or from a checkpoint inside one.", file=sys.stderr
-        )
-        return 130
-    if first is None:
-        return 0
+        if not stopped:
+            return 0
+        where = "the last finished stage, or from a checkpoint inside one"
+        print(f"\njaxrlhf: stopped; the same command goes on from {where}{f': {again}' if again else '.'}", file=sys.stderr)
+        return 128 + told[0] if told else status or 1
     gone = exit_report(first, len(members))
     print(f"\njaxrlhf: {gone}{'' if gone.endswith(chr(10)) else ' '}The others are being ended.", file=sys.stderr, flush=True)
     started = time.monotonic()
@@ -185,27 +192,24 @@ def _all_ended(members: list[Member], seconds: float) -> bool:
 
 
 @contextmanager
-def terminations() -> Iterator[None]:
-    """SIGTERM ends the launcher as Ctrl-C does, so that it ends its processes."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def passed_on(members: list[Member]) -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C go to every process, which saves and ends; the signals so far. A second one is a KeyboardInterrupt here too."""
+    told: list[int] = []
 
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        del frame
+        told.append(number)
+        for member in members:
+            member.signal(number)
+        if len(told) > 1:
+            raise KeyboardInterrupt
 
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Delay Ctrl-C and SIGTERM to the end of the block, so that no process started in it is missed when all are ended."""
-    waiting: list[int] = []
-    before = {number: signal.signal(number, lambda given, frame: waiting.append(given)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if waiting:
-        raise KeyboardInterrupt
 
 
 def watched() -> int | None:

@@ -11,13 +11,14 @@ import numpy as np
 
 from jaxrlhf import sharding
 from jaxrlhf.config import LimitsConfig
-from jaxrlhf.data.batches import batches_per_epoch, evaluation_batches
 from jaxrlhf.data.columns import cached_columns, column_header, fingerprint
 from jaxrlhf.data.pairs import Pair, dataset_hash
 from jaxrlhf.data.tokens import tokenizer_fingerprint
 from jaxrlhf.losses import sequence_logp
 from jaxrlhf.models.hub import Loaded
-from jaxrlhf.types import Array, Model, PairBatch, Params, TextBatch
+from jaxrlhf.rollouts.passes import over_batches
+from jaxrlhf.storage.blocks import NOWHERE, Blocks
+from jaxrlhf.types import Array, Model, PairBatch, Params, Progress, TextBatch
 
 NAMES = ("chosen_logp", "rejected_logp")
 
@@ -43,23 +44,14 @@ def response_logps(
     temperature: float,
     batch_size: int,
     mesh: Any = None,
-    progress: Callable[[int, int], None] | None = None,
+    **how: Any,
 ) -> np.ndarray:
     """Σ_t log π(y_t | x, y_<t) of every response, EOS included, at `temperature`; float32 [N] in nats.
 
-    `progress(done, total)` is called with 0 batches and after every one.
+    `how`: blocks and progress, as `over_batches` takes them.
     """
     score = logp_pass(model, temperature, mesh)
-    n = len(texts.index_B)
-    batch_size = sharding.rows_at_once(n, batch_size, mesh)
-    total, parts = batches_per_epoch(texts, batch_size), []
-    if progress:
-        progress(0, total)
-    for number, batch in enumerate(evaluation_batches(texts, batch_size), start=1):
-        parts.append(score(params, sharding.place_batch(batch, mesh)))
-        if progress:
-            progress(number, total)
-    return np.concatenate([np.asarray(sharding.gather(part)) for part in parts])[:n]
+    return over_batches(lambda batch: (score(params, batch),), texts, batch_size, mesh=mesh, **how)[0]
 
 
 def pair_logps(
@@ -71,7 +63,8 @@ def pair_logps(
     batch_size: int,
     max_tokens: int | None = None,
     mesh: Any = None,
-    progress: Callable[[int, int], None] | None = None,
+    blocks: Blocks = NOWHERE,
+    progress: Progress | None = None,
 ) -> dict[str, np.ndarray]:
     """{"chosen_logp", "rejected_logp"}, each float32 [N]; over the first `max_tokens` response tokens only where it is given."""
     columns = {}
@@ -83,7 +76,8 @@ def pair_logps(
             texts = replace(texts, response_BT=response[:, :max_tokens], response_mask_BT=mask[:, :max_tokens])
         # Both sides are one pass to whoever watches.
         report = None if progress is None else lambda done, total, side=side: progress(side * total + done, 2 * total)
-        columns[name] = response_logps(model, params, texts, temperature=temperature, batch_size=batch_size, mesh=mesh, progress=report)
+        how = {"mesh": mesh, "blocks": blocks.of(name), "progress": report}
+        columns[name] = response_logps(model, params, texts, temperature=temperature, batch_size=batch_size, **how)
     return columns
 
 
@@ -103,7 +97,7 @@ def stored_pair_logps(
     """`pair_logps` of the pairs `rows`, whose tokens are `tokens`; from disk where that model has seen them before.
 
     OCRM's ratios and DPO's reference read the same columns under `columns`, named by all that they depend on. `model()` is called only
-    where they have to be computed. `how`: batch_size, mesh and progress, as `pair_logps` takes them.
+    where they have to be computed. `how`: batch_size, mesh, blocks and progress, as `pair_logps` takes them.
     """
     read = {"temperature": temperature, "max_tokens": max_tokens}
     header = column_header(

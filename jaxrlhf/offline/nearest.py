@@ -18,6 +18,8 @@ import numpy as np
 from jax import lax
 
 from jaxrlhf import sharding
+from jaxrlhf.rollouts.passes import one_behind
+from jaxrlhf.storage.blocks import NOWHERE, Blocks, Results
 from jaxrlhf.types import Array, Progress
 
 BLOCK = 2048  # responses at a time: with TILE generations the products are 32 MiB
@@ -61,27 +63,25 @@ def nearest_similarity(
     k: int = 1,
     block: int = BLOCK,
     mesh: Any = None,
-    progress: Progress | None = None,
+    **how: Any,
 ) -> np.ndarray:
     """Mean cosine of every response with its k most similar generations; float32 [N].
 
     Exact, in float32 at the highest matmul precision. One pass over the responses, cut over the mesh's `data` and `fsdp` axes `block`
     rows at a time; every device holds all generations and, at most, `block` × 4096 products. Equal cosines need no rule: whichever of them
-    counts, the mean is the same. `progress(done, total)` hears of blocks. Raises EmbeddingError for vectors that are not of unit length
-    or not finite, ValueError for shapes that do not fit and for a k of which there are not enough generations.
+    counts, the mean is the same. `how`: blocks and progress, as `over_batches` takes them. Raises EmbeddingError for vectors that are not
+    of unit length or not finite, ValueError for shapes that do not fit and for a k of which there are not enough generations.
     """
     _check_shapes(responses_ND, generations_MD)
     _check_k(k, len(generations_MD))
-    return _by_blocks(_mean_of_nearest(k, mesh), responses_ND, generations_MD, np.float32, block, mesh, progress)
+    return _by_blocks(_mean_of_nearest(k, mesh), responses_ND, generations_MD, np.float32, block, mesh, **how)
 
 
-def nearest_index(
-    responses_ND: np.ndarray, generations_MD: np.ndarray, *, block: int = BLOCK, mesh: Any = None, progress: Progress | None = None
-) -> np.ndarray:
+def nearest_index(responses_ND: np.ndarray, generations_MD: np.ndarray, *, block: int = BLOCK, mesh: Any = None, **how: Any) -> np.ndarray:
     """Row of the most similar generation of every response, the first of equals; int32 [N]. Otherwise as `nearest_similarity`."""
     _check_shapes(responses_ND, generations_MD)
     _check_k(1, len(generations_MD))
-    return _by_blocks(_first_nearest(mesh), responses_ND, generations_MD, np.int32, block, mesh, progress)
+    return _by_blocks(_first_nearest(mesh), responses_ND, generations_MD, np.int32, block, mesh, **how)
 
 
 def top_k(scores_BM: Array, k: int) -> Array:
@@ -153,45 +153,32 @@ def _by_blocks(
     dtype: Any,
     block: int,
     mesh: Any,
-    progress: Progress | None,
+    blocks: Blocks = NOWHERE,
+    progress: Progress | None = None,
 ) -> np.ndarray:
-    """`search` over blocks of one shape. The next block is handed over before the result of the last is waited for."""
+    """`search` over blocks of one shape; the lengths of the responses' vectors, measured on the way, are looked at."""
     n = len(responses_ND)
-    result = np.empty(n, dtype)
     if n == 0:
-        return result
+        return np.empty(n, dtype)
     rows = sharding.rows_at_once(n, _at_least_one("block", block), mesh)
     tiles = sharding.replicate(_tiles(generations_MD), mesh)
-    total, waiting = -(-n // rows), None
-    if progress:
-        progress(0, total)
-    for number, (start, filled) in enumerate(_blocks(responses_ND, rows), start=1):
-        running = start, search(tiles, sharding.place_batch(filled, mesh))
-        if waiting is not None:
-            _collect(result, *waiting)
-        waiting = running
-        if progress:
-            progress(number, total)
-    if waiting is not None:
-        _collect(result, *waiting)
-    return result
+
+    def compute(first: int) -> Iterator[Results]:
+        starts = range(first * rows, n, rows)
+        found = one_behind(search(tiles, sharding.place_batch(_filled(responses_ND[start : start + rows], rows), mesh)) for start in starts)
+        for start, (values, squares) in zip(starts, found, strict=True):
+            count = min(rows, n - start)
+            _check_lengths(squares[:count], "responses", start)
+            yield (values[:count].astype(dtype),)
+
+    kept = blocks.of(f"nearest of {n} by {rows}", *(() if blocks is NOWHERE else (np.asarray(responses_ND), np.asarray(generations_MD))))
+    return kept.collect(-(-n // rows), compute, progress=progress)[0]
 
 
-def _blocks(responses_ND: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, [rows, D] float32); the last block is filled with its own first row."""
-    for start in range(0, len(responses_ND), rows):
-        part = np.asarray(responses_ND[start : start + rows], np.float32)
-        if len(part) < rows:
-            part = np.concatenate([part, np.broadcast_to(part[:1], (rows - len(part), part.shape[1]))])
-        yield start, part
-
-
-def _collect(result: np.ndarray, start: int, found: tuple[Array, Array]) -> None:
-    """One block's values into their place, after a look at the lengths of its vectors, which were measured on the way."""
-    values, squares = (np.asarray(x) for x in sharding.gather(found))
-    count = min(len(values), len(result) - start)
-    _check_lengths(squares[:count], "responses", start)
-    result[start : start + count] = values[:count]
+def _filled(part_ND: np.ndarray, rows: int) -> np.ndarray:
+    """[rows, D] float32; a last block is filled with its own first row."""
+    part = np.asarray(part_ND, np.float32)
+    return np.concatenate([part, np.broadcast_to(part[:1], (rows - len(part), part.shape[1]))])
 
 
 def _tiles(generations_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ from jaxrlhf.data.batches import take
 from jaxrlhf.models.hub.encoder import LoadedClassifier
 from jaxrlhf.offline.encoders import classify_pairs
 from jaxrlhf.offline.nearest import own_similarity
+from jaxrlhf.storage.blocks import NOWHERE, Blocks
 from jaxrlhf.types import PairBatch, TextBatch
 
 ENTAILMENT = "entailment"
@@ -131,6 +132,7 @@ def entailment(
     batch_size: int,
     mesh: Any = None,
     progress: Callable[[str], Callable[[int, int], None] | None] = lambda what: None,
+    blocks: Blocks = NOWHERE,
 ) -> Entails:
     """The classifier as a judge: the premise entails the hypothesis where "entailment" is its likeliest label.
 
@@ -141,7 +143,9 @@ def entailment(
 
     def entails(premises: Sequence[str], hypotheses: Sequence[str]) -> np.ndarray:
         report = progress(f"entailment, pass {next(passes)}")
-        logits = classify_pairs(classifier, premises, hypotheses, batch_size=batch_size, mesh=mesh, progress=report)
+        how = {"batch_size": batch_size, "mesh": mesh, "progress": report}
+        kept = blocks.of("entailment", premises, hypotheses)
+        (logits,) = kept.collect(1, lambda _: iter([(classify_pairs(classifier, premises, hypotheses, **how),)]))
         return logits.argmax(axis=1) == column
 
     return entails

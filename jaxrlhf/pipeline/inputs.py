@@ -1,12 +1,8 @@
 """What a run reads: its rows, the gold reward, their identity by content, and checks of all that before anything is built."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal, TypeVar
 
-import numpy as np
-
-from jaxrlhf import distributed
 from jaxrlhf.algorithms.rounds import SECTIONS_READ, method_of
 from jaxrlhf.config import Config
 from jaxrlhf.data import toy
@@ -39,7 +35,7 @@ def check(config: Config, tokenizer: Any = None, *, columns: tuple[str, ...] = (
         check_model(config, check_weights(config.model.source, head="lm"), tokenizer)
     if config.gold.kind == "model":
         check_positions(config, check_weights(config.gold.source or "", head="scalar"), config.gold.source)
-    gold = scored_by_leader(function_scorer(config.gold.source or "")) if config.gold.kind == "function" else None
+    gold = function_scorer(config.gold.source or "") if config.gold.kind == "function" else None
     if data.train == TOY:
         try_gold(gold, toy.prompts(data.toy, 2, config.text_seed, "evaluation"))
         return
@@ -95,22 +91,12 @@ def gold_of(config: Config, mesh: Any = None) -> Scorer | None:
     if gold.kind == "toy":
         return toy_gold(config.data.toy)
     if gold.kind == "function":
-        return scored_by_leader(function_scorer(gold.source or ""))
+        return function_scorer(gold.source or "")
     if gold.kind == "model":
         limits = gold_limits(config, read_config(resolve(gold.source or "")))
         how: dict[str, Any] = {"batch_size": gold.batch_size, "dtype": gold.dtype, "template_date": config.data.template_date}
         return reward_model_scorer(gold.source or "", limits=limits, mesh=mesh, **how)
     return None
-
-
-def scored_by_leader(scorer: Scorer) -> Scorer:
-    """A scorer that of several processes the leader asks, for all: a user's function may ask a server, or not say the same thing twice."""
-
-    def score(prompts: Sequence[str], responses: Sequence[str], /) -> np.ndarray:
-        said = scorer(prompts, responses).tolist() if distributed.is_leader() else None
-        return np.asarray(distributed.agree(said, "gold"), np.float32)
-
-    return score
 
 
 def gold_limits(config: Config, model: DecoderConfig) -> Limits:

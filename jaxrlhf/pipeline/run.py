@@ -1,5 +1,6 @@
 """All stages of a run, in order, into a run folder."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from jaxrlhf import distributed, sharding
@@ -18,13 +19,21 @@ from jaxrlhf.storage.run_folder import check_places, folder_of, open_run, publis
 UNTIL = ("sft", "reward", "ppo")  # where a single-stage command stops; the latter two in round 1
 
 
-def run(config: Config | str | Path, *, until: str | None = None, log: RunLog | None = None, replace: bool = False) -> Path:
+def run(
+    config: Config | str | Path,
+    *,
+    until: str | None = None,
+    log: RunLog | None = None,
+    replace: bool = False,
+    context: Callable[..., RunContext] = RunContext,
+) -> Path:
     """Run a config (or the recipe at a path), or all its arms one after the other; the run folder.
 
     Finished stages are found again by what they depend on: a run that was stopped goes on from its last finished stage, inside that
     stage from its last checkpoint, and arms share what they have in common. `until`: stop after "sft", or after "reward" or "ppo" of
-    round 1. Raises ConfigError, DataError and the like before anything is compiled where the config or the data cannot work, and where the
-    run folder holds files of another origin, or results of another recipe that are not to be replaced (`replace`).
+    round 1. `context` makes what the stages are given. Raises ConfigError, DataError and the like before anything is compiled where the
+    config or the data cannot work, and where the run folder holds files of another origin, or results of another recipe that are not to be
+    replaced (`replace`).
 
     Of several processes that work as one (`jaxrlhf.distributed.group.start`) all call it with the same arguments; one writes and logs.
     """
@@ -46,7 +55,7 @@ def run(config: Config | str | Path, *, until: str | None = None, log: RunLog | 
         if leads:
             write_whole(folder / "config.yaml", to_yaml(config))
     for name, one in arms(config).items():
-        _run_one(one, until, log, notes.get(name, []))
+        _run_one(one, until, log, notes.get(name, []), context)
     return folder
 
 
@@ -58,7 +67,7 @@ def dry_run(config: Config, until: str | None = None) -> str:
     return "\n".join(forecast(one, until) for one in arms(config).values())
 
 
-def _run_one(config: Config, until: str | None, log: RunLog | None, notes: list[str]) -> None:
+def _run_one(config: Config, until: str | None, log: RunLog | None, notes: list[str], context: Callable[..., RunContext]) -> None:
     folder, leads = folder_of(config), distributed.is_leader()
     open_run(config)
     if leads:
@@ -70,7 +79,7 @@ def _run_one(config: Config, until: str | None, log: RunLog | None, notes: list[
     for note in notes:
         own.note(note)
     try:
-        run = RunContext(config, store, folder, own, mesh)
+        run = context(config, store, folder, own, mesh)
         walk_through(run, until)
         if until is None:
             run.tidy(metrics=log is None)  # a log that was given may hold other runs

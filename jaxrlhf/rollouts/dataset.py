@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxrlhf import sharding
-from jaxrlhf.data.batches import batches_per_epoch, evaluation_batches
 from jaxrlhf.data.tokens import decode_responses, pad_id_of
 from jaxrlhf.models.hub import Loaded, eos_ids
 from jaxrlhf.rollouts.generate import check_left_padded, generate
-from jaxrlhf.types import Model, Params, PromptBatch, TextBatch
+from jaxrlhf.rollouts.passes import over_batches
+from jaxrlhf.types import Array, Model, Params, PromptBatch, TextBatch
 
 
 @dataclass(frozen=True)
@@ -45,28 +43,20 @@ def sample_dataset(
     *,
     batch_size: int,
     mesh: Any = None,
-    progress: Callable[[int, int], None] | None = None,
+    **how: Any,
 ) -> TextBatch:
     """Prompts and sampled responses as one numpy table [N, …], in the order of the prompts.
 
-    A row's text depends on (key, its `index_B`) alone. `progress(done, total)` is called with 0 batches and after every one.
+    A row's text depends on (key, its `index_B`) alone. `how`: blocks and progress, as `over_batches` takes them.
     """
-    parts: list[tuple[np.ndarray, np.ndarray]] = []
-    n = len(prompts.index_B)
     check_left_padded(prompts.prompt_mask_BL)
-    batch_size = sharding.rows_at_once(n, batch_size, mesh)
-    total = batches_per_epoch(prompts, batch_size)
-    if progress:
-        progress(0, total)
-    for number, batch in enumerate(evaluation_batches(prompts, batch_size), start=1):
-        batch = sharding.place_batch(batch, mesh)
+
+    def read(batch: PromptBatch) -> tuple[Array, Array]:
         rows = batch.prompt_BL, batch.prompt_mask_BL
         completion = generate(model, params, *rows, key, index_B=batch.index_B, check_padding=False, mesh=mesh, **vars(sampling))
-        host = sharding.gather(completion)
-        parts.append((host.tokens_BT, host.mask_BT))
-        if progress:
-            progress(number, total)
-    tokens, mask = (np.concatenate(side)[:n] for side in zip(*parts, strict=True))
+        return completion.tokens_BT, completion.mask_BT
+
+    tokens, mask = over_batches(read, prompts, batch_size, mesh=mesh, ahead=False, **how)  # ahead, two caches would be in memory
     return TextBatch(prompts.prompt_BL, prompts.prompt_mask_BL, tokens, mask, prompts.row_mask_B, prompts.index_B)  # type: ignore[arg-type]
 
 

@@ -6,8 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxrlhf import distributed
 from jaxrlhf.plugins import plugin
 from jaxrlhf.scorers import Scorer
+from jaxrlhf.storage.blocks import NOWHERE, Blocks, Results
+
+ROWS = 256  # of a call whose answers are kept: a function that asks a server is not asked twice for more than these
 
 
 def function_scorer(name: str) -> Scorer:
@@ -30,12 +34,24 @@ def function_scorer(name: str) -> Scorer:
 
 
 def checked(function: Callable[[list[str], list[str]], Any], name: str) -> Scorer:
-    """`function` as a scorer whose answers are float32 [N] and finite, or a ValueError that names `name`, the row and the text."""
+    """`function` as a scorer whose answers are float32 [N] and finite, or a ValueError that names `name`, the row and the text.
 
-    def score(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    Of several processes the leader asks, for all: a user's function may ask a server, or not say the same thing twice.
+    """
+
+    def score(prompts: Sequence[str], responses: Sequence[str], blocks: Blocks = NOWHERE) -> np.ndarray:
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses; give one response a prompt.")
-        return _check(function(list(prompts), list(responses)), responses, name)
+        rows = ROWS if blocks.folder else max(len(prompts), 1)
+        calls = [slice(first, first + rows) for first in range(0, max(len(prompts), 1), rows)]
+
+        def ask(part: slice) -> Results:
+            asked, said = responses[part], None
+            if distributed.is_leader():
+                said = _check(function(list(prompts[part]), list(asked)), asked, name).tolist()
+            return (np.asarray(distributed.agree(said, "gold"), np.float32),)
+
+        return blocks.of("gold", prompts, responses).collect(len(calls), lambda start: map(ask, calls[start:]))[0]
 
     return score
 

@@ -8,13 +8,14 @@ import numpy as np
 
 from jaxrlhf import sharding
 from jaxrlhf.config import DataConfig
-from jaxrlhf.data.batches import evaluation_batches
 from jaxrlhf.data.chat import around, render, special_strings
 from jaxrlhf.data.tokens import Limits, eos_ids_of, retokenize_responses
 from jaxrlhf.models import DecoderConfig
 from jaxrlhf.models.hub import load, reward_bias
+from jaxrlhf.rollouts.passes import over_batches
 from jaxrlhf.scorers import Scorer
 from jaxrlhf.steps.pair import response_scores
+from jaxrlhf.storage.blocks import NOWHERE, Blocks
 from jaxrlhf.types import Array, Model, Params, TextBatch
 
 
@@ -29,18 +30,18 @@ def score_pass(model: Model, mesh: Any) -> sharding.Compiled:
 
 
 def score_responses(
-    model: Model, params: Params, texts: TextBatch, *, batch_size: int, mesh: Any = None, bias: float = 0.0, bucket: int = 0
+    model: Model, params: Params, texts: TextBatch, *, batch_size: int, mesh: Any = None, bias: float = 0.0, **how: Any
 ) -> np.ndarray:
-    """Scores of all N responses, in order, minus `bias`; float32 [N]."""
-    n = len(texts.index_B)
-    if n == 0:
+    """Scores of all N responses, in order, minus `bias`; float32 [N]. `how`: bucket, blocks and progress, as `over_batches` takes them."""
+    if len(texts.index_B) == 0:
         return np.zeros(0, np.float32)
     score = score_pass(model, mesh)
-    parts: list[Array] = []
-    for batch in evaluation_batches(texts, sharding.rows_at_once(n, batch_size, mesh), bucket=bucket):
+
+    def read(batch: TextBatch) -> tuple[Array]:
         sides = (batch.prompt_BL, batch.prompt_mask_BL, batch.response_BT, batch.response_mask_BT)
-        parts.append(score(params, sharding.place_batch(sides, mesh), np.float32(bias)))
-    return np.concatenate([np.asarray(sharding.gather(part)) for part in parts])[:n]
+        return (score(params, sides, np.float32(bias)),)
+
+    return over_batches(read, texts, batch_size, mesh=mesh, **how)[0]
 
 
 def reward_model_scorer(
@@ -58,13 +59,14 @@ def reward_model_scorer(
     chat = bool(getattr(tokenizer, "chat_template", None))
     frame = frame_of(tokenizer, template_date) if chat else None
 
-    def score(prompts: Sequence[str], responses: Sequence[str], /) -> np.ndarray:
+    def score(prompts: Sequence[str], responses: Sequence[str], /, blocks: Blocks = NOWHERE) -> np.ndarray:
         heads, bodies = list(prompts), list(responses)
         if frame is not None:
             pairs = [_turn(tokenizer, frame, template_date, *row) for row in zip(heads, bodies, strict=True)]
             heads, bodies = [head for head, _ in pairs], [body for _, body in pairs]
         texts, _ = retokenize_responses(heads, bodies, tokenizer, limits, eos_ids=eos_ids_of(tokenizer), templated=chat)
-        scores = score_responses(loaded.model, loaded.params, texts, batch_size=batch_size, mesh=mesh, bias=bias, bucket=64)
+        how = {"batch_size": batch_size, "mesh": mesh, "bucket": 64, "blocks": blocks}
+        scores = score_responses(loaded.model, loaded.params, texts, bias=bias, **how)
         if (bad := np.flatnonzero(~np.isfinite(scores))).size:
             text = responses[bad[0]][:80]
             raise ValueError(

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxrlhf.data.toy import CLASS_OF, FACT, STOP, ToyTask, read_post
 from jaxrlhf.scorers import Scorer
+from jaxrlhf.storage.blocks import NOWHERE, Blocks
 
 TERMS = ("main", "detail", "foreign", "repeat", "grammar", "binding", "overlong")
 
@@ -29,7 +30,8 @@ def toy_gold(task: ToyTask | None = None) -> Scorer:
     """The gold scorer of a task. Its calls raise ValueError for prompts that are no posts of it; any response has a score, "" has 0."""
     task = ToyTask() if task is None else task
 
-    def score(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    def score(prompts: Sequence[str], responses: Sequence[str], blocks: Blocks = NOWHERE) -> np.ndarray:
+        del blocks
         return (_counts(task, prompts, responses) @ _weights(task)).astype(np.float32)
 
     return score

@@ -17,6 +17,7 @@ from jaxrlhf import distributed
 from jaxrlhf.files import faults, identities, leftovers, locked, remove, sealed, sweep, sync
 from jaxrlhf.monitoring.metrics_file import FILE
 from jaxrlhf.monitoring.recompiles import CompileWatch, count_compilations
+from jaxrlhf.storage.blocks import Blocks
 from jaxrlhf.storage.copies import files_in
 from jaxrlhf.storage.record import RECORD, check_fields, hash_of, read_record, record_of
 from jaxrlhf.storage.stage import STATE, Done, Stage, StageError
@@ -77,6 +78,10 @@ class Store:
     def state_of(self, done: Done) -> Path | str:
         """Where the training state of a finished stage is, if it was kept."""
         return done.place / STATE
+
+    def blocks(self, stage: Stage) -> Blocks:
+        """Where the passes of an unfinished stage keep what they have computed."""
+        return Blocks(self.root / ".blocks" / stage.hash)
 
     def _tidy(self, done: Done, keep_state: bool) -> None:
         """Remove of a finished stage what killed processes left, and the training state that is not to be kept."""

@@ -163,3 +163,19 @@ def test_on_a_machine_with_gpus_their_share_is_asked_for(capsys, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     assert cli.main(["launch", "--processes", "2", "run", "c.yaml"]) == 1
     assert "give --devices_per_process" in capsys.readouterr().err
+
+
+def test_sigterm_goes_to_all_and_they_are_waited_for(tmp_path):
+    """They take longer than the grace of a failure: what they save is not cut short."""
+    code = WHO + (
+        "signal.signal(signal.SIGTERM, lambda *given: (time.sleep(0.5), Path(f'saved-{me}').touch(), sys.exit(143)))\n"
+        "Path(f'ready-{me}').touch(); time.sleep(600)"
+    )
+    inner = f"import sys; from jaxrlhf.distributed.launch import launch; sys.exit(launch([sys.executable, '-c', {code!r}], 2, grace=0.1))"
+    process = subprocess.Popen([sys.executable, "-c", inner], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    while len(list(tmp_path.glob("ready-*"))) < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode == 143 and "stopped; the same command goes on" in err and "is gone" not in err
+    assert len(list(tmp_path.glob("saved-*"))) == 2

@@ -16,11 +16,13 @@ from jaxrlhf.algorithms.training import HeldOut
 from jaxrlhf.config import Config
 from jaxrlhf.data.batches import Table, batches
 from jaxrlhf.data.read_report import ReadReport
+from jaxrlhf.distributed.stops import Looks, Stopped
 from jaxrlhf.evaluation.guards import Guards, line_figures
 from jaxrlhf.models.hub import Loaded, load, save
 from jaxrlhf.monitoring.recompiles import CompileWatch, ignore_compilations
 from jaxrlhf.monitoring.runlog import RunLog, StageLog
 from jaxrlhf.pipeline.stages.divergence import SKIPPED, Diverged, Fed, FiniteWatch, check_result
+from jaxrlhf.storage.blocks import NOWHERE, Blocks
 from jaxrlhf.storage.checkpoint import Checkpoints
 from jaxrlhf.storage.run_folder import publish
 from jaxrlhf.storage.stage import Done, Stage
@@ -54,6 +56,7 @@ class RunContext:
     stages: list[Done] = field(default_factory=list)
     logged: set[tuple[str, int | None]] = field(default_factory=set)  # (stage, round) of the lines in metrics.jsonl that are this run's
     skipped: dict[Path, int] = field(default_factory=dict)  # folder of a stage in work → the steps of its training that were left out
+    blocks: Blocks = NOWHERE  # where the passes of the stage in work keep what they have computed
     guards: Guards = field(init=False)
 
     def __post_init__(self) -> None:
@@ -94,7 +97,9 @@ class RunContext:
 
         name = stage.name.removeprefix(f"r{round}-")  # what it logs under
         self.logged.add((name, round))
+        self.blocks = self.store.blocks(stage)
         done = self.store.build(stage, whole, keep_state=keep_state)
+        self.blocks.remove()
         if done.cached:
             self.log.note(f"{stage.name}: finished before ({done.record['seconds']:.0f} s), taken from {done.place}")
             if done.metrics is not None:
@@ -116,6 +121,10 @@ class RunContext:
     def watch(self) -> CompileWatch | None:
         """What notices compilations in the middle of a loop (log.recompiles)."""
         return None if self.config.log.recompiles == "off" else CompileWatch(self.config.log.recompiles, widths=self.config.data.bucket)
+
+    def kept(self, what: str, *, round: int | None = None, tokens: int = 0) -> dict[str, Any]:
+        """The blocks and the progress of a pass of the stage in work, as the passes over tables take them; `what` names it in the stage."""
+        return {"blocks": self.blocks.of(what), "progress": self.progress(what, round=round, tokens=tokens)}
 
     def progress(self, what: str, *, round: int | None = None, tokens: int = 0) -> Progress:
         """What a pass over a table reports its batches (of so many `tokens`) to, from (0, total) on: shown, and not kept."""
@@ -177,15 +186,17 @@ class RunContext:
     ) -> TrainState:
         """Run `loop` on what it is fed, to `steps`, from its last checkpoint where the stage was stopped before. `state` is used up.
 
-        `tokens` is how many a step works on. The final state is on disk too: what the stage does after its training may be stopped as well.
-        A step whose loss or gradient is not finite stops it, or is left out (`divergence`).
+        `tokens` is how many a step works on. The state is saved as the config's `checkpoint` says, at the last step (what the stage does
+        after its training may be stopped as well), and where the run is told to stop: then Stopped is raised. A step whose loss or
+        gradient is not finite stops it too, or is left out (`divergence`).
         With `held_out` it is watched, at the last step in any case, and may return the parameters of its best look, with that `step`.
         """
         if steps == 0:
             return state
         checkpoint, place = self.config.checkpoint, self.store.state(folder)
         best = Checkpoints(f"{place}/best", keep=1, whole=place) if held_out is not None and held_out.best else nullcontext()
-        with Checkpoints(place, keep=checkpoint.keep) as checkpoints, best as kept:
+        looks = Looks(checkpoint.minutes, checkpoint.every, steps)
+        with looks, Checkpoints(place, keep=checkpoint.keep) as checkpoints, best as kept:
             found = checkpoints.restore(sharding.template(state, self.mesh))
             if found is not None:
                 jax.tree.map(lambda x: x.delete(), state)  # as the first step would: going on needs no more memory than starting
@@ -203,21 +214,25 @@ class RunContext:
                 for n, (new, metrics) in enumerate(loop(state, fed.batches(start)), start=start + 1):
                     state = new
                     stage.dispatched(n)
-                    looks = None if held_out is None or (n % held_out.every and n != steps) else held_out
-                    saves = n % checkpoint.every == 0 or n == steps
-                    metrics = finite.see(n, metrics, now=saves or looks is not None)
-                    if looks is not None:
+                    save, stop = looks.at(n)
+                    watched = None if held_out is None or (n % held_out.every and n != steps) else held_out
+                    metrics = finite.see(n, metrics, now=save or watched is not None)
+                    if watched is not None:
                         stage.phase("held-out rows")
-                        metrics = metrics | look(looks, n, state, kept)
-                    if looks is not None or n % self.config.log.every == 0 or n == steps:
+                        metrics = metrics | look(watched, n, state, kept)
+                    if watched is not None or n % self.config.log.every == 0 or n == steps:
                         stage.step(n, metrics, tokens=tokens * (n - logged))
                         logged = n
-                    if saves:
+                    if save:
                         stage.flush()  # a run that goes on from here will not take this step again
                         if kept is not None:
                             kept.wait()  # nor look at it
                         self.saving(folder)
                         checkpoints.save(n, state, self.store.spent(folder) | finite.saving(n))
+                        looks.saved()
+                    if stop is not None:
+                        checkpoints.wait()
+                        raise Stopped(stop, f"{title} is saved at step {n} of {steps}")
             self.skipped[folder] = finite.skipped
             return with_best(state, kept, self.mesh)
 

@@ -34,7 +34,8 @@ def reward_scores(
     for done in rewards:
         loaded = run.load(done, head="scalar")
         options = {"batch_size": run.config.reward.eval_batch_size, "mesh": run.mesh, "bias": reward_bias(loaded)}
-        by_model.append([score_responses(loaded.model, loaded.params, table, **options) for table in tables])
+        blocks = run.blocks.of(f"scores of {done.hash}")
+        by_model.append([score_responses(loaded.model, loaded.params, table, blocks=blocks, **options) for table in tables])
         del loaded
     if spread_coef is None:
         return by_model[0], []

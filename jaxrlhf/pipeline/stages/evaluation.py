@@ -20,6 +20,7 @@ from jaxrlhf.pipeline.stages.context import RunContext
 from jaxrlhf.pipeline.stages.ensemble import reward_inputs, reward_scores, spread_of
 from jaxrlhf.pipeline.stages.pairs import two_responses
 from jaxrlhf.scorers import Scorer
+from jaxrlhf.storage.blocks import NOWHERE, Blocks
 from jaxrlhf.storage.stage import Done, Stage
 from jaxrlhf.types import TextBatch
 
@@ -44,7 +45,7 @@ def evaluation_stage(
         samples = sample_responses(run, folder, loaded, gold, number)
         kl = np.zeros(len(samples.rows), np.float32) if policy.hash == sft.hash else kl_to(run, loaded, sft, samples.tables[0], number)
         earlier = read_samples(before.folder, pad_id_of(loaded.tokenizer)) if before is not None else samples
-        result = {**gold_figures(samples, gold), **gold_change(samples, earlier), **as_fields("kl_sft", mean_if_finite(kl))}
+        result = {**gold_figures(samples, gold, run.blocks), **gold_change(samples, earlier), **as_fields("kl_sft", mean_if_finite(kl))}
         result |= length_figures(samples, loaded)
         proxy, start = None, None
         if rewards:
@@ -86,7 +87,7 @@ def sample_responses(run: RunContext, folder: Path, loaded: Loaded, gold: Scorer
     how = {"first": 0, "temperature": config.evaluation.temperature, "batch_size": config.evaluation.batch_size}
     tables, texts = two_responses(run, loaded, table, [key, key], "evaluation", round=round, **how)
     prompts = [row.prompt for row in rows]
-    scores = None if gold is None else tuple(gold(prompts, text) for text in texts)
+    scores = None if gold is None else tuple(gold(prompts, text, run.blocks) for text in texts)
     return Samples(rows, tables, texts, scores)  # type: ignore[arg-type]
 
 
@@ -104,7 +105,7 @@ def mean_if_finite(values_N: np.ndarray) -> Interval:
     return mean_interval(values_N) if np.isfinite(values_N).all() else Interval(np.nan, np.nan, np.nan, len(values_N))
 
 
-def gold_figures(samples: Samples, gold: Scorer | None) -> dict[str, Any]:
+def gold_figures(samples: Samples, gold: Scorer | None, blocks: Blocks = NOWHERE) -> dict[str, Any]:
     """Mean gold of the first responses, and how often they beat their references, each with its interval over prompts."""
     nothing = as_fields("win_rate", None) | {"tie_rate": None}
     if gold is None or samples.gold is None:
@@ -117,7 +118,7 @@ def gold_figures(samples: Samples, gold: Scorer | None) -> dict[str, Any]:
     prompts, references = ([getattr(samples.rows[i], name) for i in with_reference] for name in ("prompt", "reference"))
     # A model in batches may round the same text twice to two scores; equal texts tie.
     same = [samples.texts[0][i] == samples.rows[i].reference for i in with_reference]
-    won = win_rate(scores[with_reference], np.where(same, scores[with_reference], gold(prompts, references)))
+    won = win_rate(scores[with_reference], np.where(same, scores[with_reference], gold(prompts, references, blocks)))
     return {**mean, **as_fields("win_rate", Interval(won.win_rate, won.win_rate_low, won.win_rate_high, won.n)), "tie_rate": won.tie_rate}
 
 
@@ -143,7 +144,7 @@ def kl_to(run: RunContext, loaded: Loaded, sft: Done, texts: TextBatch, round: i
     }
     reference = run.load(sft, head="lm")
     logps = [
-        response_logps(one.model, one.params, texts, progress=run.progress(f"evaluation, log-probs under {name}", round=round), **options)
+        response_logps(one.model, one.params, texts, **run.kept(f"evaluation, log-probs under {name}", round=round), **options)
         for one, name in ((loaded, "the policy"), (reference, "π_SFT"))
     ]
     return logps[0] - logps[1]

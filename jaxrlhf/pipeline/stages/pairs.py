@@ -89,7 +89,7 @@ def labelled(
     how = {"first": 1, "temperature": config.pairs.temperature, "batch_size": config.pairs.batch_size}
     sides, texts = two_responses(run, sft, table, keys, f"{what} pairs", **how)
     asked = [row.prompt for row in rows]
-    scores = [gold(asked, text) for text in texts]
+    scores = [gold(asked, text, run.blocks) for text in texts]
     identical = sum(a == b for a, b in zip(*texts, strict=True))
     if identical == len(rows) and name == TRAIN:
         raise DataError(
@@ -114,8 +114,8 @@ def two_responses(
     size = min(batch_size, max(len(table.index_B), 1))
     both = []
     for n, key in enumerate(keys):
-        progress = run.progress(f"{what}, response {n + 1} of 2", round=round, tokens=size * sampling.max_new_tokens)
-        both.append(sample_texts(loaded, renumbered(table, first + n), key, sampling, batch_size=size, mesh=run.mesh, progress=progress))
+        how = run.kept(f"{what}, response {n + 1} of 2", round=round, tokens=size * sampling.max_new_tokens)
+        both.append(sample_texts(loaded, renumbered(table, first + n), key, sampling, batch_size=size, mesh=run.mesh, **how))
     tables, texts = zip(*both, strict=True)
     return tables, texts
 

@@ -99,6 +99,6 @@ def with_reference(
         temperature=TEMPERATURE,
         batch_size=config.dpo.eval_batch_size,
         mesh=run.mesh,
-        progress=run.progress("log-probs under the reference", round=number),
+        **run.kept("log-probs under the reference", round=number),
     )
     return replace(table, columns={**table.columns, **{name: logps[logp] for name, logp in REFERENCE.items()}})

@@ -91,8 +91,8 @@ def kl_measure(run: RunContext, since: RefitInputs) -> Measured:
     }
 
     def logps(one: Loaded, what: str, side: int) -> np.ndarray:
-        progress = run.progress(f"refit, response {side + 1} of 2 under {what}", round=since.number)
-        return response_logps(one.model, one.params, samples.tables[side], progress=progress, **options)
+        how = run.kept(f"refit, response {side + 1} of 2 under {what}", round=since.number)
+        return response_logps(one.model, one.params, samples.tables[side], **how, **options)
 
     sides_2N = [logps(policy, "the policy", side) - logps(then, "that of the last refit", side) for side in (0, 1)]
     kl_N = np.asarray(sides_2N, np.float64).mean(axis=0)  # a prompt's two responses are one observation
@@ -107,9 +107,9 @@ def ess_measure(run: RunContext, since: RefitInputs) -> Measured:
     rows, tokens = read_pair_table(since.pairs.folder / TRAIN)
 
     def logps(done: Done, what: str) -> dict[str, np.ndarray]:
-        progress = run.progress(f"refit, pairs under {what}", round=since.number)
+        how = run.kept(f"refit, pairs under {what}", round=since.number)
         loaded = run.load(done, head="lm")
-        given = {"model_hash": done.hash, "tokenizer": loaded.tokenizer, "mesh": run.mesh, "progress": progress}
+        given = {"model_hash": done.hash, "tokenizer": loaded.tokenizer, "mesh": run.mesh, **how}
         return stored_pair_logps(run.columns, rows, tokens, lambda: loaded, **given, **logps_read(config))
 
     now, then = logps(since.policy, "the policy"), logps(since.fitted_for, "that of the last refit")

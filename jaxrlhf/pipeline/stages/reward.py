@@ -64,7 +64,7 @@ def reward_stage(
         tokens = 2 * section.batch_size * (table.prompt_BL.shape[1] + table.chosen_BT.shape[1])
         watched = held_out_pairs(base.model, loss, called(section), valid, section, run.mesh)
         state = run.train(folder, "reward", state, loop, fed, steps=steps, tokens=tokens, round=round.number, held_out=watched)
-        options = {"batch_size": section.eval_batch_size, "mesh": run.mesh}
+        options = {"batch_size": section.eval_batch_size, "mesh": run.mesh, "blocks": run.blocks.of("final scores")}
         references = reference_responses(run, base.tokenizer)
         bias = float(score_responses(base.model, state.params, references, **options).mean())
         add_model(with_reward_bias(base._replace(params=state.params), bias), folder)

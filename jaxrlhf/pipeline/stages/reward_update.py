@@ -56,6 +56,7 @@ def update_stage(run: RunContext, round: Round, *, pairs: Done, sft: Done, polic
             sft_hash=sft.hash,
             mesh=run.mesh,
             progress=lambda what: run.progress(f"update, {what}", round=round.number),
+            blocks=run.blocks,
             prompts=lambda: inputs.prompts_of(config, sampler.tokenizer)[0],
             kept_before=None if before is None else frozenset(updated_pairs(before, pairs)[0].ids),
         )

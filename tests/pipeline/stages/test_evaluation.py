@@ -18,6 +18,7 @@ from jaxrlhf.pipeline.stages import ensemble
 from jaxrlhf.pipeline.stages.ensemble import reward_inputs, spread_of
 from jaxrlhf.pipeline.stages.evaluation import gold_change, gold_figures, proxy_figures
 from jaxrlhf.pipeline.summary import Summary
+from jaxrlhf.storage.blocks import NOWHERE
 from jaxrlhf.storage.stage import Done
 
 
@@ -27,7 +28,7 @@ def samples(*references, gold):
     return Samples(rows, (), (texts, texts), None if gold is None else (np.array(gold, np.float32),) * 2)  # type: ignore[arg-type]
 
 
-def length(prompts, responses):
+def length(prompts, responses, blocks):
     return np.array([len(response) for response in responses], np.float32)
 
 
@@ -40,7 +41,7 @@ def test_only_prompts_with_a_reference_count_for_the_win_rate():
 def test_a_response_that_is_its_reference_ties_however_gold_rounds():
     drawn = samples("response 0", "response 0", gold=[3, 3])
 
-    def noisy(prompts, responses):  # a model in batches: the same text, another rounding
+    def noisy(prompts, responses, blocks):  # a model in batches: the same text, another rounding
         return np.array([2.9999998, 2.5], np.float32)
 
     figures = gold_figures(drawn, noisy)
@@ -78,7 +79,9 @@ def setting(monkeypatch):
     monkeypatch.setattr(
         ensemble, "score_responses", lambda model, params, table, *, bias, **_: np.array(SAYS[model][table], np.float32) - np.float32(bias)
     )
-    return SimpleNamespace(load=lambda done, head: SimpleNamespace(model=done.hash, params=None), config=Config(), mesh=None)
+    return SimpleNamespace(
+        load=lambda done, head: SimpleNamespace(model=done.hash, params=None), config=Config(), mesh=None, blocks=NOWHERE
+    )
 
 
 def proxies(setting, members, spread_coef):
@@ -146,6 +149,7 @@ def evaluated(monkeypatch, config, folder, *, held_out, kept, policy="a", figure
         build=lambda stage, fn, round: fn(folder),
         load=lambda done, head: SimpleNamespace(tokenizer=None),
         mesh=None,
+        blocks=NOWHERE,
     )
     given = {"sft": Done("a", folder, "a", {}), "rewards": (), "ensemble": None, "before": None}
     try:
