@@ -16,10 +16,10 @@ from jaxrlhf.distributed.watchdog import STATUS_OF_OTHERS
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn that torch is missing
 
-RECIPE_COMMANDS = (*RUN_COMMANDS, "sweep", "plan")  # take a recipe and --section.key VALUE
+RECIPE_COMMANDS = (*RUN_COMMANDS, "sweep", "plan", "preflight")  # take a recipe and --section.key VALUE
 # Command → its module in jaxrlhf.commands.
 COMMANDS = dict.fromkeys(RUN_COMMANDS, "run") | {
-    name: name for name in ("sweep", "plan", "embed", "nearest", "generate", "evaluate", "report", "launch")
+    name: name for name in ("sweep", "plan", "preflight", "embed", "nearest", "generate", "evaluate", "report", "launch")
 }
 
 

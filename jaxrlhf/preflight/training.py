@@ -1,0 +1,217 @@
+"""Checks of what is trained: every step traced, the gradients of each loss, the user's reward update, memory and time."""
+
+import os
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrlhf.algorithms.policy_updates import POLICY_UPDATES, loss_parts
+from jaxrlhf.algorithms.ppo import policy_loss_of
+from jaxrlhf.algorithms.preference import REFERENCE, needs_reference, preference_loss
+from jaxrlhf.algorithms.reward import called, reward_loss, with_columns, with_weights
+from jaxrlhf.algorithms.reward_update import RoundContext
+from jaxrlhf.algorithms.rounds import PREFERENCE, reward_update_named
+from jaxrlhf.data.columns import fingerprint, read_header
+from jaxrlhf.formatting import format_duration
+from jaxrlhf.offline.logprobs import pair_logps
+from jaxrlhf.pipeline.stages.policy import initial_state
+from jaxrlhf.plan.compile import program_key
+from jaxrlhf.plan.counts import counts_of
+from jaxrlhf.plan.devices import device_of_kind
+from jaxrlhf.plan.memory import USABLE, gib, room
+from jaxrlhf.plan.phases import phases_of
+from jaxrlhf.plan.plan import planner_of
+from jaxrlhf.plugins import plugin
+from jaxrlhf.preflight.models import compiled, layout, same, widened
+from jaxrlhf.preflight.screen import GREEN, RED, YELLOW, Found
+from jaxrlhf.preflight.subject import Subject
+from jaxrlhf.steps.pair import make_pair_step
+from jaxrlhf.steps.ppo import make_ppo_step
+from jaxrlhf.steps.sft import make_sft_step
+from jaxrlhf.steps.state import init_state
+from jaxrlhf.storage.remote_store import store_of
+from jaxrlhf.types import PairLoss
+
+# An "optimizer" whose state becomes the gradient, and which moves nothing.
+LARGE = 2e11  # FLOPs of a step that would take too long here
+RECORD = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads)
+)
+
+
+def traced(subject: Subject) -> Found:
+    """Every program of the recipe traced with its own shapes, a model of one layer standing for deeper ones."""
+    config, mesh = subject.config, subject.mesh
+    planner = planner_of(config, counts_of(config, rows=1000, valid_rows=100), mesh)
+    phases = phases_of(replace(planner, subjects=planner.subjects.at_depth(1)))
+    for phase in phases:
+        key = program_key(phase)
+        if key not in subject.known:  # another arm may have had it
+            function = phase.function
+            getattr(function, "trace", function.lower)(*phase.arguments)
+            subject.known[key] = True
+    return Found(GREEN, f"{len(phases)} programs: {', '.join(dict.fromkeys(phase.stage for phase in phases))}")
+
+
+def gradient(subject: Subject, make: Any, batch: Any, params: Any, *rest: Any, loss: str, controller: Any = None) -> Found:
+    """The step's gradient on a few rows: finite, and the same with more padding and other ids under it, and in microbatches.
+
+    `make(accumulate=…)` gives the step, with an optimizer that records.
+    """
+    n = len(batch.row_mask_B)
+    state = replace(init_state(params, RECORD), controller=controller or {})
+
+    def ran(batch: Any, accumulate: int) -> tuple[float, np.ndarray]:
+        new, metrics = step[accumulate](state, batch, *rest)
+        return float(metrics[loss]), np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(new.opt_state))])
+
+    parts = 2 if n % 2 == 0 else 1
+    step = {k: compiled(make(accumulate=k), state, one, *rest) for k, one in ((parts, batch), (1, widened(batch)))}
+    (value, grads), *others = ran(batch, parts), ran(widened(batch), 1), ran(widened(batch, fill=2), 1)
+    norm = float(np.linalg.norm(grads))
+    if not np.isfinite([value, norm]).all():
+        return Found(
+            RED, f"loss {value:.4g}, norm of the gradient {norm:.4g} on {n} rows", "look at the loss for 0/0, log 0 and masked NaN"
+        )
+    if norm == 0:
+        return Found(
+            RED, f"the gradient is zero on {n} rows (loss {value:.4g})", "nothing would be learned: look at the loss and its masks"
+        )
+    ways = {}
+    for name, (other, its) in zip(("padding and microbatches", "other ids under it"), others, strict=True):
+        ways[name] = np.array([value, 0.0]), np.array([other, float(np.linalg.norm(its - grads)) / norm])
+    said = same(
+        subject, ways, f"loss {value:.4g}, gradient {norm:.3g} on {n} rows", "a loss must use masks and row_mask_B and divide by total"
+    )
+    return said
+
+
+def sft(subject: Subject) -> Found | None:
+    """Of the SFT loss."""
+    if subject.config.sft.max_steps == 0:
+        return None
+    policy = subject.policy
+    make = partial(make_sft_step, policy.model, RECORD, loss_on=subject.config.sft.loss_on)
+    return gradient(subject, make, subject.few_texts, policy.params, loss="loss/sft")
+
+
+def reward(subject: Subject) -> Found | None:
+    """Of the recipe's pair loss on a new reward model."""
+    if not subject.method.needs_reward:
+        return None
+    loss = reward_loss(subject.config.reward, plugin)
+    table = with_columns(subject.few_pairs.tokens, loss, name=called(subject.config.reward), updated=False)
+    return gradient(subject, partial(make_pair_step, subject.reward.model, loss, RECORD), table, subject.reward.params, loss="loss/pair")
+
+
+def policy(subject: Subject) -> Found | None:
+    """Of the recipe's policy update: PPO or RLOO on a sampled rollout, DPO or WPO on pairs."""
+    config, method, (trainable, frozen) = subject.config, subject.method, subject.split
+    if method.policy_update in PREFERENCE:
+        loss = preference_loss(config.dpo, method.policy_update, plugin)
+        make = partial(make_pair_step, subject.policy.model, loss, RECORD)
+        return gradient(subject, make, referred(subject, loss), trainable, *(() if frozen is None else (frozen,)), loss="loss/pair")
+    assert subject.sampled is not None
+    critic = subject.reward if POLICY_UPDATES[method.policy_update].critic else None
+    parts = loss_parts(subject.policy.model, critic and critic.model, subject.sampled.section, policy_loss_of(config.ppo, plugin))
+    state = initial_state(trainable, critic, RECORD, config.ppo.kl_coef)
+    make = partial(make_ppo_step, parts, RECORD, num_ppo_epochs=1, num_mini_batches=1)
+    rest = (subject.key, *(() if frozen is None else ({"policy": frozen},)))
+    return gradient(subject, make, subject.sampled.rollout, state.params, *rest, loss="loss/ppo", controller=state.controller)
+
+
+def referred(subject: Subject, loss: PairLoss) -> Any:
+    """A few pairs with the columns that a preference loss reads."""
+    table, policy = subject.few_pairs.tokens, subject.policy
+    if needs_reference(loss):
+        found = pair_logps(policy.model, policy.params, table, temperature=1.0, batch_size=len(table.index_B), mesh=subject.mesh)
+        table = replace(table, columns={**table.columns, **{name: found[logp] for name, logp in REFERENCE.items()}})
+    return with_columns(table, loss, name=f"dpo.loss {subject.config.dpo.loss!r}", updated=False)
+
+
+def update(subject: Subject) -> Found | None:
+    """The user's own reward update on a few pairs, and on the same pairs in another order: what it says of a pair must go with the pair."""
+    name, pairs = subject.method.reward_update, None
+    if name is None or ":" not in name:
+        return None
+    function, pairs = reward_update_named(name, plugin), subject.few_pairs
+    n = len(pairs.rows)
+    with tempfile.TemporaryDirectory() as scratch:
+        said = [answers(subject, function, pairs.select(np.roll(np.arange(n), turn)), Path(scratch), turn) for turn in (0, 1)]
+    wrong = [key for key, value in said[0].items() if key in said[1] and not np.allclose(value, said[1][key], rtol=1e-4, atol=1e-4)]
+    figure = f"{len({key[0] for key in said[0]})} of {n} pairs kept, with {', '.join(sorted({key[1] for key in said[0]}))}"
+    if wrong:
+        stale = ", ".join(sorted({key[1] for key in wrong}))
+        return Found(
+            RED,
+            f"{figure}; {stale} stay where they are when the pairs change places",
+            "stale: join what is precomputed by pair id, not by row",
+        )
+    return Found(GREEN, figure)
+
+
+def answers(subject: Subject, function: Any, pairs: Any, scratch: Path, turn: int) -> dict[tuple[str, str], float]:
+    """(pair id, "weight" or a column) → what the update says of it. Raises where the run would, or where the padding is on the wrong side."""
+    folder = scratch / str(turn)
+    folder.mkdir()
+    context = RoundContext(
+        2, subject.policy, subject.policy, subject.reward, subject.key, folder, subject.config, scratch / "columns", "preflight",
+        "preflight-sft", subject.mesh, prompts=lambda: subject.prompts[0],
+    )  # fmt: skip
+    chosen, weights_N = function(context, pairs)
+    table = with_weights(chosen.tokens, weights_N)
+    loss = reward_loss(subject.config.reward, plugin)
+    table = with_columns(table, loss, name=called(subject.config.reward), updated=True)
+    if fault := layout(table):
+        raise ValueError(f"the reward update {subject.method.reward_update!r} gives tokens of which {fault}.")
+    figures = {"weight": table.weights_B, **table.columns}
+    return {(row.id, name): float(np.sum(values[i])) for name, values in figures.items() for i, row in enumerate(chosen.rows)}
+
+
+def columns(subject: Subject) -> Found | None:
+    """Precomputed columns in the store whose header is not the one that their folder is named by."""
+    store = store_of(subject.config).root
+    folders = sorted(path.parent for path in store.glob("columns/*/header.json"))
+    if not folders:
+        return None
+    stale = [folder.name for folder in folders if not folder.name.endswith(fingerprint(read_header(folder)["header"]))]
+    figure = f"{len(folders)} folders of precomputed columns in {store}, {len(stale)} stale"
+    return Found(RED if stale else GREEN, figure, f"delete {', '.join(stale)}: they are computed again" if stale else "")
+
+
+def memory(subject: Subject) -> Found:
+    """The largest phase against a device's memory: counted by formula, as `jaxrlhf plan` does."""
+    found = subject.plan
+    largest = max(found.phases, key=lambda one: one.total)
+    device = device_of_kind(jax.devices()[0].device_kind)
+    have = room(device) if device else USABLE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / found.devices
+    figure = f"{largest.phase.title} needs {gib(largest.total)} of {gib(have)} GiB, predicted"
+    if largest.total <= have:
+        return Found(GREEN, figure)
+    return Found(YELLOW if largest.total - largest.parts["activations"] < have else RED, figure, "jaxrlhf plan names settings that help")
+
+
+def duration(subject: Subject) -> Found:
+    """How long the run computes: by a device's published figures, else from one SFT step of the run's own size, timed here."""
+    found, device = subject.plan, device_of_kind(jax.devices()[0].device_kind)
+    flops = sum(one.program.flops * (one.phase.calls or 0) for one in found.phases)
+    step = found.phases[0]
+    if device is not None:
+        return Found(GREEN, f"about {format_duration(found.run_seconds(device)[0])} by {device.name}'s published figures")
+    if step.program.flops > LARGE:
+        return Found(GREEN, f"{flops / 1e12:,.0f} TFLOP in all; a step is too large to be timed here")
+    state, batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), step.phase.arguments)
+    state, _ = jax.block_until_ready(step.phase.function(state, batch))
+    start = time.perf_counter()
+    jax.block_until_ready(step.phase.function(state, batch))
+    seconds = time.perf_counter() - start
+    whole = format_duration(seconds * flops / step.program.flops)
+    return Found(GREEN, f"about {whole} of computing, roughly: an SFT step takes {seconds * 1e3:.0f} ms here, and the rest by its FLOPs")
