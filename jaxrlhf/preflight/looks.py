@@ -1,6 +1,5 @@
 """All checks in the order of a run."""
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +11,10 @@ from jaxrlhf.config import Config
 from jaxrlhf.pipeline import checks
 from jaxrlhf.pipeline.loop import not_the_sampler, other_temperature
 from jaxrlhf.preflight import models, rows, training
-from jaxrlhf.preflight.screen import GREEN, RED, YELLOW, Check, Found, Look, run_looks
-from jaxrlhf.preflight.subject import MODELS, TEXT, Subject
+from jaxrlhf.preflight.screen import GREEN, YELLOW, Check, Found, Look, run_looks
+from jaxrlhf.preflight.subject import ALL, MODELS, TEXT, Subject
 from jaxrlhf.recipe import arms
 
-ALL = tuple(
-    name for name in Config.__dataclass_fields__ if name not in ("name", "output", "arms", "log", "checkpoint", "standalone", "rounds")
-)
 PAIRS = (*MODELS, "reward", "needs_reward")
 
 
@@ -28,15 +24,12 @@ def settings(subject: Subject) -> Found:
     return Found(GREEN, "names, batches, positions, models and the first rows of all data are as a run needs them")
 
 
-def packages(subject: Subject) -> Found | None:
-    """The judge's package and key, where a judge will be asked, and W&B's package."""
-    if subject.judge is not None:
-        check_judge(subject.judge)
-    elif subject.config.log.wandb is None:
+def judge(subject: Subject) -> Found | None:
+    """The package and the key of a judge, where one will be asked."""
+    if subject.judge is None:
         return None
-    if subject.config.log.wandb and importlib.util.find_spec("wandb") is None:
-        return Found(RED, "log.wandb names a project, and the package wandb is not installed", "pip install 'jaxrlhf[wandb]'")
-    return Found(GREEN, "the judge's package and key are here" if subject.judge else "wandb is installed")
+    check_judge(subject.judge)
+    return Found(GREEN, "the package and the key are here; nothing was sent")
 
 
 def temperatures(subject: Subject) -> Found:
@@ -45,15 +38,14 @@ def temperatures(subject: Subject) -> Found:
     faults = [f"the importance weights are a heuristic here: {reason}" for reason in (not_the_sampler(config) if weighed else ())]
     if subject.method.policy_update not in PREFERENCE and (other := other_temperature(config)):
         faults.append(other)
-    figure = f"sampling {config.ppo.temperature:g}, evaluation {config.evaluation.temperature:g}" + (
-        f", weights {config.weights.temperature:g}" if weighed else ""
-    )
+    figure = f"sampling {config.ppo.temperature:g}, evaluation {config.evaluation.temperature:g}"
+    figure += f", weights {config.weights.temperature:g}" * weighed
     return Found(YELLOW if faults else GREEN, figure, "; ".join(faults))
 
 
 LOOKS = (
     Look("recipe", "settings", settings, (*ALL, "policy_update")),
-    Look("recipe", "packages", packages, ("log",)),
+    Look("recipe", "judge", judge, ()),
     Look("recipe", "temperatures", temperatures, ("ppo", "evaluation", "weights", "pairs", "reward_update", "policy_update")),
     Look("recipe", "every step traced", training.traced, ALL),
     Look("data", "rows", rows.rows, TEXT),
@@ -66,10 +58,8 @@ LOOKS = (
     Look("models", "weights", models.weights, MODELS),
     Look("models", "tokenizer", models.tokenizer, MODELS),
     Look("models", "padding", models.padding, MODELS),
-    Look("models", "ratio and KL", models.ratio, (*MODELS, "lora", "policy_update")),
-    Look("models", "responses", models.responses, (*MODELS, "sft", "policy_update")),
+    Look("models", "first rollout", models.rollout, (*MODELS, "lora", "sft", "policy_update")),
     Look("models", "embeddings", models.embeddings, (*TEXT, "encoder", "reward_update")),
-    Look("models", "columns", training.columns, ("store",)),
     Look("training", "SFT gradient", training.sft, (*MODELS, "sft")),
     Look("training", "reward gradient", training.reward, PAIRS),
     Look("training", "reward update", training.update, (*PAIRS, "reward_update")),

@@ -1,6 +1,7 @@
 """Checks of the models by real passes over a few rows: what they say must not depend on padding, batch mates or the way of asking."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -12,15 +13,15 @@ import numpy as np
 from jaxrlhf.algorithms.reward_update import encoder_options
 from jaxrlhf.algorithms.rounds import SECTIONS_READ
 from jaxrlhf.data.batches import take
+from jaxrlhf.data.pairs import Demonstration
 from jaxrlhf.data.tokens import eos_ids_of, pad_id_of, retokenize_responses, tokenizer_fingerprint
-from jaxrlhf.models.hub import Loaded, eos_ids, read_tokenizer, resolve
+from jaxrlhf.models.hub import Loaded, eos_ids, tokenizer_named
 from jaxrlhf.offline.encoder_identity import encoder_identity
 from jaxrlhf.offline.encoders import open_encoder
 from jaxrlhf.pipeline import inputs
 from jaxrlhf.plan.compile import ON_CPU
 from jaxrlhf.preflight.screen import GREEN, RED, YELLOW, Found
 from jaxrlhf.preflight.subject import ROWS, Subject
-from jaxrlhf.rollouts.score import has_ended
 from jaxrlhf.steps.pair import response_scores
 from jaxrlhf.types import Params, TextBatch
 
@@ -57,37 +58,32 @@ def weights(subject: Subject) -> Found:
 
 def tokenizer(subject: Subject) -> Found:
     """Whether the model knows the ids of the tokenizer: its loss on the data against that of chance, and against its own tokenizer's."""
-    config, policy = subject.config, subject.policy
-    given, ends = subject.tokenizer, eos_ids(policy)
+    config, policy, given = subject.config, subject.policy, subject.tokenizer
+    ends = eos_ids(policy)
     figure = f"{len(given):,} ids, EOS {', '.join(map(str, ends))}" + (" = PAD" if pad_id_of(given) in ends else "")
     if not ends or max(ends) >= len(given):
         return Found(RED, figure, "no id of the tokenizer ends a response: give it an EOS that it has")
     if config.model.source is None:
         return Found(GREEN, f"{figure}; the model is new")
-    own = read_tokenizer(resolve(config.model.source))
-    rows = [subject.demonstrations[0][i] for i in subject.texts[1].rows[:ROWS]]
-    cost = {}
-    for name, one in (("this", given), ("its own", own)):
-        if one is not None and len(one) <= len(policy.params["backbone"]["embed"]["embedding"]):
-            limits = inputs.limits_of(config)
-            asked = [d.prompt for d in rows], [d.response for d in rows]
-            table, _ = retokenize_responses(*asked, one, limits, eos_ids=eos_ids_of(one) or (0,), templated=rows[0].templated)
-            cost[name] = -float(np.sum(compiled(partial(logps, policy), policy.params, table)(policy.params, table))) / int(
-                np.sum(table.response_mask_BT)
-            )
-    figure += f"; {cost['this']:.2f} nats a token on {len(rows)} responses, chance is {math.log(len(given)):.2f}"
-    if own is None or tokenizer_fingerprint(own) == tokenizer_fingerprint(given):
-        lost = not cost["this"] < math.log(len(given))
-        return Found(
-            YELLOW if lost else GREEN,
-            figure,
-            "the model is no better than chance on this text: is it the tokenizer of its training?" if lost else "",
-        )
-    figure += f", {cost.get('its own', math.nan):.2f} with the model's own tokenizer"
-    return Found(
-        RED if cost["this"] > cost.get("its own", 0) + 0.5 else YELLOW, figure,
-        "tokenizer.source is another than the model was trained with: leave it out",
-    )  # fmt: skip
+    rows, chance = [subject.demonstrations[0][i] for i in subject.texts[1].rows[:ROWS]], math.log(len(given))
+    cost = nats_a_token(subject, given, rows)
+    figure += f"; {cost:.2f} nats a token on {len(rows)} responses, chance is {chance:.2f}"
+    own = tokenizer_named(config.model.source)
+    if own is not None and tokenizer_fingerprint(own) != tokenizer_fingerprint(given):
+        figure += f", with the model's own tokenizer {nats_a_token(subject, own, rows):.2f}"
+        advice = "tokenizer.source is another than the model was trained with: leave it out"
+        return Found(RED if not cost < nats_a_token(subject, own, rows) + 0.5 else YELLOW, figure, advice)
+    if cost < chance:
+        return Found(GREEN, figure)
+    return Found(YELLOW, figure, "the model is no better than chance on this text: is it the tokenizer of its training?")
+
+
+def nats_a_token(subject: Subject, tokenizer: Any, rows: Sequence[Demonstration]) -> float:
+    """The model's loss on responses as the tokenizer spells them."""
+    asked, limits = ([d.prompt for d in rows], [d.response for d in rows]), inputs.limits_of(subject.config)
+    table, _ = retokenize_responses(*asked, tokenizer, limits, eos_ids=eos_ids_of(tokenizer), templated=rows[0].templated)
+    arguments = subject.policy.params, table
+    return -float(np.sum(compiled(partial(logps, subject.policy), *arguments)(*arguments)) / np.sum(table.response_mask_BT))
 
 
 def logps(loaded: Loaded, params: Params, table: TextBatch) -> Any:
@@ -108,15 +104,15 @@ def layout(table: Any) -> str:
     return ""
 
 
-def widened(table: Any, by: int = WIDER, fill: int = 1) -> Any:
+def widened(table: Any, fill: int = 1) -> Any:
     """The table with more padding, other ids under all of it, and rows that only fill the batch; it means the same."""
 
-    def wide(name: str, x: Any, mask: Any) -> Any:
+    def wide(name: str, mask: Any, x: Any) -> Any:
         x = np.asarray(x)
         if mask is not None and x.dtype == np.int32:
             x = np.where(mask, x, fill)
         if name.endswith(("_BL", "_BT")):
-            sides = (by, 0) if name.endswith("_BL") else (0, by)
+            sides = (WIDER, 0) if name.endswith("_BL") else (0, WIDER)
             x = np.pad(x, ((0, 0), sides), constant_values=False if x.dtype == bool else fill)
         return np.concatenate([x, x])
 
@@ -125,14 +121,10 @@ def widened(table: Any, by: int = WIDER, fill: int = 1) -> Any:
     changes = {}
     for one in fields(table):
         value, mask = getattr(table, one.name), masks.get(one.name)
-        mask = np.asarray(getattr(table, mask)) if mask is not None else None
-        if one.name == "columns":
-            changes["columns"] = {name: wide(name, column, None) for name, column in value.items()}
-        else:
-            changes[one.name] = wide(one.name, value, mask)
+        mask = None if mask is None else np.asarray(getattr(table, mask))
+        changes[one.name] = jax.tree.map(partial(wide, one.name, mask), value)  # columns are a dict
     live = np.arange(2 * len(table.row_mask_B)) < len(table.row_mask_B)
-    changes["row_mask_B"] = changes["row_mask_B"] & live
-    return replace(table, **changes)
+    return replace(table, **changes | {"row_mask_B": changes["row_mask_B"] & live})
 
 
 def padding(subject: Subject) -> Found:
@@ -164,35 +156,27 @@ def same(subject: Subject, pairs: dict[str, tuple[Any, Any]], what: str, advice:
     return Found(RED if wrong else GREEN, figure, f"{advice} ({', '.join(wrong)})" if wrong else "")
 
 
-def ratio(subject: Subject) -> Found | None:
+def rollout(subject: Subject) -> Found | None:
     """At the start the policy is its reference: KL 0, and the sampler's log-probs are those that training reads, ratio 1."""
     if subject.sampled is None:
         return None
-    section, metrics, rollout = subject.sampled.section, subject.sampled.metrics, subject.sampled.rollout
-    kl, off = float(metrics["rollout/kl"]), float(metrics["rollout/decode_mismatch"])
-    n = int(np.sum(rollout.mask_BT))
-    figure = f"KL(policy, reference) {kl:.1e}, log-probs of sampling and training differ by {off:.1e} a token (n = {n}) at {section.temperature:g}"
-    if section.top_k or section.top_p < 1:
-        return Found(
-            YELLOW, figure, "ppo.top_k and ppo.top_p cut the distribution: every update is off-policy; 0 and 1 draw from all of it"
-        )
-    fine = abs(kl) <= 10 * tolerance(subject) and off <= 10 * tolerance(subject)
-    return Found(GREEN if fine else RED, figure, "" if fine else "sampling and training are at two temperatures, or read other tokens")
-
-
-def responses(subject: Subject) -> Found | None:
-    """How the untrained policy's responses end."""
-    if subject.sampled is None:
-        return None
-    completion, section = subject.sampled.completion, subject.sampled.section
-    ended = np.asarray(has_ended(completion.tokens_BT, completion.mask_BT, eos_ids(subject.policy)))
-    figure = f"{int(ended.sum())} of {len(ended)} end within {section.response_length} tokens, before SFT"
-    stays = subject.config.sft.max_steps == 0 and not ended.any()
-    return Found(
-        YELLOW if stays else GREEN,
-        figure,
-        "nothing teaches it to stop: sft.max_steps is 0; look at EOS and ppo.response_length" if stays else "",
+    rollout, metrics, section = subject.sampled
+    kl, off, ended = (float(metrics[f"rollout/{name}"]) for name in ("kl", "decode_mismatch", "eos_rate"))
+    n, rows = int(np.sum(rollout.mask_BT)), len(rollout.row_mask_B)
+    figure = (
+        f"KL(policy, reference) {kl:.1e}, log-probs of sampling and training apart by {off:.1e} a token (n = {n}) at temperature "
+        f"{section.temperature:g}; before SFT {round(ended * rows)} of {rows} responses end within {section.response_length} tokens"
     )
+    if section.top_k or section.top_p < 1:
+        return Found(YELLOW, figure, "ppo.top_k and ppo.top_p cut the distribution: every update is off-policy; 0 and 1 draw from all")
+    if not np.max([abs(kl), off]) <= 10 * tolerance(subject):
+        spare = len(subject.policy.params["backbone"]["embed"]["embedding"]) - len(subject.tokenizer)
+        if spare > 0:
+            return Found(YELLOW, figure, f"{spare} rows of the embedding are no ids: they are never drawn, and training counts them")
+        return Found(RED, figure, "sampling and training are at two temperatures, or read other tokens")
+    if subject.config.sft.max_steps == 0 and not ended:
+        return Found(YELLOW, figure, "sft.max_steps is 0 and nothing teaches it to stop: look at EOS and at ppo.response_length")
+    return Found(GREEN, figure)
 
 
 def embeddings(subject: Subject) -> Found | None:

@@ -8,12 +8,11 @@ import numpy as np
 from jaxrlhf.data.tokens import eos_ids_of, finished_responses, tokenizer_fingerprint
 from jaxrlhf.evaluation.baselines import pair_baselines
 from jaxrlhf.evaluation.intervals import Interval, proportion
-from jaxrlhf.models.hub import read_tokenizer, resolve
+from jaxrlhf.models.hub import tokenizer_named
 from jaxrlhf.pipeline import inputs
 from jaxrlhf.preflight.screen import GREEN, RED, YELLOW, Found
 from jaxrlhf.preflight.subject import SEEN, Subject
 
-LISTED = "every such row is named in dropped-*.jsonl of its stage"
 HELD_OUT = "held out"
 
 
@@ -31,35 +30,27 @@ def rows(subject: Subject) -> Found:
     if not subject.samples_pairs:
         train, valid, report = subject.pairs
         said = {"pairs": ([*train, *valid], report)} | said
-    figure = ", ".join(f"{len(found):,} {name}" for name, (found, _) in said.items())
-    dropped = {name: Counter(report.reasons()) for name, (_, report) in said.items()}
-    shares = [(sum(c.values()) - c[HELD_OUT]) / max(len(said[name][0]) + sum(c.values()), 1) for name, c in dropped.items()]
-    reasons = [f"{n} {why}" for name, c in dropped.items() if name != "prompts" for why, n in c.most_common() if why != HELD_OUT]
-    figure += f"; dropped: {', '.join(dict.fromkeys(reasons))}" if reasons else ""
-    return Found(graded(max(shares), 0.01, 0.5), figure, LISTED if max(shares) > 0.01 else "")
+    figure, share = ", ".join(f"{len(found):,} {name}" for name, (found, _) in said.items()), 0.0
+    for name, (found, report) in said.items():
+        if dropped := {why: n for why, n in report.reasons().items() if why != HELD_OUT}:
+            share = max(share, sum(dropped.values()) / (len(found) + sum(dropped.values())))
+            figure += f"; {name} without {', '.join(f'{n} {why}' for why, n in dropped.items())}"
+    return Found(graded(share, 0.01, 0.5), figure, "every such row is named in dropped-*.jsonl of its stage" if share > 0.01 else "")
 
 
 def lengths(subject: Subject) -> Found:
-    """Prompts and responses that the limits cut or drop."""
+    """Prompts and responses that the limits cut or drop, of the first rows."""
     limits = subject.config.data.limits
-    tables = [(subject.prompt_tokens[1], ("prompts truncated",), "prompt too long", 0), (subject.texts[1], *CUT)]
-    if not subject.samples_pairs:
-        tables.append((subject.pair_tokens[1], *CUT[:2], 2))
-    cut, n = np.zeros(2), np.zeros(2)
-    for report, counted, why, sides in tables:
-        over = sum(report.counts[name] for name in counted) + report.reasons()[why]
-        cut[int(sides > 0)] += over
-        n[int(sides > 0)] += max(sides, 1) * (report.kept + len(report.dropped))
-    shares = cut / n
+    asked, (report, sides) = subject.prompt_tokens[1], (subject.texts[1], 1) if subject.samples_pairs else (subject.pair_tokens[1], 2)
+    over = [asked.counts["prompts truncated"] + asked.reasons()["prompt too long"]]
+    over.append(report.counts["responses truncated"] + report.reasons()["response too long"])
+    of = [asked.kept + len(asked.dropped), sides * (report.kept + len(report.dropped))]
     figure = (
-        f"{cut[0]:.0f} of {n[0]:.0f} prompts over {limits.max_prompt_length} tokens ({limits.long_prompt}), "
-        f"{cut[1]:.0f} of {n[1]:.0f} responses over {limits.max_response_length} ({limits.long_response})"
+        f"{over[0]} of {of[0]} prompts over {limits.max_prompt_length} tokens ({limits.long_prompt}), "
+        f"{over[1]} of {of[1]} responses over {limits.max_response_length} ({limits.long_response})"
     )
-    colour = RED if shares[1] > 0.95 or shares[0] > 0.5 else graded(shares.max(), 0.05, 1)
-    return Found(colour, figure, "raise data.limits, or shorten the data: what is cut ends without EOS" if colour != GREEN else "")
-
-
-CUT = ("responses truncated",), "response too long", 1
+    colour = RED if over[1] > 0.95 * of[1] else graded(max(over[0] / of[0], over[1] / of[1]), 0.05, 1)
+    return Found(colour, figure, "raise data.limits, or shorten the data: a response that is cut has no EOS" if colour != GREEN else "")
 
 
 def eos(subject: Subject) -> Found:
@@ -80,23 +71,18 @@ def sides(subject: Subject) -> Found | None:
     said = {(p.prompt, p.chosen, p.rejected) for p in [*train, *valid]}
     both = sum((prompt, b, a) in said for prompt, a, b in said)
     same = sum(n for why, n in report.reasons().items() if why.startswith("identical"))
-    common = Counter(p.chosen for p in train).most_common(1)[0]
+    common = Counter(p.chosen for p in train).most_common(1)[0][1] / len(train)
     negative = sum((p.margin or 0) < 0 for p in train)
-    figure = (
-        f"{len(said):,} pairs: {both} in both orders, {same} with equal sides; the likeliest chosen text is {common[1] / len(train):.0%}"
-    )
-    faults = []
+    figure = f"{len(said):,} pairs, {both} in both orders; {same} with equal sides; the likeliest chosen text is {common:.0%}"
     if subject.config.data.demonstrations is not None:
-        rows = {(d.prompt, d.response) for d in subject.demonstrations[0]}
-        as_chosen, as_rejected = (
-            sum((p.prompt, text) in rows for p in train for text in [getattr(p, side)]) for side in ("chosen", "rejected")
-        )
-        if as_rejected > as_chosen:
-            advice = "the sides may be swapped: look at data.rename and at a few rows"
-            return Found(RED, f"{figure}; demonstrations are the rejected side {as_rejected} times, the chosen one {as_chosen}", advice)
-    faults += ["a pair in both orders teaches nothing: leave such pairs out"] * (both > 0.01 * len(said))
+        taught = {(d.prompt, d.response) for d in subject.demonstrations[0]}
+        right, wrong = (sum((p.prompt, getattr(p, side)) in taught for p in train) for side in ("chosen", "rejected"))
+        if wrong > right:
+            figure += f"; demonstrations are the rejected side {wrong} times, the chosen one {right}"
+            return Found(RED, figure, "the sides may be swapped: look at data.rename and at a few rows")
+    faults = ["a pair in both orders teaches nothing: leave such pairs out"] * (both > 0.01 * len(said))
     faults += [f"{negative} margins are below 0: they say that rejected is better"] * (negative > 0)
-    faults += ["one answer is nearly always the chosen one: that is all a reward model may learn"] * (common[1] > 0.9 * len(train))
+    faults += ["one answer is nearly always the chosen one: that is all a reward model may learn"] * (common > 0.9)
     return Found(YELLOW if faults else GREEN, figure, "; ".join(faults))
 
 
@@ -144,7 +130,11 @@ def gold(subject: Subject) -> Found | None:
     given = subject.demonstrations[0][:32]
     asked, texts = [d.prompt for d in given], [d.response for d in given]
     scores = scorer([*asked, *asked], [*texts, *texts[1:], texts[0]])
-    figure = f"{len(scores)} responses: {scores.mean():.3g}, deviation {scores.std():.3g}{other_tokenizer(subject)}"
+    figure = f"{len(scores)} responses: {scores.mean():.3g}, deviation {scores.std():.3g}"
+    if subject.config.gold.kind == "model":
+        own = tokenizer_named(subject.config.gold.source)
+        same = tokenizer_fingerprint(own) == tokenizer_fingerprint(subject.tokenizer)
+        figure += "" if same else "; its tokenizer is another: text is tokenised again"
     if not np.isfinite(scores).all():
         return Found(RED, figure, "a score is not finite: the gold model's weights may not be")
     if scores.std() <= 1e-6 * (1 + abs(float(scores.mean()))):
@@ -159,13 +149,3 @@ def gold(subject: Subject) -> Found | None:
         return Found(RED, figure, "the pairs prefer what gold likes less: the sides may be swapped, or gold's sign")
     doubtful = agrees.low <= 0.5
     return Found(YELLOW if doubtful else GREEN, figure, "gold and the labels may not mean the same" if doubtful else "")
-
-
-def other_tokenizer(subject: Subject) -> str:
-    """Says that a gold model has a tokenizer of its own, where that is so."""
-    section = subject.config.gold
-    if section.kind != "model":
-        return ""
-    own = read_tokenizer(resolve(section.source or ""))
-    same = own is not None and tokenizer_fingerprint(own) == tokenizer_fingerprint(subject.tokenizer)
-    return "" if same else "; its tokenizer is another: text is tokenised again"

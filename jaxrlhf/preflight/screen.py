@@ -1,7 +1,6 @@
 """Checks one after the other, each a function; one that throws is a red line of its own and ends nothing."""
 
 import json
-import linecache
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from jaxrlhf.formatting import as_strict_json
 
 GREEN, YELLOW, RED, UNCHECKED = "green", "yellow", "red", "not checked"
 STYLE = {GREEN: "green", YELLOW: "bold yellow", RED: "bold red", UNCHECKED: "dim"}
-PACKAGE = Path(jaxrlhf.__file__).parent
+PACKAGE, STANDARD = (f"{Path(str(module.__file__)).parent}/" for module in (jaxrlhf, traceback))
 
 
 class Found(NamedTuple):
@@ -51,21 +50,24 @@ class Check(NamedTuple):
 
 
 def run_looks(looks: Sequence[Look], subjects: Mapping[str, Any], shown: Callable[[Check], Any], console: Console) -> list[Check]:
-    """Every check of every arm, those that agree once; `shown` is called with each as it is done. A fault that has been told is not told
-    again by what needs the same thing."""
+    """Every check of every arm, once where arms agree in all it reads; `shown` is called with each as it is done. A fault that has been
+    told is not told again by what stumbles over the same thing."""
     checks: list[Check] = []
     for look in looks:
-        groups: dict[str, list[str]] = {}
+        known: dict[str, tuple[Found | None, float]] = {}
+        lines: dict[Found, list[str]] = {}
         for arm, subject in subjects.items():
-            groups.setdefault(repr([subject.part(name) for name in look.reads]), []).append(arm)
-        for arms in groups.values():
-            with console.status(f"{look.section}: {look.name}"):
-                found, seconds = timed(look, subjects[arms[0]])
-            if found is None:
-                continue
+            key = repr([subject.part(name) for name in look.reads])
+            if key not in known:
+                with console.status(f"{look.section}: {look.name}"):
+                    known[key] = timed(look, subject)
+            if (found := known[key][0]) is not None:
+                lines.setdefault(found, []).append(arm)
+        seconds = sum(one[1] for one in known.values())
+        for found, arms in lines.items():
             if found.colour == RED and (first := next((one for one in checks if one.figure == found.figure), None)):
                 found = Found(UNCHECKED, f"for the same reason as {first.name!r}")
-            checks.append(Check(look.section, look.name, tuple(arms) if len(arms) < len(subjects) else (), *found, seconds))
+            checks.append(Check(look.section, look.name, tuple(arms) if len(arms) < len(subjects) else (), *found, seconds / len(lines)))
             shown(checks[-1])
     return checks
 
@@ -76,25 +78,21 @@ def timed(look: Look, subject: Any) -> tuple[Found | None, float]:
     try:
         found = look.function(subject)
     except Exception as error:
-        found = Found(RED, told(error), where(error))
+        place = where(error)
+        text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+        found = Found(RED, f"{type(error).__name__}: {text}" if place else text, place)
     return found, time.perf_counter() - start
 
 
-def told(error: BaseException) -> str:
-    """The message; with the kind of error where no one wrote it for users."""
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
-    return text if type(error).__module__.startswith("jaxrlhf.") or where(error) == "" else f"{type(error).__name__}: {text}"
-
-
 def where(error: BaseException) -> str:
-    """The last line of the user's own code, or of an operation of ours, that the error came through; "" for what this package raises."""
+    """The last line of the user's own code that the error came through, else of ours; "" where the package raised it, for users to read."""
     frames = traceback.extract_tb(error.__traceback__)
-    if frames and Path(frames[-1].filename).is_relative_to(PACKAGE) and (frames[-1].line or "").lstrip().startswith("raise"):
+    ours = [one for one in frames if one.filename.startswith(PACKAGE)]
+    own = [one for one in frames if not one.filename.startswith((PACKAGE, STANDARD, "<")) and "site-packages" not in one.filename]
+    if not own and frames[-1] in ours and (frames[-1].line or "").startswith("raise"):
         return ""
-    outside = [one for one in frames if not any(part in one.filename for part in ("site-packages", "<", "/lib/python")) or not one.line]
-    own = [one for one in outside if not Path(one.filename).is_relative_to(PACKAGE)]
-    last = (own or outside or frames)[-1]
-    return f"{last.filename}:{last.lineno}: {linecache.getline(last.filename, last.lineno or 0).strip()}"
+    last = (own or ours or frames)[-1]
+    return f"{last.filename}:{last.lineno}: {last.line}"
 
 
 class Screen:

@@ -2,9 +2,8 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from jaxrlhf import rng, sharding
 from jaxrlhf.algorithms.policy_updates import POLICY_UPDATES
-from jaxrlhf.algorithms.ppo import PPOTrainer, as_compiled, rollout_prompts
+from jaxrlhf.algorithms.ppo import as_compiled, rollout_prompts
 from jaxrlhf.algorithms.reward_update import Pairs
 from jaxrlhf.algorithms.rounds import PREFERENCE, Method, method_of
 from jaxrlhf.comparison.judge_client import Judge
@@ -30,12 +29,15 @@ from jaxrlhf.plan.plan import Plan, plan
 from jaxrlhf.plugins import plugin
 from jaxrlhf.scorers import Scorer
 from jaxrlhf.steps.state import joined
-from jaxrlhf.types import Completion, Metrics, PairBatch, PromptBatch, Rollout, TextBatch
+from jaxrlhf.types import Metrics, PairBatch, PromptBatch, Rollout, TextBatch
 
 ROWS = 8  # of a forward or backward pass
 SEEN = 2000  # rows that are tokenised for the figures of lengths
+WIDEST = 64  # tokens of a prompt or response in it: what is looked at does not need more
 LONGEST = 48  # tokens sampled of a response
 TEXT = ("seed", "sft_seed", "data", "model", "tokenizer", "pairs")  # what rows and tokens depend on
+ELSEWHERE = ("name", "output", "store", "standalone", "arms", "checkpoint", "log")  # nothing that is looked at depends on them
+ALL = tuple(name for name in Config.__dataclass_fields__ if name not in ELSEWHERE)
 MODELS = (*TEXT, "ppo", "filter", "mesh")  # and models: as many positions as the longest response
 
 
@@ -64,8 +66,6 @@ def fact(*reads: str) -> Callable[[Callable[["Subject"], Any]], Any]:
 class Sampled(NamedTuple):
     """A few responses of the policy that SFT starts from, and what the programs of the recipe's PPO or RLOO make of them."""
 
-    prompts: PromptBatch
-    completion: Completion
     rollout: Rollout
     metrics: Metrics
     section: PPOConfig
@@ -78,8 +78,11 @@ class Subject:
         self.config, self.known, self.judge = config, known, judge
 
     def part(self, name: str) -> Any:
-        """A section of the config, or a column of its method."""
-        return getattr(self.method, name) if hasattr(Method, name) else getattr(self.config, name)
+        """A section of the config, or a column of its method; None where there is no such method, which the first check says."""
+        try:
+            return getattr(self.method if hasattr(Method, name) else self.config, name)
+        except Exception:
+            return None
 
     @cached_property
     def method(self) -> Method:
@@ -150,14 +153,11 @@ class Subject:
     def key(self) -> jax.Array:
         return rng.stream(rng.root_key(self.config.seed), "preflight")
 
-    @property
+    @fact(*ALL)
     def plan(self) -> Plan:
-        """Memory and FLOPs of the run, counted; by the rows of the first figures where the config does not say how many."""
-        key = "plan", repr(self.config)
-        if key not in self.known:
-            rows = None if self.samples_pairs else len(self.pairs[0])
-            self.known[key] = plan(self.config, rows=rows or len(self.demonstrations[0]), valid_rows=self.config.evaluation.num_prompts)
-        return self.known[key]
+        """Memory and FLOPs of the run, counted."""
+        rows = len(self.demonstrations[0] if self.samples_pairs else self.pairs[0])
+        return plan(self.config, rows=rows, valid_rows=self.config.evaluation.num_prompts)
 
     @fact(*MODELS)
     def policy(self) -> Loaded:
@@ -179,35 +179,34 @@ class Subject:
     def gold(self) -> Scorer | None:
         return inputs.gold_of(self.config, self.mesh)
 
-    def trainer(self, section: PPOConfig) -> PPOTrainer:
-        """The compiled parts of the recipe's policy update for this many rows."""
-        policy, tokenizer = self.policy, self.tokenizer
-        ids = {"eos_ids": eos_ids(policy), "pad_id": pad_id_of(tokenizer), "vocab_size": len(tokenizer)}
-        way = POLICY_UPDATES[self.method.policy_update]
-        return way.trainer(policy.model, self.reward.model, as_compiled(section), plugin, mesh=self.mesh, **ids)
-
     @fact(*MODELS, "lora", "policy_update")
     def sampled(self) -> Sampled | None:
         """Sampled and scored by the programs of a round; None for a policy that learns from pairs."""
         if self.method.policy_update in PREFERENCE:
             return None
-        own, way = self.config.ppo, POLICY_UPDATES[self.method.policy_update]
-        samples = way.samples(own)
-        rows = sharding.rows_at_once(ROWS, ROWS, self.mesh) * samples
+        own, way, policy = self.config.ppo, POLICY_UPDATES[self.method.policy_update], self.policy
+        rows = sharding.rows_at_once(ROWS, ROWS, self.mesh) * way.samples(own)
         section = replace(
             own, batch_size=rows, total_episodes=rows, response_length=min(own.response_length, LONGEST), old_logp="score", loss="ppo",
             num_mini_batches=1, gradient_accumulation_steps=1, forward_batch_size=None, generation_batch_size=None, critic_warmup_updates=0,
         )  # fmt: skip
-        trainer, params = self.trainer(section), {"policy": joined(*self.split), "reference": self.policy.params}
-        params |= {"reward": self.reward.params} | ({"critic": self.reward.params} if way.critic else {})
-        stream = rollout_prompts(few(self.prompt_tokens[0], SEEN), section, samples=samples, seed=self.config.seed)
-        batch = sharding.place_batch(next(islice(stream, 1)), self.mesh)
+        ids = {"eos_ids": eos_ids(policy), "pad_id": pad_id_of(self.tokenizer), "vocab_size": len(self.tokenizer)}
+        trainer = way.trainer(policy.model, self.reward.model, as_compiled(section), plugin, mesh=self.mesh, **ids)
+        params = {"policy": joined(*self.split), "reference": policy.params, "reward": self.reward.params}
+        params |= {"critic": self.reward.params} if way.critic else {}
+        table = few(self.prompt_tokens[0], SEEN)
+        batch = next(rollout_prompts(table, section, samples=way.samples(own), seed=self.config.seed))
+        batch = sharding.place_batch(batch, self.mesh)
         completion = trainer.sample(params["policy"], batch, self.key)
-        controller = {"kl_coef": np.float32(own.kl_coef), **({"value_bias": np.float32(0)} if way.critic else {})}
+        controller = {"kl_coef": np.float32(own.kl_coef), "value_bias": np.float32(0)}
         rollout, metrics = trainer.score(params, (batch, completion), controller, 0.0)
-        return Sampled(batch, *sharding.gather((completion, rollout, metrics)), section)
+        rollout, metrics = sharding.gather((rollout, metrics))
+        return Sampled(rollout, metrics, section)
 
 
 def few(table: Any, rows: int = ROWS) -> Any:
-    """The first rows, without the padding that they share."""
-    return trim(take(table, np.arange(min(rows, len(table.index_B)))))
+    """The first rows, without the padding that they share, and no wider than WIDEST on either side."""
+    table = trim(take(table, np.arange(min(rows, len(table.index_B)))))
+    sides = {"_BL": slice(-WIDEST, None), "_BT": slice(WIDEST)}
+    cut = {one.name: getattr(table, one.name)[:, sides[one.name[-3:]]] for one in fields(table) if one.name[-3:] in sides}
+    return replace(table, **cut)

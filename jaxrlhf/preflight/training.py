@@ -19,7 +19,6 @@ from jaxrlhf.algorithms.preference import REFERENCE, needs_reference, preference
 from jaxrlhf.algorithms.reward import called, reward_loss, with_columns, with_weights
 from jaxrlhf.algorithms.reward_update import RoundContext
 from jaxrlhf.algorithms.rounds import PREFERENCE, reward_update_named
-from jaxrlhf.data.columns import fingerprint, read_header
 from jaxrlhf.formatting import format_duration
 from jaxrlhf.offline.logprobs import pair_logps
 from jaxrlhf.pipeline.stages.policy import initial_state
@@ -37,13 +36,13 @@ from jaxrlhf.steps.pair import make_pair_step
 from jaxrlhf.steps.ppo import make_ppo_step
 from jaxrlhf.steps.sft import make_sft_step
 from jaxrlhf.steps.state import init_state
-from jaxrlhf.storage.remote_store import store_of
 from jaxrlhf.types import PairLoss
 
+LARGE = 1e10  # FLOPs of a step that would take too long here
 # An "optimizer" whose state becomes the gradient, and which moves nothing.
-LARGE = 2e11  # FLOPs of a step that would take too long here
 RECORD = optax.GradientTransformation(
-    lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads)
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates), updates),
 )
 
 
@@ -77,21 +76,14 @@ def gradient(subject: Subject, make: Any, batch: Any, params: Any, *rest: Any, l
     step = {k: compiled(make(accumulate=k), state, one, *rest) for k, one in ((parts, batch), (1, widened(batch)))}
     (value, grads), *others = ran(batch, parts), ran(widened(batch), 1), ran(widened(batch, fill=2), 1)
     norm = float(np.linalg.norm(grads))
+    figure = f"loss {value:.4g}, gradient {norm:.3g} on {n} rows"
     if not np.isfinite([value, norm]).all():
-        return Found(
-            RED, f"loss {value:.4g}, norm of the gradient {norm:.4g} on {n} rows", "look at the loss for 0/0, log 0 and masked NaN"
-        )
+        return Found(RED, figure, "not finite: look at the loss for 0/0, log 0 and NaN under a mask")
     if norm == 0:
-        return Found(
-            RED, f"the gradient is zero on {n} rows (loss {value:.4g})", "nothing would be learned: look at the loss and its masks"
-        )
-    ways = {}
-    for name, (other, its) in zip(("padding and microbatches", "other ids under it"), others, strict=True):
-        ways[name] = np.array([value, 0.0]), np.array([other, float(np.linalg.norm(its - grads)) / norm])
-    said = same(
-        subject, ways, f"loss {value:.4g}, gradient {norm:.3g} on {n} rows", "a loss must use masks and row_mask_B and divide by total"
-    )
-    return said
+        return Found(RED, figure, "nothing would be learned: look at the loss and its masks")
+    off = [(np.array([other, float(np.linalg.norm(its - grads)) / norm])) for other, its in others]
+    ways = {name: (np.array([value, 0.0]), one) for name, one in zip(("padding and microbatches", "other ids under it"), off, strict=True)}
+    return same(subject, ways, figure, "a loss must use masks and row_mask_B, and divide by total")
 
 
 def sft(subject: Subject) -> Found | None:
@@ -159,7 +151,7 @@ def update(subject: Subject) -> Found | None:
 
 
 def answers(subject: Subject, function: Any, pairs: Any, scratch: Path, turn: int) -> dict[tuple[str, str], float]:
-    """(pair id, "weight" or a column) → what the update says of it. Raises where the run would, or where the padding is on the wrong side."""
+    """(pair id, "weight" or a column) → what the update says of it. Raises where the run would, and for padding on the wrong side."""
     folder = scratch / str(turn)
     folder.mkdir()
     context = RoundContext(
@@ -174,17 +166,6 @@ def answers(subject: Subject, function: Any, pairs: Any, scratch: Path, turn: in
         raise ValueError(f"the reward update {subject.method.reward_update!r} gives tokens of which {fault}.")
     figures = {"weight": table.weights_B, **table.columns}
     return {(row.id, name): float(np.sum(values[i])) for name, values in figures.items() for i, row in enumerate(chosen.rows)}
-
-
-def columns(subject: Subject) -> Found | None:
-    """Precomputed columns in the store whose header is not the one that their folder is named by."""
-    store = store_of(subject.config).root
-    folders = sorted(path.parent for path in store.glob("columns/*/header.json"))
-    if not folders:
-        return None
-    stale = [folder.name for folder in folders if not folder.name.endswith(fingerprint(read_header(folder)["header"]))]
-    figure = f"{len(folders)} folders of precomputed columns in {store}, {len(stale)} stale"
-    return Found(RED if stale else GREEN, figure, f"delete {', '.join(stale)}: they are computed again" if stale else "")
 
 
 def memory(subject: Subject) -> Found:
