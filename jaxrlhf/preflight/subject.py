@@ -20,7 +20,7 @@ from jaxrlhf.config import Config, PPOConfig
 from jaxrlhf.data.batches import take, trim
 from jaxrlhf.data.pairs import Demonstration, Pair, Prompt, ReadReport
 from jaxrlhf.data.tokens import eos_ids_of, pad_id_of, tokenize_demonstrations, tokenize_pairs, tokenize_prompts
-from jaxrlhf.models.hub import Loaded, eos_ids, rehead
+from jaxrlhf.models.hub import Loaded, eos_ids, rehead, resolve
 from jaxrlhf.pipeline import inputs
 from jaxrlhf.pipeline.stages.context import RunContext
 from jaxrlhf.pipeline.stages.fixed_models import split_params
@@ -29,6 +29,7 @@ from jaxrlhf.plan.plan import Plan, plan
 from jaxrlhf.plugins import plugin
 from jaxrlhf.scorers import Scorer
 from jaxrlhf.steps.state import joined
+from jaxrlhf.storage.remote import is_url
 from jaxrlhf.types import Metrics, PairBatch, PromptBatch, Rollout, TextBatch
 
 ROWS = 8  # of a forward or backward pass
@@ -98,8 +99,10 @@ class Subject:
 
     @property
     def run(self) -> RunContext:
-        """A run without a place: what makes models and adapters reads its config and its devices alone."""
-        return RunContext(self.config, cast(Any, None), Path(), cast(Any, None), self.mesh)
+        """A run without a place: what makes models and adapters reads its config and its devices alone. They compute in float32, where what
+        is not rounding is a fault."""
+        config = replace(self.config, model=replace(self.config.model, dtype="float32", matmul_precision="highest"))
+        return RunContext(config, cast(Any, None), Path(), cast(Any, None), self.mesh)
 
     @fact(*TEXT)
     def tokenizer(self) -> Any:
@@ -157,7 +160,7 @@ class Subject:
     def plan(self) -> Plan:
         """Memory and FLOPs of the run, counted."""
         rows = len(self.demonstrations[0] if self.samples_pairs else self.pairs[0])
-        return plan(self.config, rows=rows, valid_rows=self.config.evaluation.num_prompts)
+        return plan(local(self.config), rows=rows, valid_rows=self.config.evaluation.num_prompts)
 
     @fact(*MODELS)
     def policy(self) -> Loaded:
@@ -167,7 +170,7 @@ class Subject:
     @fact(*MODELS)
     def reward(self) -> Loaded:
         """The same body under a new scalar head, as a reward model starts."""
-        loaded = rehead(self.policy, head="scalar", key=rng.stream(self.key, "head"), dtype=self.config.model.dtype)
+        loaded = rehead(self.policy, head="scalar", key=rng.stream(self.key, "head"))
         return loaded._replace(params=sharding.place(loaded.params, self.mesh))
 
     @fact(*MODELS, "lora")
@@ -202,6 +205,13 @@ class Subject:
         rollout, metrics = trainer.score(params, (batch, completion), controller, 0.0)
         rollout, metrics = sharding.gather((rollout, metrics))
         return Sampled(rollout, metrics, section)
+
+
+def local(config: Config) -> Config:
+    """The config with the copies on this machine of the models at URLs, for plans, which fetch nothing."""
+    sections = {name: getattr(config, name) for name in ("model", "tokenizer", "gold")}
+    copies = {name: str(resolve(one.source)) for name, one in sections.items() if one.source and is_url(one.source)}
+    return replace(config, **{name: replace(sections[name], source=copy) for name, copy in copies.items()})
 
 
 def few(table: Any, rows: int = ROWS) -> Any:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxrlhf import sharding
 from jaxrlhf.algorithms.policy_updates import POLICY_UPDATES, loss_parts
 from jaxrlhf.algorithms.ppo import policy_loss_of
 from jaxrlhf.algorithms.preference import REFERENCE, needs_reference, preference_loss
@@ -27,18 +28,18 @@ from jaxrlhf.plan.counts import counts_of
 from jaxrlhf.plan.devices import device_of_kind
 from jaxrlhf.plan.memory import USABLE, gib, room
 from jaxrlhf.plan.phases import phases_of
-from jaxrlhf.plan.plan import planner_of
+from jaxrlhf.plan.plan import plan, planner_of
 from jaxrlhf.plugins import plugin
 from jaxrlhf.preflight.models import compiled, layout, same, widened
 from jaxrlhf.preflight.screen import GREEN, RED, YELLOW, Found
-from jaxrlhf.preflight.subject import Subject
+from jaxrlhf.preflight.subject import Subject, local
 from jaxrlhf.steps.pair import make_pair_step
 from jaxrlhf.steps.ppo import make_ppo_step
 from jaxrlhf.steps.sft import make_sft_step
 from jaxrlhf.steps.state import init_state
 from jaxrlhf.types import PairLoss
 
-LARGE = 1e10  # FLOPs of a step that would take too long here
+LARGE = 5e9  # FLOPs of a step that is timed
 # An "optimizer" whose state becomes the gradient, and which moves nothing.
 RECORD = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
@@ -48,8 +49,8 @@ RECORD = optax.GradientTransformation(
 
 def traced(subject: Subject) -> Found:
     """Every program of the recipe traced with its own shapes, a model of one layer standing for deeper ones."""
-    config, mesh = subject.config, subject.mesh
-    planner = planner_of(config, counts_of(config, rows=1000, valid_rows=100), mesh)
+    config = local(subject.config)
+    planner = planner_of(config, counts_of(config, rows=1000, valid_rows=100), subject.mesh)
     phases = phases_of(replace(planner, subjects=planner.subjects.at_depth(1)))
     for phase in phases:
         key = program_key(phase)
@@ -60,30 +61,26 @@ def traced(subject: Subject) -> Found:
     return Found(GREEN, f"{len(phases)} programs: {', '.join(dict.fromkeys(phase.stage for phase in phases))}")
 
 
-def gradient(subject: Subject, make: Any, batch: Any, params: Any, *rest: Any, loss: str, controller: Any = None) -> Found:
+def gradient(make: Any, batch: Any, params: Any, *rest: Any, loss: str, controller: Any = None) -> Found:
     """The step's gradient on a few rows: finite, and the same with more padding and other ids under it, and in microbatches.
 
     `make(accumulate=…)` gives the step, with an optimizer that records.
     """
-    n = len(batch.row_mask_B)
+    n, wide = len(batch.row_mask_B), widened(batch)
     state = replace(init_state(params, RECORD), controller=controller or {})
-
-    def ran(batch: Any, accumulate: int) -> tuple[float, np.ndarray]:
-        new, metrics = step[accumulate](state, batch, *rest)
-        return float(metrics[loss]), np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(new.opt_state))])
-
-    parts = 2 if n % 2 == 0 else 1
-    step = {k: compiled(make(accumulate=k), state, one, *rest) for k, one in ((parts, batch), (1, widened(batch)))}
-    (value, grads), *others = ran(batch, parts), ran(widened(batch), 1), ran(widened(batch, fill=2), 1)
-    norm = float(np.linalg.norm(grads))
+    whole, parts = compiled(make(accumulate=1), state, wide, *rest), compiled(make(accumulate=2 - n % 2), state, batch, *rest)
+    (new, metrics), *others = parts(state, batch, *rest), whole(state, wide, *rest), whole(state, widened(batch, fill=2), *rest)
+    value, grads, norm = float(metrics[loss]), new.opt_state, float(optax.tree.norm(new.opt_state))
     figure = f"loss {value:.4g}, gradient {norm:.3g} on {n} rows"
     if not np.isfinite([value, norm]).all():
         return Found(RED, figure, "not finite: look at the loss for 0/0, log 0 and NaN under a mask")
     if norm == 0:
         return Found(RED, figure, "nothing would be learned: look at the loss and its masks")
-    off = [(np.array([other, float(np.linalg.norm(its - grads)) / norm])) for other, its in others]
-    ways = {name: (np.array([value, 0.0]), one) for name, one in zip(("padding and microbatches", "other ids under it"), off, strict=True)}
-    return same(subject, ways, figure, "a loss must use masks and row_mask_B, and divide by total")
+    ways = {}
+    for name, (other, its) in zip(("padding and microbatches", "other ids under it"), others, strict=True):
+        apart = float(optax.tree.norm(jax.tree.map(jnp.subtract, other.opt_state, grads))) / norm
+        ways[name] = np.array([value, 0.0]), np.array([float(its[loss]), apart])
+    return same(ways, figure, "a loss must use masks and row_mask_B, and divide by total")
 
 
 def sft(subject: Subject) -> Found | None:
@@ -92,7 +89,7 @@ def sft(subject: Subject) -> Found | None:
         return None
     policy = subject.policy
     make = partial(make_sft_step, policy.model, RECORD, loss_on=subject.config.sft.loss_on)
-    return gradient(subject, make, subject.few_texts, policy.params, loss="loss/sft")
+    return gradient(make, subject.few_texts, policy.params, loss="loss/sft")
 
 
 def reward(subject: Subject) -> Found | None:
@@ -101,7 +98,7 @@ def reward(subject: Subject) -> Found | None:
         return None
     loss = reward_loss(subject.config.reward, plugin)
     table = with_columns(subject.few_pairs.tokens, loss, name=called(subject.config.reward), updated=False)
-    return gradient(subject, partial(make_pair_step, subject.reward.model, loss, RECORD), table, subject.reward.params, loss="loss/pair")
+    return gradient(partial(make_pair_step, subject.reward.model, loss, RECORD), table, subject.reward.params, loss="loss/pair")
 
 
 def policy(subject: Subject) -> Found | None:
@@ -110,14 +107,14 @@ def policy(subject: Subject) -> Found | None:
     if method.policy_update in PREFERENCE:
         loss = preference_loss(config.dpo, method.policy_update, plugin)
         make = partial(make_pair_step, subject.policy.model, loss, RECORD)
-        return gradient(subject, make, referred(subject, loss), trainable, *(() if frozen is None else (frozen,)), loss="loss/pair")
+        return gradient(make, referred(subject, loss), trainable, *(() if frozen is None else (frozen,)), loss="loss/pair")
     assert subject.sampled is not None
     critic = subject.reward if POLICY_UPDATES[method.policy_update].critic else None
     parts = loss_parts(subject.policy.model, critic and critic.model, subject.sampled.section, policy_loss_of(config.ppo, plugin))
     state = initial_state(trainable, critic, RECORD, config.ppo.kl_coef)
     make = partial(make_ppo_step, parts, RECORD, num_ppo_epochs=1, num_mini_batches=1)
     rest = (subject.key, *(() if frozen is None else ({"policy": frozen},)))
-    return gradient(subject, make, subject.sampled.rollout, state.params, *rest, loss="loss/ppo", controller=state.controller)
+    return gradient(make, subject.sampled.rollout, state.params, *rest, loss="loss/ppo", controller=state.controller)
 
 
 def referred(subject: Subject, loss: PairLoss) -> Any:
@@ -131,22 +128,19 @@ def referred(subject: Subject, loss: PairLoss) -> Any:
 
 def update(subject: Subject) -> Found | None:
     """The user's own reward update on a few pairs, and on the same pairs in another order: what it says of a pair must go with the pair."""
-    name, pairs = subject.method.reward_update, None
+    name = subject.method.reward_update
     if name is None or ":" not in name:
         return None
     function, pairs = reward_update_named(name, plugin), subject.few_pairs
-    n = len(pairs.rows)
+    turned = pairs.select(np.roll(np.arange(len(pairs.rows)), 1))
     with tempfile.TemporaryDirectory() as scratch:
-        said = [answers(subject, function, pairs.select(np.roll(np.arange(n), turn)), Path(scratch), turn) for turn in (0, 1)]
-    wrong = [key for key, value in said[0].items() if key in said[1] and not np.allclose(value, said[1][key], rtol=1e-4, atol=1e-4)]
-    figure = f"{len({key[0] for key in said[0]})} of {n} pairs kept, with {', '.join(sorted({key[1] for key in said[0]}))}"
+        first, again = (answers(subject, function, one, Path(scratch), turn) for turn, one in enumerate((pairs, turned)))
+    wrong = {key[1] for key, value in first.items() if key in again and not np.allclose(value, again[key], rtol=1e-4, atol=1e-4)}
+    kept, given = (sorted({key[place] for key in first}) for place in (0, 1))
+    figure = f"{len(kept)} of {len(pairs.rows)} pairs kept, with {', '.join(given)}"
     if wrong:
-        stale = ", ".join(sorted({key[1] for key in wrong}))
-        return Found(
-            RED,
-            f"{figure}; {stale} stay where they are when the pairs change places",
-            "stale: join what is precomputed by pair id, not by row",
-        )
+        figure += f"; when the pairs change places, {', '.join(sorted(wrong))} of a pair is another"
+        return Found(RED, figure, "stale: what is precomputed must be joined by pair id, not by row")
     return Found(GREEN, figure)
 
 
@@ -181,18 +175,21 @@ def memory(subject: Subject) -> Found:
 
 
 def duration(subject: Subject) -> Found:
-    """How long the run computes: by a device's published figures, else from one SFT step of the run's own size, timed here."""
+    """How long the run computes: by a device's published figures, else from an SFT step that is timed here, of fewer rows if need be."""
     found, device = subject.plan, device_of_kind(jax.devices()[0].device_kind)
-    flops = sum(one.program.flops * (one.phase.calls or 0) for one in found.phases)
-    step = found.phases[0]
     if device is not None:
         return Found(GREEN, f"about {format_duration(found.run_seconds(device)[0])} by {device.name}'s published figures")
+    flops, step, section = sum(one.program.flops * (one.phase.calls or 0) for one in found.phases), found.phases[0], found.config.sft
     if step.program.flops > LARGE:
-        return Found(GREEN, f"{flops / 1e12:,.0f} TFLOP in all; a step is too large to be timed here")
+        rows = int(section.batch_size * LARGE / step.program.flops)
+        rows = sharding.rows_at_once(max(rows, 1), max(rows, 1), subject.mesh)
+        step = plan(replace(found.config, sft=replace(section, batch_size=rows, gradient_accumulation_steps=1))).phases[0]
+    if step.program.flops > 10 * LARGE:
+        return Found(GREEN, f"{flops / 1e12:,.0f} TFLOP in all; a single row is too large to be timed here")
     state, batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), step.phase.arguments)
     state, _ = jax.block_until_ready(step.phase.function(state, batch))
     start = time.perf_counter()
     jax.block_until_ready(step.phase.function(state, batch))
-    seconds = time.perf_counter() - start
-    whole = format_duration(seconds * flops / step.program.flops)
-    return Found(GREEN, f"about {whole} of computing, roughly: an SFT step takes {seconds * 1e3:.0f} ms here, and the rest by its FLOPs")
+    whole = format_duration((time.perf_counter() - start) * flops / step.program.flops)
+    rows = len(batch.row_mask_B)
+    return Found(GREEN, f"about {whole} of computing, roughly: from an SFT step of {rows} rows, timed here, and the FLOPs of all")

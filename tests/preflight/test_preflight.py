@@ -147,14 +147,14 @@ def counting(mask):
     return make
 
 
-def test_a_loss_that_takes_ids_for_a_mask(subject):
+def test_a_loss_that_takes_ids_for_a_mask():
     """PAD is EOS here: whoever counts the ids that are not EOS counts padding that has another id."""
-    given, params = subject(), {"w": jnp.float32(1)}
-    fine = training.gradient(given, counting(lambda batch: batch.chosen_mask_BT), pair_batch(), params, loss="loss/pair")
+    params = {"w": jnp.float32(1)}
+    fine = training.gradient(counting(lambda batch: batch.chosen_mask_BT), pair_batch(), params, loss="loss/pair")
     assert fine.colour == GREEN
-    bad = training.gradient(given, counting(lambda batch: batch.chosen_BT == 1), pair_batch(), params, loss="loss/pair")
+    bad = training.gradient(counting(lambda batch: batch.chosen_BT == 1), pair_batch(), params, loss="loss/pair")
     assert bad.colour == RED and "masks" in bad.advice
-    none = training.gradient(given, counting(lambda batch: 0 * batch.chosen_BT), pair_batch(), params, loss="loss/pair")
+    none = training.gradient(counting(lambda batch: 0 * batch.chosen_BT), pair_batch(), params, loss="loss/pair")
     assert none.colour == RED and "nothing would be learned" in none.advice
 
 
@@ -188,6 +188,7 @@ def test_a_reward_update_that_goes_by_row(subject, own):
 def test_a_judge_without_its_package(subject, monkeypatch):
     assert looks.judge(subject()) is None
     monkeypatch.setenv("OPENAI_API_KEY", "x")
+    monkeypatch.setitem(sys.modules, "openai", SimpleNamespace())
     given = subject({"judge": Judge("m")})
     assert looks.judge(given).colour == GREEN
     monkeypatch.setitem(sys.modules, "openai", None)
