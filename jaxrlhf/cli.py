@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 from jaxrlhf import distributed
-from jaxrlhf.commands.usage import HELP, RUN_COMMANDS, USAGE
+from jaxrlhf.commands import HELP, RUN_COMMANDS, USAGE
 from jaxrlhf.distributed.cluster import check_alone
 from jaxrlhf.distributed.launch import LAUNCHED
 from jaxrlhf.distributed.stops import Stopped
@@ -20,11 +20,11 @@ from jaxrlhf.monitoring.output import shown_output
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn that torch is missing
 
-RECIPE_COMMANDS = (*RUN_COMMANDS, "sweep", "plan", "verify-resume")  # take a recipe and --section.key VALUE
+RECIPE_COMMANDS = (*RUN_COMMANDS, "sweep", "preflight", "plan", "verify-resume")  # take a recipe and --section.key VALUE
+OTHERS = ("embed", "nearest", "generate", "evaluate", "report", "verify", "launch")
 # Command → its module in jaxrlhf.commands.
 COMMANDS = dict.fromkeys(RUN_COMMANDS, "run") | {
-    name: name.replace("-", "_")
-    for name in ("sweep", "plan", "verify-resume", "embed", "nearest", "generate", "evaluate", "report", "verify", "launch")
+    name: name.replace("-", "_") for name in (*RECIPE_COMMANDS, *OTHERS) if name not in RUN_COMMANDS
 }
 
 

@@ -27,6 +27,7 @@ FLOORS = (
     ("algorithms",),
     ("pipeline", "report"),
     ("sweep", "plan", "comparison"),
+    ("preflight",),
     ("commands",),
     ("cli",),
 )

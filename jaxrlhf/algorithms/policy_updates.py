@@ -11,7 +11,7 @@ from jaxrlhf.algorithms.training import optimizer_of
 from jaxrlhf.config import PPOConfig
 from jaxrlhf.rollouts.credit import gae_credit, rloo_credit
 from jaxrlhf.rollouts.score import RolloutModels
-from jaxrlhf.steps.ppo import policy_part, value_part
+from jaxrlhf.steps.ppo import LossPart, policy_part, value_part
 from jaxrlhf.steps.state import actor_critic
 from jaxrlhf.types import Model, PolicyLoss
 
@@ -47,12 +47,17 @@ def ppo_trainer(policy: Model, scalar: Model, config: PPOConfig, plugin: Callabl
     return _ppo_trainer(policy, scalar, config, policy_loss_of(config, plugin), **how)
 
 
+def loss_parts(policy: Model, scalar: Model | None, config: PPOConfig, loss: PolicyLoss) -> tuple[LossPart, ...]:
+    """The terms of the section's loss: the policy's, and that of the critic `scalar` where there is one."""
+    part = policy_part(policy, loss, temperature=config.temperature)
+    if scalar is None:
+        return (part,)
+    return (part, value_part(scalar, cliprange_value=config.cliprange_value, vf_coef=config.vf_coef))
+
+
 @lru_cache(maxsize=8)
 def _ppo_trainer(policy: Model, scalar: Model, config: PPOConfig, loss: PolicyLoss, **how: Any) -> PPOTrainer:
-    parts = (
-        policy_part(policy, loss, temperature=config.temperature),
-        value_part(scalar, cliprange_value=config.cliprange_value, vf_coef=config.vf_coef),
-    )
+    parts = loss_parts(policy, scalar, config, loss)
     credit = partial(
         gae_credit, gamma=config.gamma, lam=config.lam, score_placement=config.score_placement, whiten_rewards=config.whiten_rewards
     )
@@ -67,7 +72,7 @@ def rloo_trainer(policy: Model, scalar: Model, config: PPOConfig, plugin: Callab
 
 @lru_cache(maxsize=8)
 def _rloo_trainer(policy: Model, scalar: Model, config: PPOConfig, loss: PolicyLoss, **how: Any) -> PPOTrainer:
-    parts = (policy_part(policy, loss, temperature=config.temperature),)
+    parts = loss_parts(policy, None, config, loss)
     credit = partial(rloo_credit, samples=config.rloo_k, whiten_rewards=config.whiten_rewards)
     optimizer = optimizer_of(config, steps=num_updates(config) * config.num_ppo_epochs * config.num_mini_batches)
     return make_trainer(RolloutModels(policy, policy, reward=scalar), parts, credit, optimizer, config, **how)

@@ -5,7 +5,7 @@ import shlex
 import shutil
 import sys
 
-from jaxrlhf.commands.usage import RUN_COMMANDS
+from jaxrlhf.commands import RUN_COMMANDS
 from jaxrlhf.distributed.launch import GRACE, launch
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import jax
 
+from jaxrlhf.commands import EPILOG
 from jaxrlhf.commands.recipe_arguments import config_of
-from jaxrlhf.commands.usage import EPILOG
 from jaxrlhf.files import check_replaceable, write_whole
 from jaxrlhf.plan.devices import Device, device_named, device_of_kind, own_device
 from jaxrlhf.plan.plan import plan

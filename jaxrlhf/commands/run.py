@@ -4,7 +4,7 @@ import argparse
 import logging
 
 from jaxrlhf import distributed
-from jaxrlhf.commands.usage import add_changing_arguments
+from jaxrlhf.commands import add_changing_arguments
 from jaxrlhf.distributed.cluster import requested_group
 from jaxrlhf.distributed.launch import watched
 from jaxrlhf.distributed.stops import heard

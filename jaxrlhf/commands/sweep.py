@@ -3,8 +3,8 @@
 import argparse
 import sys
 
+from jaxrlhf.commands import EPILOG, add_changing_arguments
 from jaxrlhf.commands.recipe_arguments import config_of
-from jaxrlhf.commands.usage import EPILOG, add_changing_arguments
 from jaxrlhf.distributed.stops import heard
 
 

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from jaxrlhf import distributed
+from jaxrlhf.commands import EPILOG
 from jaxrlhf.commands.recipe_arguments import config_of
-from jaxrlhf.commands.usage import EPILOG
 from jaxrlhf.distributed.launch import launch
 from jaxrlhf.distributed.watchdog import say
 from jaxrlhf.files import write_whole

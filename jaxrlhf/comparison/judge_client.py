@@ -253,6 +253,12 @@ def backoff_seconds(judge: Judge, failures: int, after: str | None) -> float:
         return min(judge.backoff_max, judge.backoff * 2**failures) * random.uniform(0.5, 1.0)
 
 
+def check_judge(judge: Judge) -> None:
+    """JudgeError where the judge could not be asked: no client library, or no key. Nothing is sent."""
+    _library()
+    _key_of(judge)
+
+
 def _key_of(judge: Judge) -> str:
     """The key out of the environment. An address of the user's own may need none; the client library must be given something."""
     key = os.environ.get(judge.api_key_env, "").strip()

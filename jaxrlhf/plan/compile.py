@@ -85,7 +85,7 @@ def compile_all(
     by_depth = {depth: shallow(depth) for depth in DEPTHS} if any(deep) else {}
     found = []
     for number, phase in enumerate(phases):
-        key = _key(phase)
+        key = program_key(phase)
         if key not in known:
             if deep[number]:
                 parts = [compiled(by_depth[depth][number], mesh) for depth in DEPTHS]
@@ -97,7 +97,7 @@ def compile_all(
     return found
 
 
-def _key(phase: Phase) -> Any:
+def program_key(phase: Phase) -> Any:
     """Equal for phases that run one compiled program."""
     leaves, tree = jax.tree.flatten(phase.arguments)
     return phase.function, phase.loop, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)

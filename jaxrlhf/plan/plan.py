@@ -53,6 +53,15 @@ class Plan:
         return sum(self.seconds(one, device) * (one.phase.calls or 0) for one in known), unknown
 
 
+def planner_of(config: Config, counts: Counts, mesh: Any) -> Planner:
+    """What the phases of the config are made from, their batches checked."""
+    updates = {one.reward_update for one in counts.rounds if one.reward_update is not None}
+    uses_encoder = any("encoder" in SECTIONS_READ.get(name, ()) for name in updates)
+    subjects = planned_models(config, uses_encoder=uses_encoder)
+    check_batches(config, counts, mesh)
+    return Planner(config, subjects, counts, mesh)
+
+
 def plan(
     config: Config,
     *,
@@ -72,13 +81,9 @@ def plan(
     model's shape is not known.
     """
     counts = counts_of(config, rows=rows, valid_rows=valid_rows)
-    updates = {one.reward_update for one in counts.rounds if one.reward_update is not None}
-    uses_encoder = any("encoder" in SECTIONS_READ.get(name, ()) for name in updates)
-    subjects = planned_models(config, uses_encoder=uses_encoder)
     mesh = sharding.mesh_of(config.mesh) if devices is None else sharding.make_mesh(*_axes(config), devices=devices)
-    check_batches(config, counts, mesh)
-    planner = Planner(config, subjects, counts, mesh)
-    phases = phases_of(planner)
+    planner = planner_of(config, counts, mesh)
+    subjects, phases = planner.subjects, phases_of(planner)
 
     formulas = [counted(one, mesh) for one in phases]
     programs, beside = formulas, [None] * len(phases)
@@ -96,6 +101,7 @@ def plan(
             if name != "optimizer" and name not in models:
                 models[name] = (sum(leaf.size for leaf in jax.tree.leaves(tree)), bytes_on_device(tree, mesh))
     compiler = every[0].platform if compiles else None
+    updates = {one.reward_update for one in counts.rounds if one.reward_update is not None}
     notes = [*notes_of(config, updates, compiler), *([subjects.encoder_note] if subjects.encoder_note else [])]
     return Plan(config, counts, mesh, len(every), compiler, models, found, notes)
 

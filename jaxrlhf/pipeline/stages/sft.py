@@ -27,15 +27,11 @@ from jaxrlhf.types import TextBatch, TrainState
 def tokenizer_stage(run: RunContext) -> Done:
     """The run's tokenizer: the one named, the model's own, the toy task's words, or a byte-level BPE of the run's own text."""
     config = run.config
-    trained = config.tokenizer.source is None and config.model.source is None and config.data.train != inputs.TOY
+    trained = is_trained(config)
     template = None if config.tokenizer.chat_template is None else template_of(config.tokenizer.chat_template)
 
     def build(folder: Path) -> dict[str, Any]:
-        tokenizer = given_tokenizer(config)
-        if trained:
-            rows, _ = inputs.demonstrations_of(config, tokenizer)
-            tokenizer = train_tokenizer((row.prompt + row.response for row in rows), config.tokenizer.vocab_size)
-            tokenizer.chat_template = template
+        tokenizer = tokenizer_of(config)
         save_tokenizer(tokenizer, folder)
         return {"vocabulary": len(tokenizer)}
 
@@ -46,6 +42,22 @@ def tokenizer_stage(run: RunContext) -> Done:
         "data": inputs.data_identity(config) if trained else config.data.train,
     }
     return run.build(Stage("tokenizer", "data", "tokenizer", slice_, version=2), build)
+
+
+def is_trained(config: Config) -> bool:
+    """Whether the run learns its tokenizer from its own text."""
+    return config.tokenizer.source is None and config.model.source is None and config.data.train != inputs.TOY
+
+
+def tokenizer_of(config: Config) -> Any:
+    """The run's tokenizer, trained where none is given."""
+    given = given_tokenizer(config)
+    if not is_trained(config):
+        return given
+    rows, _ = inputs.demonstrations_of(config, given)
+    tokenizer = train_tokenizer((row.prompt + row.response for row in rows), config.tokenizer.vocab_size)
+    tokenizer.chat_template = getattr(given, "chat_template", None)
+    return tokenizer
 
 
 def given_tokenizer(config: Config) -> Any:
