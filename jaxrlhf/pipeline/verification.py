@@ -19,6 +19,7 @@ from jaxrlhf.files import write_whole
 from jaxrlhf.formatting import as_strict_json
 from jaxrlhf.monitoring.metrics_file import FILE, read
 from jaxrlhf.pipeline.stages.context import Loop, RunContext
+from jaxrlhf.pipeline.stages.divergence import Fed
 from jaxrlhf.types import TrainState
 
 
@@ -57,19 +58,21 @@ class Verified(RunContext):
 
     part: Path = Path()
 
-    def train(self, folder: Path, name: str, state: TrainState, loop: Loop, *, steps: int, round: int | None = None, **how: Any) -> Any:
+    def train(
+        self, folder: Path, name: str, state: TrainState, loop: Loop, fed: Fed, *, steps: int, round: int | None = None, **how: Any
+    ) -> Any:
         """As `RunContext.train`; writes HASH.npz, the state, and HASH.json: the training, where this process began and the metrics."""
         half, file = self.config.checkpoint.every or 0, self.part / self.store.shared(folder).name.removeprefix(".partial-")
         begun = [0]
 
-        def killed(state: TrainState, start: int) -> Iterator:
-            begun.append(start)
-            for n, one in enumerate(loop(state, start), start=start + 1):
+        def killed(state: TrainState, batches: Iterator) -> Iterator:
+            begun.append(int(state.step))
+            for n, one in enumerate(loop(state, batches), start=begun[-1] + 1):
                 yield one  # where the loop comes back, its checkpoint is on the way to the disk
                 if n == half < steps and self.part.name == "halves" and not file.with_suffix(".killed").exists():
                     die(Path(self.store.state(folder), str(n)), file.with_suffix(".killed"))
 
-        state = super().train(folder, name, state, killed, steps=steps, round=round, **how)
+        state = super().train(folder, name, state, killed, fed, steps=steps, round=round, **how)
         tree = sharding.gather({"params": state.params, "optimizer": state.opt_state, "controller": state.controller, "step": state.step})
         if distributed.is_leader() and steps:
             leaves = jax.tree_util.tree_leaves_with_path(tree)

@@ -197,16 +197,13 @@ class RunContext:
         best = Checkpoints(f"{place}/best", keep=1, whole=place) if held_out is not None and held_out.best else nullcontext()
         looks = Looks(checkpoint.minutes, checkpoint.every, steps)
         with looks, Checkpoints(place, keep=checkpoint.keep) as checkpoints, best as kept:
-            found = checkpoints.restore(sharding.template(state, self.mesh))
-            if found is not None:
-                jax.tree.map(lambda x: x.delete(), state)  # as the first step would: going on needs no more memory than starting
-                state = sharding.uncommitted(found[0], self.mesh)
-                self.store.goes_on(folder, found[1])
+            state, meta = restored(state, checkpoints, self.mesh)
+            self.store.goes_on(folder, meta)
             start = int(state.step)
             if start:
                 self.log.note(f"{name}: goes on from step {start} of {steps}")
             title = name if round is None else f"round {round} {name}"
-            finite = FiniteWatch(checkpoint, folder, place, fed, title, steps, start, found[1] if found else {})
+            finite = FiniteWatch(checkpoint, folder, place, fed, title, steps, start, meta)
             with self.log.stage(name, round=round, total_steps=steps, start=start, folder=folder, watch=self.watch()) as stage:
                 if start < steps:
                     stage.phase("compiling")
@@ -235,6 +232,15 @@ class RunContext:
                         raise Stopped(stop, f"{title} is saved at step {n} of {steps}")
             self.skipped[folder] = finite.skipped
             return with_best(state, kept, self.mesh)
+
+
+def restored(state: TrainState, checkpoints: Checkpoints, mesh: Any) -> tuple[TrainState, dict[str, Any]]:
+    """(the state, meta) of the newest checkpoint; (`state`, {}) where there is none."""
+    found = checkpoints.restore(sharding.template(state, mesh))
+    if found is None:
+        return state, {}
+    jax.tree.map(lambda x: x.delete(), state)  # as the first step would: going on needs no more memory than starting
+    return sharding.uncommitted(found[0], mesh), found[1]
 
 
 def look(held_out: HeldOut, n: int, state: TrainState, kept: Checkpoints | None) -> dict[str, float]:
