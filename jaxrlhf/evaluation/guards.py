@@ -5,7 +5,7 @@ whose spread is not kept (a mean over a rollout, ESS) is taken as it is. All com
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -85,8 +85,13 @@ class Guards:
         self.found += new
         self.say("\n".join(f"guard {one['name']}: {one['text']}" for one in new))
         self.keep()
-        for one in (one for one in new if self.config.stop == "all" or one["name"] in self.config.stop):
+        for one in stopping(self.config, new):
             raise GuardStop(f"guard {one['name']}: {one['text']} It stands in guards.stop; without it there the same command goes on.")
+
+
+def stopping(config: GuardsConfig, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the findings that end a run."""
+    return [one for one in found if config.stop == "all" or one["name"] in config.stop]
 
 
 def finding(guard: Guard, seen: Interval, bound: float, place: str) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +51,8 @@ class Foresight(RunContext):
 def foresee(config: Config, until: str | None = None) -> Foresight:
     """Go through the stages of a run as the run does, and build none."""
     with tempfile.TemporaryDirectory(prefix="jaxrlhf-") as scratch:  # for its summary
-        run = Foresight(config, store_of(config), Path(scratch), RunLog(None), None)
+        silent = replace(config, guards=replace(config.guards, stop=()))  # nothing runs that a guard could end
+        run = Foresight(silent, store_of(config), Path(scratch), RunLog(None), None)
         try:
             walk_through(run, until)
         except Undecided as decision:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from jaxrlhf import distributed
 from jaxrlhf.config import Config
+from jaxrlhf.evaluation.guards import stopping
 from jaxrlhf.files import DamagedFile, read_json, write_whole
 from jaxrlhf.formatting import format_duration, with_numbers
 from jaxrlhf.monitoring.runlog import RunLog
@@ -169,7 +170,7 @@ def read_finished(job: Job) -> Run | None:
         rounds, notes, spoke, finished = (summary[name] for name in ("rounds", "notes", "guards", "finished"))
     except (FileNotFoundError, DamagedFile, KeyError):
         return None
-    whole = found.undecided is None and all(done.cached for done in found.stages) and finished
+    whole = found.undecided is None and all(done.cached for done in found.stages) and finished and not stopping(job.config.guards, spoke)
     if not whole or linked != {done.name: done.hash for done in found.stages}:
         return None
     fits = sum(done.record["function"] == "reward" for done in found.stages)

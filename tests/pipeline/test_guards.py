@@ -25,6 +25,7 @@ from jaxrlhf.pipeline.stages.context import RunContext
 from jaxrlhf.pipeline.summary import Summary
 from jaxrlhf.pipeline.table import findings, read_summaries
 from jaxrlhf.recipe import to_yaml
+from jaxrlhf.storage.blocks import NOWHERE
 from jaxrlhf.storage.stage import Done, Stage
 from jaxrlhf.storage.store import Store
 from jaxrlhf.sweep import sweep
@@ -103,16 +104,17 @@ def test_the_command_ends_with_one_line_and_status_1(tmp_path, tiny_mapping, mon
     assert len(said) == 1 and said[0].startswith("jaxrlhf: guard kl: round 1, policy, step 2: ") and "guards.stop" in said[0]
 
 
-def test_a_sweep_counts_a_run_that_a_guard_stops_as_not_finished(tmp_path, tiny_config, monkeypatch):
-    config = tiny_config(tmp_path, guards={"stop": "all"})
+@pytest.mark.parametrize("stop, counted", [((), True), (("kl",), False), ("all", False)])
+def test_a_sweep_counts_a_run_that_a_guard_stops_as_not_finished(tmp_path, tiny_config, monkeypatch, stop, counted):
+    """A guard may stop a run behind its last evaluation, when all its stages are finished."""
+    config = tiny_config(tmp_path, guards={"stop": stop})
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "config.yaml").write_text(to_yaml(config))
-
-    def stops(context, until):
-        context.log.seen({"stage": "policy", "round": 1, "step": 2, "rollout/kl": 60.0})
-
-    monkeypatch.setattr(sweep, "walk_through", stops)
-    assert sweep.read_finished(sweep.Job(0, "ppo", config)) is None
+    body = {"rounds": [], "notes": [], "finished": True, "guards": [{"name": "kl", "text": "high", "round": 1}]}
+    (tmp_path / "tiny" / "summary.json").write_text(json.dumps(body))
+    monkeypatch.setattr(sweep, "foresee", lambda config: SimpleNamespace(stages=[], undecided=None))
+    done = sweep.read_finished(sweep.Job(0, "ppo", config))
+    assert (done is not None) is counted and (done is None or done.notes == ("guard kl spoke; summary.json of the run says why.",))
 
 
 def lines(path: Path, rows) -> str:
@@ -141,7 +143,7 @@ def test_a_policy_that_always_says_the_same_leaves_no_pair_and_that_is_said(tmp_
     side = TextBatch(one, one > 0, one, one > 0, np.ones(3, bool), np.arange(3))  # type: ignore[arg-type]
     monkeypatch.setattr(pairs_module, "two_responses", lambda *given, **how: ((side, side), (words, words)))
     run = SimpleNamespace(
-        config=config, mesh=None, key=RunContext.key.fget(SimpleNamespace(config=config)), report_rows=lambda *given: None
+        blocks=NOWHERE, config=config, mesh=None, key=RunContext.key.fget(SimpleNamespace(config=config)), report_rows=lambda *given: None
     )
     given = (run, tmp_path, pairs_module.TRAIN, SimpleNamespace(tokenizer=tokenizer), rows, ReadReport(kept=3))
     monkeypatch.setattr(pairs_module.inputs, "gold_of", lambda config, mesh: lambda prompts, texts: np.zeros(len(texts)))
@@ -161,7 +163,7 @@ def test_a_reward_update_that_keeps_no_pair_is_named(tmp_path, tiny_config, monk
     write_pair_table(tmp_path / pairs_module.TRAIN, rows, table_of(2), pad_id=0)
     models = SimpleNamespace(tokenizer=toy_tokenizer())
     facts = {"config": tiny_config(tmp_path), "mesh": None, "columns": tmp_path, "key": jax.random.key(0), "log": RunLog(None)}
-    run = SimpleNamespace(**facts, load=lambda done, head: models, build=lambda stage, build, round: build(tmp_path))
+    run = SimpleNamespace(blocks=NOWHERE, **facts, load=lambda done, head: models, build=lambda stage, build, round: build(tmp_path))
     done = Done("made", tmp_path, "hash", {})
     round = Round(2, "ppo", "keeps:none", True, "sft", None, 1, 1, False, True, True)
     with pytest.raises(ValueError, match=r"^reward update 'keeps:none' left none of the 2 pairs"):

@@ -199,8 +199,7 @@ class RunContext:
         with looks, Checkpoints(place, keep=checkpoint.keep) as checkpoints, best as kept:
             state, meta = restored(state, checkpoints, self.mesh)
             self.store.goes_on(folder, meta)
-            start = int(state.step)
-            if start:
+            if start := int(state.step):
                 self.log.note(f"{name}: goes on from step {start} of {steps}")
             title = name if round is None else f"round {round} {name}"
             finite = FiniteWatch(checkpoint, folder, place, fed, title, steps, start, meta)
