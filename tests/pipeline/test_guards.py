@@ -146,7 +146,7 @@ def test_a_policy_that_always_says_the_same_leaves_no_pair_and_that_is_said(tmp_
         blocks=NOWHERE, config=config, mesh=None, key=RunContext.key.fget(SimpleNamespace(config=config)), report_rows=lambda *given: None
     )
     given = (run, tmp_path, pairs_module.TRAIN, SimpleNamespace(tokenizer=tokenizer), rows, ReadReport(kept=3))
-    monkeypatch.setattr(pairs_module.inputs, "gold_of", lambda config, mesh, blocks: lambda prompts, texts: np.zeros(len(texts)))
+    monkeypatch.setattr(pairs_module.inputs, "gold_of", lambda config, mesh: lambda prompts, texts, blocks: np.zeros(len(texts)))
     with pytest.raises(DataError, match=r"^no pair is left: π_SFT gave all 3 prompts the same text twice.* Raise pairs.temperature \(1\)"):
         pairs_module.labelled(*given, rule="argmax", label_flip=0.0)
 
