@@ -159,14 +159,14 @@ def test_single_stage_commands(recipe, calls, command):
 def test_faults_of_ours_keep_their_traceback(recipe, monkeypatch):
     import jaxrlhf.pipeline.run as module
 
-    def broken(config, *, until=None):
+    def broken(config, *, until=None, replace=False):
         raise ZeroDivisionError("a fault")
 
     monkeypatch.setattr(module, "run", broken)
     with pytest.raises(ZeroDivisionError):
         cli.main(["run", recipe()])
 
-    def stopped(config, *, until=None):
+    def stopped(config, *, until=None, replace=False):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "run", stopped)
@@ -183,7 +183,7 @@ def test_only_messages_written_for_users_are_shown_without_a_traceback(recipe, m
     from jaxrlhf.types import PairBatch
 
     def outcome(fault):
-        monkeypatch.setattr(module, "run", lambda config, *, until=None: fault())
+        monkeypatch.setattr(module, "run", lambda config, **given: fault())
         return cli.main(["run", recipe()])
 
     def own():

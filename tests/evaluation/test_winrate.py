@@ -226,3 +226,19 @@ def test_by_length():
     assert by_length(np.zeros(0), np.zeros(0)) == []
     with pytest.raises(ValueError, match="one difference an outcome"):
         by_length(np.ones(2), np.ones(3))
+
+
+def test_an_interval_that_touches_zero_has_no_direction():
+    ends = ((-2.0, 0.0), (0.0, 2.0), (-2.0, -1e-9), (1e-9, 2.0), (-1.0, 1.0))
+    assert [Interval(0.5, low, high, 9).direction for low, high in ends] == [0, 0, -1, 1, 0]
+
+
+def test_newtons_steps_are_halved_where_they_overshoot():
+    """Sides that length alone decides: a full step from 0 leads past the valley and up its other side. Against a search of another kind."""
+    d = np.array([-1.0] * 30 + [1.0] * 30 + [40.0])
+    won = (d > 0).astype(float)
+    won[0], won[-1] = 1.0, 0.0
+    design = np.stack([np.ones(len(d)), d], axis=1)
+    weights, _ = _logistic(design, won, 0.01)
+    best = minimize(lambda w: _logistic_loss(w, design, won, 0.01), weights + 0.1, method="BFGS", options={"gtol": 1e-9})
+    assert weights == pytest.approx(best.x, abs=1e-5)

@@ -69,7 +69,7 @@ def test_sources_on_the_command_line(tmp_path, given, monkeypatch, capsys):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("data: {train: none.jsonl}\n")
     seen = []
-    monkeypatch.setattr("jaxrlhf.pipeline.run.run", lambda config, until=None: seen.append(config) or tmp_path)
+    monkeypatch.setattr("jaxrlhf.pipeline.run.run", lambda config, **given: seen.append(config) or tmp_path)
     files = [text.format(**names) for text in given]
     assert main(["sft", str(recipe), "--data.train", *files, "--data.valid", names["a"], "--data.rename", "q", "prompt"]) == 0
     (found,) = seen

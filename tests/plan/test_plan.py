@@ -132,9 +132,8 @@ def test_memory_is_parameters_moments_gradients_and_the_rest(sft):
     assert one.parts["batch"] - one.program.fresh == B * (width * (4 + 1) + 1 + 4)
     assert one.total == sum(one.parts.values())
     state_and_batch = 3 * parameters + 16 + B * (width * 5 + 5)
-    assert (
-        one.program.arguments == state_and_batch + 4 - 4 * B - 4
-    )  # with the step's number, without the row numbers and the last rate, which it does not read
+    # With the step's number, without the row numbers, which it does not read. The last rate it keeps where the step is not finite.
+    assert one.program.arguments == state_and_batch + 4 - 4 * B
     assert one.program.temp == one.parts["activations"] + parameters
 
 
