@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrlhf import sharding
 from jaxrlhf.algorithms.policy_updates import POLICY_UPDATES, loss_parts
 from jaxrlhf.algorithms.ppo import policy_loss_of
 from jaxrlhf.algorithms.preference import REFERENCE, needs_reference, preference_loss
@@ -28,7 +27,7 @@ from jaxrlhf.plan.counts import counts_of
 from jaxrlhf.plan.devices import device_of_kind
 from jaxrlhf.plan.memory import USABLE, gib, room
 from jaxrlhf.plan.phases import phases_of
-from jaxrlhf.plan.plan import plan, planner_of
+from jaxrlhf.plan.plan import Plan, planner_of
 from jaxrlhf.plugins import plugin
 from jaxrlhf.preflight.models import compiled, layout, same, widened
 from jaxrlhf.preflight.screen import GREEN, RED, YELLOW, Found
@@ -39,7 +38,7 @@ from jaxrlhf.steps.sft import make_sft_step
 from jaxrlhf.steps.state import init_state
 from jaxrlhf.types import PairLoss
 
-LARGE = 5e9  # FLOPs of a step that is timed
+LARGE = 5e10  # FLOPs of a step: one with more is not timed
 # An "optimizer" whose state becomes the gradient, and which moves nothing.
 RECORD = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
@@ -52,12 +51,8 @@ def traced(subject: Subject) -> Found:
     config = local(subject.config)
     planner = planner_of(config, counts_of(config, rows=1000, valid_rows=100), subject.mesh)
     phases = phases_of(replace(planner, subjects=planner.subjects.at_depth(1)))
-    for phase in phases:
-        key = program_key(phase)
-        if key not in subject.known:  # another arm may have had it
-            function = phase.function
-            getattr(function, "trace", function.lower)(*phase.arguments)
-            subject.known[key] = True
+    for phase in {program_key(phase): phase for phase in phases}.values():
+        getattr(phase.function, "trace", phase.function.lower)(*phase.arguments)
     return Found(GREEN, f"{len(phases)} programs: {', '.join(dict.fromkeys(phase.stage for phase in phases))}")
 
 
@@ -66,20 +61,20 @@ def gradient(make: Any, batch: Any, params: Any, *rest: Any, loss: str, controll
 
     `make(accumulate=…)` gives the step, with an optimizer that records.
     """
-    n, wide = len(batch.row_mask_B), widened(batch)
+    n = len(batch.row_mask_B)
     state = replace(init_state(params, RECORD), controller=controller or {})
-    whole, parts = compiled(make(accumulate=1), state, wide, *rest), compiled(make(accumulate=2 - n % 2), state, batch, *rest)
-    (new, metrics), *others = parts(state, batch, *rest), whole(state, wide, *rest), whole(state, widened(batch, fill=2), *rest)
-    value, grads, norm = float(metrics[loss]), new.opt_state, float(optax.tree.norm(new.opt_state))
+    (new, metrics), (other, its) = (
+        compiled(make(accumulate=parts), state, rows, *rest)(state, rows, *rest)
+        for parts, rows in ((2 - n % 2, batch), (1, widened(batch)))
+    )
+    value, norm = float(metrics[loss]), float(optax.tree.norm(new.opt_state))
     figure = f"loss {value:.4g}, gradient {norm:.3g} on {n} rows"
     if not np.isfinite([value, norm]).all():
         return Found(RED, figure, "not finite: look at the loss for 0/0, log 0 and NaN under a mask")
     if norm == 0:
         return Found(RED, figure, "nothing would be learned: look at the loss and its masks")
-    ways = {}
-    for name, (other, its) in zip(("padding and microbatches", "other ids under it"), others, strict=True):
-        apart = float(optax.tree.norm(jax.tree.map(jnp.subtract, other.opt_state, grads))) / norm
-        ways[name] = np.array([value, 0.0]), np.array([float(its[loss]), apart])
+    apart = float(optax.tree.norm(jax.tree.map(jnp.subtract, other.opt_state, new.opt_state))) / norm
+    ways = {"padding and microbatches": (np.array([value, 0.0]), np.array([float(its[loss]), apart]))}
     return same(ways, figure, "a loss must use masks and row_mask_B, and divide by total")
 
 
@@ -128,68 +123,53 @@ def referred(subject: Subject, loss: PairLoss) -> Any:
 
 def update(subject: Subject) -> Found | None:
     """The user's own reward update on a few pairs, and on the same pairs in another order: what it says of a pair must go with the pair."""
-    name = subject.method.reward_update
-    if name is None or ":" not in name:
+    if ":" not in (subject.method.reward_update or ""):
         return None
-    function, pairs = reward_update_named(name, plugin), subject.few_pairs
-    turned = pairs.select(np.roll(np.arange(len(pairs.rows)), 1))
+    pairs = subject.few_pairs
     with tempfile.TemporaryDirectory() as scratch:
-        first, again = (answers(subject, function, one, Path(scratch), turn) for turn, one in enumerate((pairs, turned)))
-    wrong = {key[1] for key, value in first.items() if key in again and not np.allclose(value, again[key], rtol=1e-4, atol=1e-4)}
-    kept, given = (sorted({key[place] for key in first}) for place in (0, 1))
-    figure = f"{len(kept)} of {len(pairs.rows)} pairs kept, with {', '.join(given)}"
+        orders = (pairs.select(np.roll(np.arange(len(pairs.rows)), turn)) for turn in (0, 1))
+        first, again = (answers(subject, one, Path(scratch)) for one in orders)
+    wrong = sorted({key[1] for key in first.keys() & again.keys() if not np.isclose(first[key], again[key], rtol=1e-4, atol=1e-4)})
     if wrong:
-        figure += f"; when the pairs change places, {', '.join(sorted(wrong))} of a pair is another"
+        figure = f"when the pairs change places, {', '.join(wrong)} of a pair is another"
         return Found(RED, figure, "stale: what is precomputed must be joined by pair id, not by row")
-    return Found(GREEN, figure)
+    return Found(GREEN, f"{len({id for id, _ in first})} of {len(pairs.rows)} pairs kept, the same in another order")
 
 
-def answers(subject: Subject, function: Any, pairs: Any, scratch: Path, turn: int) -> dict[tuple[str, str], float]:
+def answers(subject: Subject, pairs: Any, scratch: Path) -> dict[tuple[str, str], float]:
     """(pair id, "weight" or a column) → what the update says of it. Raises where the run would, and for padding on the wrong side."""
-    folder = scratch / str(turn)
-    folder.mkdir()
+    name, loss = str(subject.method.reward_update), reward_loss(subject.config.reward, plugin)
     context = RoundContext(
-        2, subject.policy, subject.policy, subject.reward, subject.key, folder, subject.config, scratch / "columns", "preflight",
-        "preflight-sft", subject.mesh, prompts=lambda: subject.prompts[0],
+        2, subject.policy, subject.policy, subject.reward, subject.key, Path(tempfile.mkdtemp(dir=scratch)), subject.config,
+        scratch / "columns", "preflight", "preflight-sft", subject.mesh, prompts=lambda: subject.prompts[0],
     )  # fmt: skip
-    chosen, weights_N = function(context, pairs)
-    table = with_weights(chosen.tokens, weights_N)
-    loss = reward_loss(subject.config.reward, plugin)
-    table = with_columns(table, loss, name=called(subject.config.reward), updated=True)
+    chosen, weights_N = reward_update_named(name, plugin)(context, pairs)
+    table = with_columns(with_weights(chosen.tokens, weights_N), loss, name=called(subject.config.reward), updated=True)
     if fault := layout(table):
-        raise ValueError(f"the reward update {subject.method.reward_update!r} gives tokens of which {fault}.")
+        raise ValueError(f"the reward update {name!r} gives tokens of which {fault}.")
     figures = {"weight": table.weights_B, **table.columns}
-    return {(row.id, name): float(np.sum(values[i])) for name, values in figures.items() for i, row in enumerate(chosen.rows)}
+    return {(row.id, what): float(np.sum(values[i])) for what, values in figures.items() for i, row in enumerate(chosen.rows)}
 
 
-def memory(subject: Subject) -> Found:
-    """The largest phase against a device's memory: counted by formula, as `jaxrlhf plan` does."""
-    found = subject.plan
+def cost(subject: Subject) -> Found:
+    """The largest phase against a device's memory, counted by formula as `jaxrlhf plan` does, and how long the run computes."""
+    found, device = subject.plan, device_of_kind(jax.devices()[0].device_kind)
     largest = max(found.phases, key=lambda one: one.total)
-    device = device_of_kind(jax.devices()[0].device_kind)
     have = room(device) if device else USABLE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / found.devices
-    figure = f"{largest.phase.title} needs {gib(largest.total)} of {gib(have)} GiB, predicted"
+    took = f"about {format_duration(found.run_seconds(device)[0])} by {device.name}'s figures" if device else timed(found)
+    figure = f"{largest.phase.title} needs {gib(largest.total)} of {gib(have)} GiB, predicted; {took}"
     if largest.total <= have:
         return Found(GREEN, figure)
     return Found(YELLOW if largest.total - largest.parts["activations"] < have else RED, figure, "jaxrlhf plan names settings that help")
 
 
-def duration(subject: Subject) -> Found:
-    """How long the run computes: by a device's published figures, else from an SFT step that is timed here, of fewer rows if need be."""
-    found, device = subject.plan, device_of_kind(jax.devices()[0].device_kind)
-    if device is not None:
-        return Found(GREEN, f"about {format_duration(found.run_seconds(device)[0])} by {device.name}'s published figures")
-    flops, step, section = sum(one.program.flops * (one.phase.calls or 0) for one in found.phases), found.phases[0], found.config.sft
+def timed(found: Plan) -> str:
+    """How long the run computes, from an SFT step that is timed here and the FLOPs of all."""
+    flops, step = sum(one.program.flops * (one.phase.calls or 0) for one in found.phases), found.phases[0]
     if step.program.flops > LARGE:
-        rows = int(section.batch_size * LARGE / step.program.flops)
-        rows = sharding.rows_at_once(max(rows, 1), max(rows, 1), subject.mesh)
-        step = plan(replace(found.config, sft=replace(section, batch_size=rows, gradient_accumulation_steps=1))).phases[0]
-    if step.program.flops > 10 * LARGE:
-        return Found(GREEN, f"{flops / 1e12:,.0f} TFLOP in all; a single row is too large to be timed here")
+        return f"{flops / 1e12:,.1f} TFLOP in all"
     state, batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), step.phase.arguments)
     state, _ = jax.block_until_ready(step.phase.function(state, batch))
     start = time.perf_counter()
     jax.block_until_ready(step.phase.function(state, batch))
-    whole = format_duration((time.perf_counter() - start) * flops / step.program.flops)
-    rows = len(batch.row_mask_B)
-    return Found(GREEN, f"about {whole} of computing, roughly: from an SFT step of {rows} rows, timed here, and the FLOPs of all")
+    return f"roughly {format_duration((time.perf_counter() - start) * flops / step.program.flops)} of computing, from a step timed here"
