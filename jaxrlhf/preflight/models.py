@@ -140,12 +140,7 @@ def embeddings(subject: Subject) -> Found | None:
     if "encoder" not in SECTIONS_READ.get(subject.method.reward_update or "", ()) or subject.config.synthesize.nli is not None:
         return None
     encoder = open_encoder(encoder_identity(**encoder_options(section)), pooling=section.pooling, batch_size=4, mesh=subject.mesh)
-    return unit(encoder.embed([d.response for d in subject.demonstrations[0][:4]], None))
-
-
-def unit(vectors: np.ndarray) -> Found:
+    vectors = encoder.embed([d.response for d in subject.demonstrations[0][:4]], None)
     off = float(np.max(np.abs(np.linalg.norm(vectors, axis=1) - 1)))
-    figure = f"{len(vectors)} texts: length 1 ± {off:.1e}"
-    if not off < 1e-3:
-        return Found(RED, figure, "cosines are taken as products of unit vectors: the encoder has to normalise")
-    return Found(GREEN, figure)
+    advice = "" if off < 1e-3 else "cosines are taken as products of unit vectors: the encoder has to normalise"
+    return Found(RED if advice else GREEN, f"{len(vectors)} texts: length 1 ± {off:.1e}", advice)

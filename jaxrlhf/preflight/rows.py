@@ -5,14 +5,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from jaxrlhf.data.pairs import Demonstration, Pair, Prompt
 from jaxrlhf.data.tokens import eos_ids_of, finished_responses
 from jaxrlhf.evaluation.baselines import pair_baselines
 from jaxrlhf.evaluation.intervals import Interval
 from jaxrlhf.pipeline import inputs
 from jaxrlhf.preflight.screen import GREEN, RED, YELLOW, Found
 from jaxrlhf.preflight.subject import SEEN, Subject
-
-HELD_OUT = "held out"
 
 
 def spelled(one: Interval) -> str:
@@ -46,57 +45,48 @@ def eos(subject: Subject) -> Found:
     return Found(YELLOW if ended.any() else RED, figure, advice)
 
 
-def sides(subject: Subject) -> Found | None:
-    """Chosen against rejected: pairs that contradict each other, answers that are always the same."""
+def floor(subject: Subject) -> Found | None:
+    """What the labels say: pairs that contradict each other, an answer that always wins, and how far the longer response and a bag of words
+    get on the held-out pairs; well below a half, the two files disagree."""
     if subject.samples_pairs:
         return None
     train, valid, report = subject.pairs
     said = {(p.prompt, p.chosen, p.rejected) for p in [*train, *valid]}
     both = sum((prompt, b, a) in said for prompt, a, b in said)
-    same = sum(n for why, n in report.reasons().items() if why.startswith("identical"))
+    equal = sum(n for why, n in report.reasons().items() if why.startswith("identical"))
     common = Counter(p.chosen for p in train).most_common(1)[0][1] / len(train)
-    figure = f"{len(said):,} pairs, {both} in both orders; {same} with equal sides; the likeliest chosen text is {common:.0%}"
-    if both > 0.01 * len(said):
-        return Found(YELLOW, figure, "a pair in both orders teaches nothing: leave such pairs out")
-    if common > 0.9:
-        return Found(YELLOW, figure, "one answer is nearly always the chosen one: that is all a reward model may learn")
-    return Found(GREEN, figure)
-
-
-def floor(subject: Subject) -> Found | None:
-    """How far the longer response and a bag of words get on the held-out pairs; well below a half, the two files disagree."""
-    if subject.samples_pairs:
-        return None
-    fitted, held = ([(p.chosen, p.rejected) for p in rows[:SEEN]] for rows in subject.pairs[:2])
+    fitted, held = ([(p.chosen, p.rejected) for p in rows[:SEEN]] for rows in (train, valid))
     found = pair_baselines(fitted, held, [np.array([len(pair[side]) for pair in held]) for side in (0, 1)])
     longer, words = (Interval(*(found[name][key] for key in ("accuracy", "low", "high", "pairs"))) for name in ("longer", "bag_of_words"))
-    figure = f"of {longer.n} held-out pairs the longer response is right in {spelled(longer)}, a bag of words in {spelled(words)}"
+    figure = (
+        f"{len(said):,} pairs, {both} in both orders, {equal} with equal sides, the likeliest chosen text {common:.0%}; of {longer.n} "
+        f"held-out pairs the longer response is right in {spelled(longer)}, a bag of words in {spelled(words)}"
+    )
     if words.high < 0.5:
         advice = "what the training pairs teach is wrong on the held-out ones: one of the two may have its sides swapped"
         return Found(RED, figure, advice)
-    if longer.low > 0.6 or longer.high < 0.4:
-        return Found(YELLOW, figure, "length alone tells much of the label: a reward model may learn that and no more")
-    return Found(GREEN, f"{figure}: a reward model must beat both")
+    faults = ["a pair in both orders teaches nothing: leave such pairs out"] * (both > 0.01 * len(said))
+    faults += ["one answer is nearly always the chosen one: that is all a reward model may learn"] * (common > 0.9)
+    faults += ["length alone tells much of the label: a reward model may learn no more"] * (longer.low > 0.6 or longer.high < 0.4)
+    return Found(YELLOW if faults else GREEN, figure, "; ".join(faults) or "a reward model must beat both")
 
 
-def duplicates(subject: Subject) -> Found:
+def duplicates(subject: Subject) -> Found | None:
     """Prompts on both sides of the split: equal ones are left out by the run, nearly equal ones are not."""
-    config = subject.config
-    generated = config.data.train == inputs.TOY
-    held = (inputs.evaluation_prompts_of if generated else inputs.held_out_of)(config, subject.tokenizer)
-    reports = [subject.demonstrations[1], subject.prompts[1], *([] if subject.samples_pairs else [subject.pairs[2]])]
-    equal = max(report.reasons()[HELD_OUT] for report in reports)
-    trained = plain(p.prompt for p in subject.prompts[0])
-    trained |= set() if generated else plain(d.prompt for d in subject.demonstrations[0])
-    near = len(trained & plain(p.prompt for p in held))
+    if subject.config.data.train == inputs.TOY:
+        return None
+    sets = [subject.demonstrations, subject.prompts, *([] if subject.samples_pairs else [subject.pairs[::2]])]
+    equal = max(report.reasons()["held out"] for _, report in sets)
+    trained, held = plain(row for rows, _ in sets for row in rows), plain(inputs.held_out_of(subject.config, subject.tokenizer))
+    near = len(trained & held)
     figure = f"{len(held):,} held-out prompts: {equal} training rows with one of them are left out, {near} differ by case or space alone"
     if near or equal:
         return Found(RED if near > 0.2 * len(held) else YELLOW, figure, "one file may hold rows of the other: split by prompt")
     return Found(GREEN, figure)
 
 
-def plain(texts: Iterable[str]) -> set[str]:
-    return {" ".join(text.lower().split()) for text in texts} - {""}
+def plain(rows: Iterable[Demonstration | Prompt | Pair]) -> set[str]:
+    return {" ".join(row.prompt.lower().split()) for row in rows} - {""}
 
 
 def gold(subject: Subject) -> Found | None:

@@ -28,24 +28,15 @@ class Look(NamedTuple):
     """A check: `function(subject)` gives what it found, None where the recipe has nothing of the kind. `reads` names the parts of the
     config (`Subject.part`) that the answer depends on: of arms that agree in them the first is looked at."""
 
-    section: str
     name: str
     function: Callable[[Any], Found | None]
     reads: tuple[str, ...]
 
 
-class Check(NamedTuple):
-    """One line of the screen; `arm` is "" where the recipe has one alone."""
-
-    arm: str
-    section: str
-    name: str
-    colour: str
-    figure: str
-    advice: str
+Line = tuple[str, str, Found]  # (arm, check, what it found) of the screen
 
 
-def run_looks(looks: Sequence[Look], subjects: Mapping[str, Callable[[], Any]]) -> Iterator[Check]:
+def run_looks(looks: Sequence[Look], subjects: Mapping[str, Callable[[], Any]]) -> Iterator[Line]:
     """Every check of every arm, as it is done. `subjects` makes what is looked at, one arm after the other: each may hold models."""
     done: set[str] = set()
     faults: dict[str, str] = {}  # what a red line says → the check that said it first
@@ -58,7 +49,7 @@ def run_looks(looks: Sequence[Look], subjects: Mapping[str, Callable[[], Any]]) 
             done.add(key)
             if found.colour == RED and (first := faults.setdefault(found.figure, look.name)) != look.name:
                 found = Found(UNCHECKED, f"for the same reason as {first!r}")
-            yield Check(arm if len(subjects) > 1 else "", look.section, look.name, *found)
+            yield arm, look.name, found
 
 
 def outcome(look: Look, subject: Any) -> Found | None:
@@ -72,21 +63,23 @@ def outcome(look: Look, subject: Any) -> Found | None:
         return Found(RED, f"{type(error).__name__}: {error}", place)
 
 
-def shown(checks: Iterable[Check], console: Console) -> list[Check]:
-    """The checks, each printed as it comes, and their counts: words beside colours, for terminals of any width."""
-    found: list[Check] = []
-    for check in checks:
-        if not found or (found[-1].arm, found[-1].section) != (check.arm, check.section):
-            console.print(Text(": ".join(filter(None, (check.arm, check.section))), style="bold"))
+def shown(lines: Iterable[Line], console: Console) -> list[Found]:
+    """Each line printed as it comes, under the name of its arm, and their counts: words beside colours, for terminals of any width."""
+    all_found: list[Found] = []
+    last = None
+    for arm, name, found in lines:
+        if arm != last:
+            console.print(Text(arm, style="bold"))
+        last = arm
         row = Table.grid(padding=(0, 1))
-        for width in (11, 17, None):
-            row.add_column(width=width, ratio=None if width else 1)
-        said = Text(check.figure)
-        if check.advice:
-            said.append(f"\n-> {check.advice}", style=STYLE[check.colour])
-        row.add_row(Text(f" {check.colour}", style=STYLE[check.colour]), Text(check.name), said)
+        for column in ({"width": 12}, {"width": 17}, {"ratio": 1}):
+            row.add_column(**column)
+        said = Text(found.figure)
+        if found.advice:
+            said.append(f"\n-> {found.advice}", style=STYLE[found.colour])
+        row.add_row(Text(f" {found.colour}", style=STYLE[found.colour]), Text(name), said)
         console.print(row)
-        found.append(check)
-    counts = [f"{n} {colour}" for colour in STYLE if (n := sum(one.colour == colour for one in found))]
+        all_found.append(found)
+    counts = [f"{n} {colour}" for colour in STYLE if (n := sum(one.colour == colour for one in all_found))]
     console.print(Text(", ".join(counts)))
-    return found
+    return all_found

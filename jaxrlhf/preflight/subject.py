@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -40,14 +40,6 @@ TEXT = ("seed", "sft_seed", "data", "model", "tokenizer", "pairs")  # what rows 
 ELSEWHERE = ("name", "output", "store", "standalone", "arms", "checkpoint", "log")  # nothing that is looked at depends on them
 ALL = tuple(name for name in Config.__dataclass_fields__ if name not in ELSEWHERE)
 MODELS = (*TEXT, "ppo", "filter", "mesh")  # and models: as many positions as the longest response
-
-
-class Sampled(NamedTuple):
-    """A few responses of the policy that SFT starts from, and what the programs of the recipe's PPO or RLOO make of them."""
-
-    rollout: Rollout
-    metrics: Metrics
-    section: PPOConfig
 
 
 class Subject:
@@ -160,8 +152,9 @@ class Subject:
         return inputs.gold_of(self.config, self.mesh)
 
     @cached_property
-    def sampled(self) -> Sampled | None:
-        """Sampled and scored by the programs of a round; None for a policy that learns from pairs."""
+    def sampled(self) -> tuple[Rollout, Metrics, PPOConfig] | None:
+        """A few responses of the policy that SFT starts from, sampled and scored by the programs of a round, and their section; None for a
+        policy that learns from pairs."""
         if self.method.policy_update in PREFERENCE:
             return None
         own, way, policy = self.config.ppo, POLICY_UPDATES[self.method.policy_update], self.policy
@@ -179,9 +172,8 @@ class Subject:
         batch = sharding.place_batch(batch, self.mesh)
         completion = trainer.sample(params["policy"], batch, self.key)
         controller = {"kl_coef": np.float32(own.kl_coef), "value_bias": np.float32(0)}
-        rollout, metrics = trainer.score(params, (batch, completion), controller, 0.0)
-        rollout, metrics = sharding.gather((rollout, metrics))
-        return Sampled(rollout, metrics, section)
+        rollout, metrics = sharding.gather(trainer.score(params, (batch, completion), controller, 0.0))
+        return rollout, metrics, section
 
 
 def local(config: Config) -> Config:
