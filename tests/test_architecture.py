@@ -42,7 +42,7 @@ ONLY = {
     "steps": {"types", "losses"},
     "report": {"evaluation", "files", "formatting"},
 }
-PIPELINE = (("inputs",), ("stages",), ("checks", "summary", "table"), ("loop",), ("foresight",), ("run",), ("verification",))
+PIPELINE = (("inputs",), ("stages",), ("checks", "summary", "table"), ("loop",), ("foresight",), ("run",))
 MOST_FILES, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 14, 300, 60
 COLLECTIVES = {"psum", "pmean", "pmax", "pmin", "all_gather", "all_to_all", "ppermute", "psum_scatter", "axis_index"}
 BANNED = {"utils", "util", "common", "base", "core", "helpers", "helper", "manager", "misc"}

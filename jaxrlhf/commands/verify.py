@@ -31,9 +31,7 @@ def main(options: argparse.Namespace) -> int:
         print(fault)
     print(f"{read} files, {size / 2**20:.1f} MiB: {f'{len(found)} faults' if found else 'all as they were written'}")
     if unlisted:
-        names = sorted({path.name for path in unlisted})
-        more = f" and {len(names) - 6} other names" if len(names) > 6 else ""
-        print(f"{len(unlisted)} more have no checksum and were not verified: {', '.join(names[:6])}{more}")
+        print(f"{len(unlisted)} more have no checksum and were not verified: {', '.join(sorted({path.name for path in unlisted}))}")
     return int(bool(found))
 
 
@@ -61,17 +59,8 @@ def verified(folders: list[Path], progress: Callable[[int, int], None]) -> tuple
 
 
 def files_below(folders: list[Path]) -> tuple[set[Path], list[str]]:
-    """The files in the folders and below, each once, and the links that lead nowhere."""
-    seen: set[Path] = set()
-    files: set[Path] = set()
-    broken: list[str] = []
-    for top in folders:
-        for folder, below, names in os.walk(top.resolve(), followlinks=True):
-            here = Path(folder).resolve()
-            if here in seen:
-                below.clear()
-                continue
-            seen.add(here)
-            broken += [f"{here / name} leads nowhere; the same run makes it again." for name in names if not (here / name).exists()]
-            files |= {here / name for name in names if (here / name).is_file()}
-    return files, broken
+    """The files in the folders and below, each once, also behind links; and the links that lead nowhere."""
+    walks = (os.walk(top.resolve(), followlinks=True) for top in folders)
+    paths = {Path(folder, name) for walk in walks for folder, _, names in walk for name in names}
+    broken = [f"{path} leads nowhere; the same run makes it again." for path in sorted(paths) if not path.exists()]
+    return {path.parent.resolve() / path.name for path in paths if path.is_file()}, broken

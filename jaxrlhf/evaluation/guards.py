@@ -72,14 +72,10 @@ class Guards:
 
     def see(self, figures: Figures, *, round: int | None, where: str) -> None:
         """Look at new figures. Raises GuardStop where a guard speaks that is to end the run."""
-        silent = {guard.name for guard in GUARDS} - {one["name"] for one in self.found}
         place = f"round {round}, {where}" if round else f"SFT, {where}"
-        heard = [
-            finding(guard, figures[guard.name], guard.bound(self.config), place)
-            for guard in GUARDS
-            if guard.name in figures.keys() & silent
-        ]
-        new = [{**one, "round": round} for one in heard if one]
+        fresh = figures.keys() - {one["name"] for one in self.found}
+        seen = [finding(guard, figures[guard.name], guard.bound(self.config), place) for guard in GUARDS if guard.name in fresh]
+        new = [{**one, "round": round} for one in seen if one]
         if not new:
             return
         self.found += new

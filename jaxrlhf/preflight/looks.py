@@ -1,9 +1,7 @@
 """All checks in the order of a run."""
 
-from collections.abc import Callable
-from typing import Any
-
-from rich.console import Console
+from collections.abc import Iterator
+from functools import partial
 
 from jaxrlhf.algorithms.rounds import PREFERENCE, SECTIONS_READ
 from jaxrlhf.comparison.judge_client import Judge, check_judge
@@ -11,7 +9,7 @@ from jaxrlhf.config import Config
 from jaxrlhf.pipeline import checks
 from jaxrlhf.pipeline.loop import not_the_sampler, other_temperature
 from jaxrlhf.preflight import models, rows, training
-from jaxrlhf.preflight.screen import GREEN, YELLOW, Check, Found, Look, run_looks
+from jaxrlhf.preflight.screen import GREEN, YELLOW, Found, Line, Look, run_looks
 from jaxrlhf.preflight.subject import ALL, MODELS, TEXT, Subject
 from jaxrlhf.recipe import arms
 
@@ -44,34 +42,27 @@ def temperatures(subject: Subject) -> Found:
 
 
 LOOKS = (
-    Look("recipe", "settings", settings, (*ALL, "policy_update")),
-    Look("recipe", "judge", judge, ()),
-    Look("recipe", "temperatures", temperatures, ("ppo", "evaluation", "weights", "pairs", "reward_update", "policy_update")),
-    Look("recipe", "every step traced", training.traced, ALL),
-    Look("data", "rows", rows.rows, TEXT),
-    Look("data", "lengths", rows.lengths, TEXT),
-    Look("data", "EOS", rows.eos, TEXT),
-    Look("data", "sides", rows.sides, TEXT),
-    Look("data", "floor", rows.floor, TEXT),
-    Look("data", "duplicates", rows.duplicates, (*TEXT, "evaluation")),
-    Look("data", "gold", rows.gold, (*TEXT, "gold")),
-    Look("models", "weights", models.weights, MODELS),
-    Look("models", "tokenizer", models.tokenizer, MODELS),
-    Look("models", "padding", models.padding, MODELS),
-    Look("models", "first rollout", models.rollout, (*MODELS, "lora", "sft", "policy_update")),
-    Look("models", "embeddings", models.embeddings, (*TEXT, "encoder", "reward_update")),
-    Look("training", "SFT gradient", training.sft, (*MODELS, "sft")),
-    Look("training", "reward gradient", training.reward, PAIRS),
-    Look("training", "reward update", training.update, (*PAIRS, "reward_update")),
-    Look("training", "policy gradient", training.policy, (*MODELS, "lora", "dpo", "policy_update")),
-    Look("cost", "memory", training.memory, ALL),
-    Look("cost", "time", training.duration, ALL),
+    Look("settings", settings, (*ALL, "policy_update")),
+    Look("judge", judge, ()),
+    Look("temperatures", temperatures, ("ppo", "evaluation", "weights", "pairs", "reward_update", "policy_update")),
+    Look("every step traced", training.traced, ALL),
+    Look("lengths", rows.lengths, TEXT),
+    Look("EOS", rows.eos, TEXT),
+    Look("floor", rows.floor, TEXT),
+    Look("duplicates", rows.duplicates, (*TEXT, "evaluation")),
+    Look("gold", rows.gold, (*TEXT, "gold")),
+    Look("weights", models.weights, MODELS),
+    Look("tokenizer", models.tokenizer, (*MODELS, "gold")),
+    Look("padding", models.padding, MODELS),
+    Look("first rollout", models.rollout, (*MODELS, "lora", "policy_update")),
+    Look("embeddings", models.embeddings, (*TEXT, "encoder", "reward_update")),
+    Look("reward gradient", training.reward, PAIRS),
+    Look("reward update", training.update, (*PAIRS, "reward_update")),
+    Look("policy gradient", training.policy, (*MODELS, "lora", "dpo", "policy_update")),
+    Look("memory and time", training.cost, ALL),
 )
 
 
-def preflight(
-    config: Config, *, judge: Judge | None = None, shown: Callable[[Check], Any] = lambda check: None, console: Console
-) -> list[Check]:
-    """All checks of all arms of a recipe; `shown` is called with each as it is done, `console` shows what is at work."""
-    known: dict[Any, Any] = {}
-    return run_looks(LOOKS, {name: Subject(one, known, judge) for name, one in arms(config).items()}, shown, console)
+def preflight(config: Config, judge: Judge | None = None) -> Iterator[Line]:
+    """All checks of all arms of a recipe, as they are done."""
+    return run_looks(LOOKS, {name: partial(Subject, one, judge) for name, one in arms(config).items()})

@@ -1,11 +1,10 @@
 """What the checks look at: the rows, the models and a few sampled responses of a recipe, each made once, when it is first asked for."""
 
-import functools
-from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from jaxrlhf.data.batches import take, trim
 from jaxrlhf.data.pairs import Demonstration, Pair, Prompt, ReadReport
 from jaxrlhf.data.tokens import eos_ids_of, pad_id_of, tokenize_demonstrations, tokenize_pairs, tokenize_prompts
 from jaxrlhf.models.hub import Loaded, eos_ids, rehead, resolve
+from jaxrlhf.monitoring.runlog import RunLog
 from jaxrlhf.pipeline import inputs
 from jaxrlhf.pipeline.stages.context import RunContext
 from jaxrlhf.pipeline.stages.fixed_models import split_params
@@ -42,41 +42,11 @@ ALL = tuple(name for name in Config.__dataclass_fields__ if name not in ELSEWHER
 MODELS = (*TEXT, "ppo", "filter", "mesh")  # and models: as many positions as the longest response
 
 
-def fact(*reads: str) -> Callable[[Callable[["Subject"], Any]], Any]:
-    """A property that is made once for all arms that agree in these parts of the config; an error is kept too, and raised again."""
-
-    def once(make: Callable[["Subject"], Any]) -> property:
-        @functools.wraps(make)
-        def get(subject: "Subject") -> Any:
-            key = make.__name__, repr([subject.part(name) for name in reads])
-            if key not in subject.known:
-                try:
-                    subject.known[key] = make(subject), None
-                except Exception as error:
-                    subject.known[key] = None, error
-            made, error = subject.known[key]
-            if error is not None:
-                raise error
-            return made
-
-        return property(get)
-
-    return once
-
-
-class Sampled(NamedTuple):
-    """A few responses of the policy that SFT starts from, and what the programs of the recipe's PPO or RLOO make of them."""
-
-    rollout: Rollout
-    metrics: Metrics
-    section: PPOConfig
-
-
 class Subject:
-    """One arm of a recipe. `known` holds what was made, for all arms."""
+    """One arm of a recipe, and the judge that will be asked."""
 
-    def __init__(self, config: Config, known: dict[Any, Any], judge: Judge | None = None):
-        self.config, self.known, self.judge = config, known, judge
+    def __init__(self, config: Config, judge: Judge | None = None):
+        self.config, self.judge = config, judge
 
     def part(self, name: str) -> Any:
         """A section of the config, or a column of its method; None where there is no such method, which the first check says."""
@@ -93,7 +63,7 @@ class Subject:
     def samples_pairs(self) -> bool:
         return self.config.pairs.source == "sample"
 
-    @fact("mesh")
+    @cached_property
     def mesh(self) -> Any:
         return sharding.mesh_of(self.config.mesh)
 
@@ -102,36 +72,43 @@ class Subject:
         """A run without a place: what makes models and adapters reads its config and its devices alone. They compute in float32, where what
         is not rounding is a fault."""
         config = replace(self.config, model=replace(self.config.model, dtype="float32", matmul_precision="highest"))
-        return RunContext(config, cast(Any, None), Path(), cast(Any, None), self.mesh)
+        return RunContext(config, cast(Any, None), Path(), RunLog(None), self.mesh)
 
-    @fact(*TEXT)
+    @cached_property
     def tokenizer(self) -> Any:
         return tokenizer_of(self.config)
 
-    @fact(*TEXT)
+    @cached_property
     def demonstrations(self) -> tuple[list[Demonstration], ReadReport]:
         return inputs.demonstrations_of(self.config, self.tokenizer)
 
-    @fact(*TEXT)
+    @cached_property
     def pairs(self) -> tuple[list[Pair], list[Pair], ReadReport]:
         return inputs.pairs_of(self.config, self.tokenizer)
 
-    @fact(*TEXT)
+    @cached_property
     def prompts(self) -> tuple[list[Prompt], ReadReport]:
         return inputs.prompts_of(self.config, self.tokenizer)
 
-    @fact(*TEXT)
+    @cached_property
     def texts(self) -> tuple[TextBatch, ReadReport]:
         """The first demonstrations as tokens, and what was cut or dropped."""
         rows = self.demonstrations[0][:SEEN]
         return tokenize_demonstrations(rows, self.tokenizer, inputs.limits_of(self.config), eos_ids=eos_ids_of(self.tokenizer))
 
-    @fact(*TEXT)
-    def pair_tokens(self) -> tuple[PairBatch, ReadReport]:
-        rows = self.pairs[0][:SEEN]
-        return tokenize_pairs(rows, self.tokenizer, inputs.limits_of(self.config), eos_ids=eos_ids_of(self.tokenizer))
+    @cached_property
+    def pair_rows(self) -> list[Pair]:
+        """The first pairs; where the run samples its own, a demonstration against the response to another prompt."""
+        if not self.samples_pairs:
+            return self.pairs[0][:SEEN]
+        given = self.demonstrations[0][:SEEN]
+        return [Pair(d.id, d.prompt, d.response, other.response, d.source) for d, other in pairwise(given)]
 
-    @fact(*TEXT)
+    @cached_property
+    def pair_tokens(self) -> tuple[PairBatch, ReadReport]:
+        return tokenize_pairs(self.pair_rows, self.tokenizer, inputs.limits_of(self.config), eos_ids=eos_ids_of(self.tokenizer))
+
+    @cached_property
     def prompt_tokens(self) -> tuple[PromptBatch, ReadReport]:
         return tokenize_prompts(self.prompts[0][:SEEN], self.tokenizer, inputs.limits_of(self.config))
 
@@ -139,52 +116,45 @@ class Subject:
     def few_texts(self) -> TextBatch:
         return few(self.texts[0])
 
-    @fact(*TEXT)
+    @cached_property
     def few_pairs(self) -> Pairs:
-        """A few pairs as text and tokens; where the run samples its own, a demonstration against the response to another prompt."""
-        if not self.samples_pairs:
-            table, report = self.pair_tokens
-            return Pairs([self.pairs[0][i] for i in report.rows[:ROWS]], few(table))
-        t, n = self.few_texts, len(self.few_texts.index_B)
-        given = [self.demonstrations[0][i] for i in self.texts[1].rows[:n]]
-        rows = [Pair(d.id, d.prompt, d.response, other.response, d.source) for d, other in zip(given, [*given[1:], given[0]], strict=True)]
-        other = [np.roll(side, -1, axis=0) for side in (t.response_BT, t.response_mask_BT)]
-        sides = (t.prompt_BL, t.prompt_mask_BL, t.response_BT, t.response_mask_BT, *other)
-        return Pairs(rows, PairBatch(*sides, np.ones(n, np.float32), t.row_mask_B, t.index_B))  # type: ignore[arg-type]
+        table, report = self.pair_tokens
+        return Pairs([self.pair_rows[i] for i in report.rows[:ROWS]], few(table))
 
     @property
     def key(self) -> jax.Array:
         return rng.stream(rng.root_key(self.config.seed), "preflight")
 
-    @fact(*ALL)
+    @cached_property
     def plan(self) -> Plan:
         """Memory and FLOPs of the run, counted."""
         rows = len(self.demonstrations[0] if self.samples_pairs else self.pairs[0])
         return plan(local(self.config), rows=rows, valid_rows=self.config.evaluation.num_prompts)
 
-    @fact(*MODELS)
+    @cached_property
     def policy(self) -> Loaded:
         """The model that SFT starts from."""
         return base_model(self.run, self.tokenizer)
 
-    @fact(*MODELS)
+    @cached_property
     def reward(self) -> Loaded:
         """The same body under a new scalar head, as a reward model starts."""
         loaded = rehead(self.policy, head="scalar", key=rng.stream(self.key, "head"))
         return loaded._replace(params=sharding.place(loaded.params, self.mesh))
 
-    @fact(*MODELS, "lora")
+    @cached_property
     def split(self) -> Any:
         """What learns of the policy, and what is frozen under adapters."""
         return split_params(self.run, self.policy, rng.stream(self.key, "adapters"))
 
-    @fact(*TEXT, "gold", "ppo", "filter", "mesh")
+    @cached_property
     def gold(self) -> Scorer | None:
         return inputs.gold_of(self.config, self.mesh)
 
-    @fact(*MODELS, "lora", "policy_update")
-    def sampled(self) -> Sampled | None:
-        """Sampled and scored by the programs of a round; None for a policy that learns from pairs."""
+    @cached_property
+    def sampled(self) -> tuple[Rollout, Metrics, PPOConfig] | None:
+        """A few responses of the policy that SFT starts from, sampled and scored by the programs of a round, and their section; None for a
+        policy that learns from pairs."""
         if self.method.policy_update in PREFERENCE:
             return None
         own, way, policy = self.config.ppo, POLICY_UPDATES[self.method.policy_update], self.policy
@@ -202,9 +172,8 @@ class Subject:
         batch = sharding.place_batch(batch, self.mesh)
         completion = trainer.sample(params["policy"], batch, self.key)
         controller = {"kl_coef": np.float32(own.kl_coef), "value_bias": np.float32(0)}
-        rollout, metrics = trainer.score(params, (batch, completion), controller, 0.0)
-        rollout, metrics = sharding.gather((rollout, metrics))
-        return Sampled(rollout, metrics, section)
+        rollout, metrics = sharding.gather(trainer.score(params, (batch, completion), controller, 0.0))
+        return rollout, metrics, section
 
 
 def local(config: Config) -> Config:

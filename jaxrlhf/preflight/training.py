@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,33 +12,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrlhf import sharding
 from jaxrlhf.algorithms.policy_updates import POLICY_UPDATES, loss_parts
 from jaxrlhf.algorithms.ppo import policy_loss_of
-from jaxrlhf.algorithms.preference import REFERENCE, needs_reference, preference_loss
+from jaxrlhf.algorithms.preference import REFERENCE, preference_loss
 from jaxrlhf.algorithms.reward import called, reward_loss, with_columns, with_weights
 from jaxrlhf.algorithms.reward_update import RoundContext
 from jaxrlhf.algorithms.rounds import PREFERENCE, reward_update_named
 from jaxrlhf.formatting import format_duration
-from jaxrlhf.offline.logprobs import pair_logps
 from jaxrlhf.pipeline.stages.policy import initial_state
 from jaxrlhf.plan.compile import program_key
 from jaxrlhf.plan.counts import counts_of
 from jaxrlhf.plan.devices import device_of_kind
 from jaxrlhf.plan.memory import USABLE, gib, room
 from jaxrlhf.plan.phases import phases_of
-from jaxrlhf.plan.plan import plan, planner_of
+from jaxrlhf.plan.plan import planner_of
 from jaxrlhf.plugins import plugin
 from jaxrlhf.preflight.models import compiled, layout, same, widened
 from jaxrlhf.preflight.screen import GREEN, RED, YELLOW, Found
 from jaxrlhf.preflight.subject import Subject, local
 from jaxrlhf.steps.pair import make_pair_step
 from jaxrlhf.steps.ppo import make_ppo_step
-from jaxrlhf.steps.sft import make_sft_step
 from jaxrlhf.steps.state import init_state
-from jaxrlhf.types import PairLoss
 
-LARGE = 5e9  # FLOPs of a step that is timed
 # An "optimizer" whose state becomes the gradient, and which moves nothing.
 RECORD = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
@@ -52,12 +46,8 @@ def traced(subject: Subject) -> Found:
     config = local(subject.config)
     planner = planner_of(config, counts_of(config, rows=1000, valid_rows=100), subject.mesh)
     phases = phases_of(replace(planner, subjects=planner.subjects.at_depth(1)))
-    for phase in phases:
-        key = program_key(phase)
-        if key not in subject.known:  # another arm may have had it
-            function = phase.function
-            getattr(function, "trace", function.lower)(*phase.arguments)
-            subject.known[key] = True
+    for phase in {program_key(phase): phase for phase in phases}.values():
+        getattr(phase.function, "trace", phase.function.lower)(*phase.arguments)
     return Found(GREEN, f"{len(phases)} programs: {', '.join(dict.fromkeys(phase.stage for phase in phases))}")
 
 
@@ -66,34 +56,25 @@ def gradient(make: Any, batch: Any, params: Any, *rest: Any, loss: str, controll
 
     `make(accumulate=…)` gives the step, with an optimizer that records.
     """
-    n, wide = len(batch.row_mask_B), widened(batch)
+    n = len(batch.row_mask_B)
     state = replace(init_state(params, RECORD), controller=controller or {})
-    whole, parts = compiled(make(accumulate=1), state, wide, *rest), compiled(make(accumulate=2 - n % 2), state, batch, *rest)
-    (new, metrics), *others = parts(state, batch, *rest), whole(state, wide, *rest), whole(state, widened(batch, fill=2), *rest)
-    value, grads, norm = float(metrics[loss]), new.opt_state, float(optax.tree.norm(new.opt_state))
+    (new, metrics), (other, its) = (
+        compiled(make(accumulate=parts), state, rows, *rest)(state, rows, *rest)
+        for parts, rows in ((2 - n % 2, batch), (1, widened(batch)))
+    )
+    value, norm = float(metrics[loss]), float(optax.tree.norm(new.opt_state))
     figure = f"loss {value:.4g}, gradient {norm:.3g} on {n} rows"
     if not np.isfinite([value, norm]).all():
         return Found(RED, figure, "not finite: look at the loss for 0/0, log 0 and NaN under a mask")
     if norm == 0:
         return Found(RED, figure, "nothing would be learned: look at the loss and its masks")
-    ways = {}
-    for name, (other, its) in zip(("padding and microbatches", "other ids under it"), others, strict=True):
-        apart = float(optax.tree.norm(jax.tree.map(jnp.subtract, other.opt_state, grads))) / norm
-        ways[name] = np.array([value, 0.0]), np.array([float(its[loss]), apart])
+    apart = float(optax.tree.norm(jax.tree.map(jnp.subtract, other.opt_state, new.opt_state))) / norm
+    ways = {"padding and microbatches": (np.array([value, 0.0]), np.array([float(its[loss]), apart]))}
     return same(ways, figure, "a loss must use masks and row_mask_B, and divide by total")
 
 
-def sft(subject: Subject) -> Found | None:
-    """Of the SFT loss."""
-    if subject.config.sft.max_steps == 0:
-        return None
-    policy = subject.policy
-    make = partial(make_sft_step, policy.model, RECORD, loss_on=subject.config.sft.loss_on)
-    return gradient(make, subject.few_texts, policy.params, loss="loss/sft")
-
-
 def reward(subject: Subject) -> Found | None:
-    """Of the recipe's pair loss on a new reward model."""
+    """The gradient of the recipe's pair loss on a new reward model."""
     if not subject.method.needs_reward:
         return None
     loss = reward_loss(subject.config.reward, plugin)
@@ -102,94 +83,61 @@ def reward(subject: Subject) -> Found | None:
 
 
 def policy(subject: Subject) -> Found | None:
-    """Of the recipe's policy update: PPO or RLOO on a sampled rollout, DPO or WPO on pairs."""
+    """The gradient of the recipe's policy update: PPO or RLOO on a sampled rollout, DPO or WPO on pairs."""
     config, method, (trainable, frozen) = subject.config, subject.method, subject.split
     if method.policy_update in PREFERENCE:
-        loss = preference_loss(config.dpo, method.policy_update, plugin)
+        loss, table = preference_loss(config.dpo, method.policy_update, plugin), subject.few_pairs.tokens
+        anything = np.linspace(-9, -8, len(table.index_B), dtype=np.float32)  # for log-probs of the reference
+        table = replace(table, columns={**table.columns, **dict.fromkeys(REFERENCE, anything)})
+        table = with_columns(table, loss, name=f"dpo.loss {config.dpo.loss!r}", updated=False)
         make = partial(make_pair_step, subject.policy.model, loss, RECORD)
-        return gradient(make, referred(subject, loss), trainable, *(() if frozen is None else (frozen,)), loss="loss/pair")
+        return gradient(make, table, trainable, *(() if frozen is None else (frozen,)), loss="loss/pair")
     assert subject.sampled is not None
+    rollout, _, section = subject.sampled
     critic = subject.reward if POLICY_UPDATES[method.policy_update].critic else None
-    parts = loss_parts(subject.policy.model, critic and critic.model, subject.sampled.section, policy_loss_of(config.ppo, plugin))
+    parts = loss_parts(subject.policy.model, critic and critic.model, section, policy_loss_of(config.ppo, plugin))
     state = initial_state(trainable, critic, RECORD, config.ppo.kl_coef)
     make = partial(make_ppo_step, parts, RECORD, num_ppo_epochs=1, num_mini_batches=1)
     rest = (subject.key, *(() if frozen is None else ({"policy": frozen},)))
-    return gradient(make, subject.sampled.rollout, state.params, *rest, loss="loss/ppo", controller=state.controller)
-
-
-def referred(subject: Subject, loss: PairLoss) -> Any:
-    """A few pairs with the columns that a preference loss reads."""
-    table, policy = subject.few_pairs.tokens, subject.policy
-    if needs_reference(loss):
-        found = pair_logps(policy.model, policy.params, table, temperature=1.0, batch_size=len(table.index_B), mesh=subject.mesh)
-        table = replace(table, columns={**table.columns, **{name: found[logp] for name, logp in REFERENCE.items()}})
-    return with_columns(table, loss, name=f"dpo.loss {subject.config.dpo.loss!r}", updated=False)
+    return gradient(make, rollout, state.params, *rest, loss="loss/ppo", controller=state.controller)
 
 
 def update(subject: Subject) -> Found | None:
     """The user's own reward update on a few pairs, and on the same pairs in another order: what it says of a pair must go with the pair."""
-    name = subject.method.reward_update
-    if name is None or ":" not in name:
+    name = subject.method.reward_update or ""
+    if ":" not in name:
         return None
-    function, pairs = reward_update_named(name, plugin), subject.few_pairs
-    turned = pairs.select(np.roll(np.arange(len(pairs.rows)), 1))
+    pairs, loss = subject.few_pairs, reward_loss(subject.config.reward, plugin)
+    said: list[dict[str, list[float]]] = []  # pair id → its weight and its columns
     with tempfile.TemporaryDirectory() as scratch:
-        first, again = (answers(subject, function, one, Path(scratch), turn) for turn, one in enumerate((pairs, turned)))
-    wrong = {key[1] for key, value in first.items() if key in again and not np.allclose(value, again[key], rtol=1e-4, atol=1e-4)}
-    kept, given = (sorted({key[place] for key in first}) for place in (0, 1))
-    figure = f"{len(kept)} of {len(pairs.rows)} pairs kept, with {', '.join(given)}"
-    if wrong:
-        figure += f"; when the pairs change places, {', '.join(sorted(wrong))} of a pair is another"
+        for turn in (0, 1):
+            context = RoundContext(
+                2, subject.policy, subject.policy, subject.reward, subject.key, Path(tempfile.mkdtemp(dir=scratch)), subject.config,
+                Path(scratch) / "columns", "preflight", "preflight-sft", subject.mesh, prompts=lambda: subject.prompts[0],
+            )  # fmt: skip
+            given = pairs.select(np.roll(np.arange(len(pairs.rows)), turn))
+            chosen, weights_N = reward_update_named(name, plugin)(context, given)
+            table = with_columns(with_weights(chosen.tokens, weights_N), loss, name=called(subject.config.reward), updated=True)
+            if fault := layout(table):
+                return Found(RED, f"the update gives tokens of which {fault}", "prompts are padded on the left, responses on the right")
+            figures = (table.weights_B, *table.columns.values())
+            said.append({row.id: [float(np.sum(values[i])) for values in figures] for i, row in enumerate(chosen.rows)})
+    first, again = said
+    moved = [id for id in first.keys() & again.keys() if not np.allclose(first[id], again[id], rtol=1e-4, atol=1e-4)]
+    if moved:
+        figure = f"when the pairs change places, {len(moved)} of {len(first)} have other weights or columns"
         return Found(RED, figure, "stale: what is precomputed must be joined by pair id, not by row")
-    return Found(GREEN, figure)
+    return Found(GREEN, f"{len(first)} of {len(pairs.rows)} pairs kept, the same in another order")
 
 
-def answers(subject: Subject, function: Any, pairs: Any, scratch: Path, turn: int) -> dict[tuple[str, str], float]:
-    """(pair id, "weight" or a column) → what the update says of it. Raises where the run would, and for padding on the wrong side."""
-    folder = scratch / str(turn)
-    folder.mkdir()
-    context = RoundContext(
-        2, subject.policy, subject.policy, subject.reward, subject.key, folder, subject.config, scratch / "columns", "preflight",
-        "preflight-sft", subject.mesh, prompts=lambda: subject.prompts[0],
-    )  # fmt: skip
-    chosen, weights_N = function(context, pairs)
-    table = with_weights(chosen.tokens, weights_N)
-    loss = reward_loss(subject.config.reward, plugin)
-    table = with_columns(table, loss, name=called(subject.config.reward), updated=True)
-    if fault := layout(table):
-        raise ValueError(f"the reward update {subject.method.reward_update!r} gives tokens of which {fault}.")
-    figures = {"weight": table.weights_B, **table.columns}
-    return {(row.id, name): float(np.sum(values[i])) for name, values in figures.items() for i, row in enumerate(chosen.rows)}
-
-
-def memory(subject: Subject) -> Found:
-    """The largest phase against a device's memory: counted by formula, as `jaxrlhf plan` does."""
-    found = subject.plan
+def cost(subject: Subject) -> Found:
+    """The largest phase against a device's memory, counted by formula as `jaxrlhf plan` does, and how long the run computes."""
+    found, device = subject.plan, device_of_kind(jax.devices()[0].device_kind)
     largest = max(found.phases, key=lambda one: one.total)
-    device = device_of_kind(jax.devices()[0].device_kind)
     have = room(device) if device else USABLE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / found.devices
-    figure = f"{largest.phase.title} needs {gib(largest.total)} of {gib(have)} GiB, predicted"
+    flops = sum(one.program.flops * (one.phase.calls or 0) for one in found.phases)
+    took = f", about {format_duration(found.run_seconds(device)[0])} by {device.name}'s figures" if device else ""
+    figure = f"{largest.phase.title} needs {gib(largest.total)} of {gib(have)} GiB, predicted; {flops / 1e12:,.2g} TFLOP in all{took}"
     if largest.total <= have:
         return Found(GREEN, figure)
     return Found(YELLOW if largest.total - largest.parts["activations"] < have else RED, figure, "jaxrlhf plan names settings that help")
-
-
-def duration(subject: Subject) -> Found:
-    """How long the run computes: by a device's published figures, else from an SFT step that is timed here, of fewer rows if need be."""
-    found, device = subject.plan, device_of_kind(jax.devices()[0].device_kind)
-    if device is not None:
-        return Found(GREEN, f"about {format_duration(found.run_seconds(device)[0])} by {device.name}'s published figures")
-    flops, step, section = sum(one.program.flops * (one.phase.calls or 0) for one in found.phases), found.phases[0], found.config.sft
-    if step.program.flops > LARGE:
-        rows = int(section.batch_size * LARGE / step.program.flops)
-        rows = sharding.rows_at_once(max(rows, 1), max(rows, 1), subject.mesh)
-        step = plan(replace(found.config, sft=replace(section, batch_size=rows, gradient_accumulation_steps=1))).phases[0]
-    if step.program.flops > 10 * LARGE:
-        return Found(GREEN, f"{flops / 1e12:,.0f} TFLOP in all; a single row is too large to be timed here")
-    state, batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), step.phase.arguments)
-    state, _ = jax.block_until_ready(step.phase.function(state, batch))
-    start = time.perf_counter()
-    jax.block_until_ready(step.phase.function(state, batch))
-    whole = format_duration((time.perf_counter() - start) * flops / step.program.flops)
-    rows = len(batch.row_mask_B)
-    return Found(GREEN, f"about {whole} of computing, roughly: from an SFT step of {rows} rows, timed here, and the FLOPs of all")

@@ -15,15 +15,16 @@ import yaml
 
 import jaxrlhf
 from jaxrlhf import cli
+from jaxrlhf.commands import verify_resume
 from jaxrlhf.config import CheckpointConfig
 from jaxrlhf.config.checks import contradictions
 from jaxrlhf.distributed import stops
 from jaxrlhf.distributed.stops import Look, Looks, Stopped, heard
 from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.offline.nearest import nearest_similarity
-from jaxrlhf.pipeline import verification
 from jaxrlhf.pipeline.run import run
 from jaxrlhf.pipeline.stages import sft
+from jaxrlhf.pipeline.stages.context import RunContext
 from jaxrlhf.recipe import from_mapping
 from jaxrlhf.rollouts import dataset
 from jaxrlhf.scorers.function import checked
@@ -256,30 +257,27 @@ def test_verify_resume_tells_a_training_that_goes_on_from_one_that_keeps_somethi
         for new, metrics in train(step, state, batches):
             yield replace(new, params=jax.tree.map(lambda x: x * (1 + 1 / 1024), new.params)) if lost else new, metrics
 
-    monkeypatch.setattr(verification, "die", killed)
-    for part in ("whole", "halves"):
-        (tmp_path / part).mkdir()
+    monkeypatch.setattr(verify_resume, "die", killed)
 
-    def verify(part):
-        config = verification.shortened(from_mapping(tiny_mapping(tmp_path / part)), 2)
-        run(config, until="sft", context=partial(verification.Verified, part=tmp_path / part))
+    def verify(part, context):
+        run(verify_resume.shortened(from_mapping(tiny_mapping(tmp_path / part)), 2), until="sft", context=context)
 
-    verify("whole")
-    for loop, expected in ((train, "equal"), (forgetful, r"DIFFERENT: params/\S+: largest difference [\d.e-]+")):
+    killed_once = partial(verify_resume.Killed, notes=tmp_path / "halves")
+    verify("whole", RunContext)
+    for loop, expected in ((train, "equal"), (forgetful, r"DIFFERENT: \S+: largest difference [\d.e-]+")):
         monkeypatch.setattr(sft, "train", loop)
         with pytest.raises(InterruptedError):
-            verify("halves")
-        verify("halves")
-        ((same, said),) = verification.verdicts(tmp_path, 1)
+            verify("halves", killed_once)
+        verify("halves", killed_once)
+        ((same, said),) = verify_resume.verdicts(tmp_path)
         assert same == (loop is train) and re.fullmatch(rf"tiny, sft: 2 steps, \d+ tensors, {expected}", said)
         shutil.rmtree(tmp_path / "halves")
-        (tmp_path / "halves").mkdir()
 
 
 def test_a_recipe_is_shortened_to_what_can_run(tiny_mapping, tmp_path):
     sizes = {"sft__warmup_steps": 50, "reward__max_steps": 0, "ppo__critic_warmup_updates": 2, "ppo__num_ppo_epochs": 4, "rounds": 3}
     sizes |= {"ppo__warmup_steps": 3}
-    few = verification.shortened(from_mapping(tiny_mapping(tmp_path, **sizes)), 2)
+    few = verify_resume.shortened(from_mapping(tiny_mapping(tmp_path, **sizes)), 2)
     assert not list(contradictions(few))
     assert (few.sft.max_steps, few.reward.max_steps, few.ppo.total_episodes // few.ppo.batch_size, few.rounds) == (2, 0, 2, 2)
     assert (few.checkpoint.every, few.ppo.batch_size, few.model) == (1, 16, from_mapping(tiny_mapping(tmp_path)).model)

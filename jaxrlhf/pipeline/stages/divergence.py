@@ -88,7 +88,10 @@ class FiniteWatch:
         if distributed.is_leader():
             write_whole(file, json.dumps(as_strict_json(body), ensure_ascii=False, indent=1) + "\n", errors="surrogatepass")
         distributed.barrier(f"{file.name} is written")  # the first process that ends ends the others
-        found = self._message(n, figures, [row["id"] for row in rows], file)
+        said = ", ".join(f"{name} {x:.3g}" for name, x in figures.items() if name.startswith("loss/") or name.endswith("grad_norm"))
+        rate = f" at learning rate {figures['learning_rate']:.3g}" if "learning_rate" in figures else ""
+        some = ", ".join(dict.fromkeys(row["id"] for row in rows[:_SHOWN]))
+        found = f"{self._title}, step {n} of {self._steps}: loss or gradient is not finite ({said}){rate}, on rows {some}; {file} holds all"
         if self._config.on_nonfinite == "skip" and self._in_a_row < self._config.max_nonfinite:
             _log.warning("%s; the step is left out.", found)
             return
@@ -96,13 +99,6 @@ class FiniteWatch:
         leave = "leave such steps out by the same command with --checkpoint.on_nonfinite skip"
         way_out = leave if self._config.on_nonfinite == "stop" else f"{self._in_a_row} in a row are checkpoint.max_nonfinite, raise that"
         raise Diverged(f"{found}; {kept}. Look at these rows and at a loss of your own, lower the learning rate, or go on: {way_out}.")
-
-    def _message(self, n: int, figures: Mapping[str, Any], ids: Sequence[str], file: Path) -> str:
-        said = [f"{name} {value:.3g}" for name, value in figures.items() if name.startswith("loss/") or name.endswith("grad_norm")]
-        rate = f" at learning rate {figures['learning_rate']:.3g}" if "learning_rate" in figures else ""
-        rows = ", ".join(dict.fromkeys(ids[:_SHOWN])) + (f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else "")
-        where = f"{self._title}, step {n} of {self._steps}"
-        return f"{where}: loss or gradient is not finite ({', '.join(said)}){rate}, on rows {rows}, which {file} holds"
 
 
 def check_result(name: str, result: Mapping[str, Any] | None) -> None:
