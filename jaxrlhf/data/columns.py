@@ -8,6 +8,7 @@ stand the checksums of the shards, which readers hold them to.
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -144,8 +145,7 @@ def join_columns(pair_ids: Sequence[str], folder: str | Path, names: Sequence[st
 
 def _check_columns(ids: Sequence[str], arrays: Mapping[str, np.ndarray]) -> None:
     if len(set(ids)) != len(ids):
-        seen: set[str] = set()
-        twice = next(i for i in ids if i in seen or seen.add(i))
+        twice = Counter(ids).most_common(1)[0][0]
         raise ColumnError(f"pair id {twice!r} occurs twice; ids must be unique to be joined by (read_pairs makes them so).")
     for name, array in arrays.items():
         if name == "id" or array.ndim not in (1, 2) or array.shape[0] != len(ids) or array.dtype.kind not in "biuf":

@@ -21,8 +21,8 @@ from jaxrlhf.losses.advantages import gae, rloo_advantages, value_mask
 from jaxrlhf.losses.bradley_terry import bradley_terry_loss, bradley_terry_margin_pair_loss, bradley_terry_pair_loss
 from jaxrlhf.losses.dpo import dpo_loss, dpo_pair_loss, ipo_loss, ipo_mean_pair_loss, ipo_pair_loss
 from jaxrlhf.losses.kl import adaptive_kl, kl_estimate, shaped_rewards
-from jaxrlhf.losses.logp import sequence_logp, token_logp, token_stats
-from jaxrlhf.losses.masked import masked_count, masked_mean, masked_sum, masked_whiten, response_mask
+from jaxrlhf.losses.logp import sequence_logp
+from jaxrlhf.losses.masked import masked_count, masked_mean, masked_sum, masked_whiten
 from jaxrlhf.losses.ocrm import effective_sample_size, eta_for_ess, importance_weights, relative_log_ratio, weight_summary
 from jaxrlhf.losses.ppo import ppo_policy_loss, ppo_policy_stats, ppo_rollout_loss, ppo_value_loss, ppo_value_stats
 from jaxrlhf.losses.sft import sft_loss
@@ -73,6 +73,6 @@ def hyperparameter_names(entry: PairLoss | PolicyLoss) -> tuple[str, ...]:
 __all__ = [
     "PAIR_LOSSES", "POLICY_LOSSES", "adaptive_kl", "bind", "bradley_terry_loss", "dpo_loss", "effective_sample_size", "eta_for_ess", "gae",
     "hyperparameter_names", "importance_weights", "ipo_loss", "kl_estimate", "masked_count", "masked_mean", "masked_sum", "masked_whiten",
-    "ppo_policy_loss", "ppo_policy_stats", "ppo_value_loss", "ppo_value_stats", "relative_log_ratio", "response_mask", "rloo_advantages",
-    "sequence_logp", "sft_loss", "shaped_rewards", "token_logp", "token_stats", "value_mask", "weight_summary", "wpo_weights",
+    "ppo_policy_loss", "ppo_policy_stats", "ppo_value_loss", "ppo_value_stats", "relative_log_ratio", "rloo_advantages",
+    "sequence_logp", "sft_loss", "shaped_rewards", "value_mask", "weight_summary", "wpo_weights",
 ]  # fmt: skip

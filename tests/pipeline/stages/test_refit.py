@@ -7,11 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from plain import token_logp
 
 import jaxrlhf
 from jaxrlhf import rng
 from jaxrlhf.data.tables import read_pair_table, read_table
-from jaxrlhf.losses import sequence_logp, token_logp
+from jaxrlhf.losses import sequence_logp
 from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.pipeline import loop
 from jaxrlhf.pipeline.run import run
