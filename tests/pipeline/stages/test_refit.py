@@ -258,7 +258,7 @@ def test_what_cannot_be_measured_makes_no_refit_due(run_with, monkeypatch):
 
 
 def test_a_policy_without_finite_log_probs_is_said(run_with, monkeypatch):
-    monkeypatch.setattr(refit, "response_logps", lambda model, params, texts, **_: np.full(len(texts.index_B), np.nan, np.float32))
+    monkeypatch.setattr(refit, "kl_to", lambda run, policy, then, texts, *_: np.full(len(texts.index_B), np.nan, np.float32))
     with pytest.raises(ValueError, match=r"refit.when kl: the measure before round 2 is nan; the policy has diverged"):
         run_with("diverged", "kl", refit__kl_budget=77.0)
 
