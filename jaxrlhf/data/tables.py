@@ -80,8 +80,8 @@ def read_pair_table(path: Path) -> tuple[list[Pair], PairBatch]:
     extra = {} if all(margin is None for margin in columns["margin"]) else {"margin": margins(columns["margin"])}
     for name, (dtype, shape) in json.loads(facts.get("kinds", "{}")).items():
         extra[name] = np.array(columns[f"{COLUMN}{name}"], dtype).reshape(len(rows), *shape)
-    texts = (columns[f"{side}_tokens"] for side in ("prompt", "chosen", "rejected"))
-    return rows, pair_batch(*texts, Limits(L, T), pad, extra)
+    prompts, chosen, rejected = (columns[f"{side}_tokens"] for side in ("prompt", "chosen", "rejected"))
+    return rows, pair_batch(prompts, chosen, rejected, Limits(L, T), pad, extra)
 
 
 def _as_column(name: str, values: Any, n: int) -> np.ndarray:

@@ -70,8 +70,8 @@ def tokenize_pairs(
     if any(margin is not None for margin in given):
         columns["margin"] = margins(given)
         report.counts["pairs without a margin (taken as 0)"] = given.count(None)
-    texts = ([side[i] for i in report.rows] for side in (prompts, *sides))
-    return pair_batch(*texts, limits, pad_id_of(tokenizer), columns), report
+    prompts, chosen, rejected = ([side[i] for i in report.rows] for side in (prompts, *sides))
+    return pair_batch(prompts, chosen, rejected, limits, pad_id_of(tokenizer), columns), report
 
 
 def tokenize_demonstrations(
@@ -81,8 +81,8 @@ def tokenize_demonstrations(
     encode = Encoder(tokenizer, eos_ids, [r.templated for r in rows])
     prompts, responses = encode.prompts([r.prompt for r in rows]), encode.responses([r.response for r in rows])
     report = _within(rows, prompts, [responses], encode, limits)
-    texts = ([side[i] for i in report.rows] for side in (prompts, responses))
-    return text_batch(*texts, limits, pad_id_of(tokenizer)), report
+    prompts, responses = ([side[i] for i in report.rows] for side in (prompts, responses))
+    return text_batch(prompts, responses, limits, pad_id_of(tokenizer)), report
 
 
 def tokenize_prompts(rows: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> tuple[PromptBatch, ReadReport]:

@@ -218,7 +218,7 @@ def _stages(folder: Path, missing: list[str]) -> list[StageRead]:
         ]
         if isinstance(record.get("function"), str):
             match = re.match(r"r(\d+)-", name)
-            parts = [
+            parts: list[Any] = [
                 record.get(part) or empty
                 for part, empty in (("hash", ""), ("seconds", 0.0), ("result", {}), ("config", {}), ("inputs", {}))
             ]
