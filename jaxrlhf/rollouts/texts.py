@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jaxrlhf import rng
 from jaxrlhf.data.batches import trim
 from jaxrlhf.data.pairs import Prompt, read_prompts
 from jaxrlhf.data.tokens import Limits, finished_responses, tokenize_prompts
-from jaxrlhf.models.hub import Loaded, load
+from jaxrlhf.models.hub import Loaded, classes_of, load
 from jaxrlhf.rollouts.dataset import Sampling, renumbered, sample_texts
 from jaxrlhf.types import PromptBatch
 
@@ -34,6 +35,11 @@ def generate_texts(
     `reading`: keywords of `read_prompts`."""
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; at least 1 response a prompt is needed.")
+    classes = classes_of(Path(folder))
+    if any(name.endswith("SequenceClassification") for name in classes):
+        raise ValueError(
+            f"{folder} holds a reward model ({classes[0]}), which writes no text; name a policy folder, such as a stage …-policy."
+        )
     loaded = policy_named(folder)
     rows = _prompts(prompts, file, tokenizer=loaded.tokenizer, **reading)
     table, kept = tokens_of(loaded, rows, Limits(max_prompt_length, max_new_tokens))
