@@ -125,7 +125,7 @@ def exchanged(function: Any, *arguments: Any) -> int:
     from jaxrlhf.plan import hlo
 
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
-    text = hlo.text_of(function.lower(*shapes).compile())
+    text = function.lower(*shapes).compile().as_text()
     return sum(one.total or 0 for one in hlo.collectives(text, unknown_trips=T))
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from jaxrlhf.config import DPOConfig
-from jaxrlhf.losses import PAIR_LOSSES, bind, hyperparameter_names
+from jaxrlhf.losses import bind, hyperparameter_names, pair_loss_named
 from jaxrlhf.types import PairLoss
 
 # What a loss reads of the reference model, and the precomputed log-probs it is.
@@ -25,14 +25,7 @@ def preference_loss(config: DPOConfig, policy_update: str, plugin: Callable[[str
     Raises ValueError where it is not a pair loss over log-probs, or has no use for what the section sets.
     """
     name = "wpo" if policy_update == "wpo" else config.loss
-    over_logps = [known for known, loss in PAIR_LOSSES.items() if loss.head == "lm"]
-    if ":" not in name and name not in PAIR_LOSSES:
-        raise ValueError(f"dpo.loss {name!r} is unknown; use one of {', '.join(over_logps)} or module:attribute.")
-    loss = plugin(name) if ":" in name else PAIR_LOSSES[name]
-    if not isinstance(loss, PairLoss):
-        raise ValueError(f"dpo.loss {name!r} is a {type(loss).__name__}; name a jaxrlhf.types.PairLoss(head, columns, loss).")
-    if loss.head != "lm":
-        raise ValueError(f"dpo.loss {name!r} needs head {loss.head!r}; a policy has head 'lm', as {', '.join(over_logps)} have.")
+    loss = pair_loss_named(name, "lm", plugin, key="dpo.loss", of="a policy")
     known = hyperparameter_names(loss)
     usual = {field.name: field.default for field in fields(config)}
     given = _hyperparameters(config)

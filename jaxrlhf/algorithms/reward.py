@@ -1,6 +1,6 @@
 """Reward models: Bradley–Terry training on (weighted) pairs, and the bias that puts reference responses at 0."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -10,10 +10,11 @@ import numpy as np
 from jaxrlhf import sharding
 from jaxrlhf.algorithms.training import HeldOut, held_out, optimizer_of
 from jaxrlhf.config import DPOConfig, RewardConfig
-from jaxrlhf.losses import PAIR_LOSSES, bind, hyperparameter_names
+from jaxrlhf.data.batches import sides
+from jaxrlhf.losses import bind, hyperparameter_names, pair_loss_named
 from jaxrlhf.scorers.reward_model import score_responses
 from jaxrlhf.steps.pair import make_pair_evaluation, make_pair_step
-from jaxrlhf.types import Model, PairBatch, PairLoss, Params, TextBatch
+from jaxrlhf.types import Model, PairBatch, PairLoss, Params
 
 
 def reward_loss(config: RewardConfig, plugin: Callable[[str], PairLoss]) -> PairLoss:
@@ -22,13 +23,7 @@ def reward_loss(config: RewardConfig, plugin: Callable[[str], PairLoss]) -> Pair
     Raises ValueError where it is not one for scalar heads, or does not know what the section sets.
     """
     name = _name(config)
-    if ":" not in name and name not in PAIR_LOSSES:
-        raise ValueError(f"reward.loss {name!r} is unknown; use one of {', '.join(PAIR_LOSSES)} or module:attribute.")
-    loss = plugin(name) if ":" in name else PAIR_LOSSES[name]
-    if not isinstance(loss, PairLoss):
-        raise ValueError(f"reward.loss {name!r} is a {type(loss).__name__}; name a jaxrlhf.types.PairLoss(head, columns, loss).")
-    if loss.head != "scalar":
-        raise ValueError(f"reward.loss {name!r} needs head {loss.head!r}; a reward model has head 'scalar'.")
+    loss = pair_loss_named(name, "scalar", plugin, key="reward.loss", of="a reward model")
     if loss.defaults and len(loss.defaults) != len(loss.columns):
         raise ValueError(f"reward.loss {name!r} has {len(loss.columns)} columns and {len(loss.defaults)} defaults; give one each, or none.")
     if config.use_margin and "margin" not in loss.columns:
@@ -123,12 +118,6 @@ def with_weights(tokens: PairBatch, weights_N: np.ndarray) -> PairBatch:
         bad = weights[~np.isfinite(weights) | (weights < 0)][0]
         raise ValueError(f"weight {bad} is not a finite number ≥ 0; look at eta and alpha, or at your own update.")
     return replace(tokens, weights_B=weights)
-
-
-def sides(pairs: PairBatch) -> Iterator[TextBatch]:
-    """The chosen and the rejected responses of pairs, as texts."""
-    for response, mask in ((pairs.chosen_BT, pairs.chosen_mask_BT), (pairs.rejected_BT, pairs.rejected_mask_BT)):
-        yield TextBatch(pairs.prompt_BL, pairs.prompt_mask_BL, response, mask, pairs.row_mask_B, pairs.index_B)
 
 
 def score_pairs(model: Model, params: Params, pairs: PairBatch, **how: Any) -> tuple[np.ndarray, np.ndarray]:

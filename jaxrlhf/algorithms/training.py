@@ -25,12 +25,12 @@ def train(step: Callable, state: TrainState, batches: Iterator, *rest: Any) -> T
         yield state, metrics
 
 
-def num_steps(rows: int, *, batch_size: int, num_train_epochs: int, max_steps: int | None) -> int:
+def num_steps(rows: int, section: SupervisedConfig) -> int:
     """Optimizer steps of a training: whole epochs (the last batch of each may be part-filled), at most `max_steps`."""
     if rows == 0:
         raise ValueError("there is nothing to train on: 0 rows are left after reading and the length limits.")
-    steps = num_train_epochs * -(-rows // batch_size)
-    return steps if max_steps is None else min(steps, max_steps)
+    steps = section.num_train_epochs * -(-rows // section.batch_size)
+    return steps if section.max_steps is None else min(steps, section.max_steps)
 
 
 def optimizer_of(config: OptimizerConfig, *, steps: int, learning_rate: float | None = None):

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 from typing import Any
 
 from jaxrlhf.config.names import run_name_fault
@@ -50,44 +51,32 @@ def contradictions(config: Config) -> Iterator[str]:
         yield from _contradicting(config)
 
 
-def _out_of_range(config: Config) -> Iterator[str]:
-    """Numbers outside of their range."""
-    shape = config.model.shape
-    if (fault := run_name_fault(config.name)) is not None:
-        yield f"name is {config.name!r}, which {fault}; it is the name of the run's folder inside of output."
-    if config.model.source is None and shape.hidden_size % shape.num_heads:
-        fits = max(shape.hidden_size // shape.num_heads, 1) * shape.num_heads
-        yield f"model.shape.hidden_size {shape.hidden_size} does not divide over num_heads {shape.num_heads}; try {fits}."
-    ppo, weights, pairs = config.ppo, config.weights, config.pairs
-    if ppo.temperature <= 0:
-        yield f"ppo.temperature is {ppo.temperature}; greedy sampling does not explore, give a number above 0."
-    if not 0 < ppo.top_p <= 1:
-        yield f"ppo.top_p is {ppo.top_p}; it is the probability kept, 0 < top_p ≤ 1, and 1 keeps every token."
-    for name in ("gamma", "lam"):
-        if not 0 <= getattr(ppo, name) <= 1:
-            yield f"ppo.{name} is {getattr(ppo, name)}; it must lie in [0, 1]."
-    if pairs.temperature <= 0:
-        yield f"pairs.temperature is {pairs.temperature}; greedy sampling gives the same response twice, give a number above 0."
-    if not 0 <= pairs.label_flip < 0.5:
-        yield f"pairs.label_flip is {pairs.label_flip}; it must lie in [0, 0.5), beyond that labels say the opposite."
-    yield from _training_out_of_range(config)
-    yield from _updates_out_of_range(config)
-    yield from _refit_out_of_range(config)
-    if config.evaluation.temperature < 0:
-        yield f"evaluation.temperature is {config.evaluation.temperature}; it must be at least 0 (0 is greedy)."
-    minutes = config.checkpoint.minutes
-    if minutes is not None and not minutes > 0:
-        yield f"checkpoint.minutes is {minutes}; it must be above 0 (null: checkpoints by steps alone, checkpoint.every)."
-    if not 0 <= weights.alpha < 1:
-        yield f"weights.alpha is {weights.alpha}; the relative ratio needs 0 ≤ alpha < 1."
-    if weights.temperature <= 0:
-        yield f"weights.temperature is {weights.temperature}; log-probs need a temperature above 0."
-    if weights.eta != "ess" and not weights.eta >= 0:
-        yield f"weights.eta is {weights.eta}; it must be at least 0 (0: no correction) or ess; below 0 it prefers unlikely pairs."
-    if weights.eta == "ess" and not 0 < weights.ess_target <= 1:
-        yield f"weights.ess_target is {weights.ess_target}; it is the share of pairs that should count, 0 < ess_target ≤ 1."
-
-
+# Key → (what fits, what to say where the value does not). An infinite or missing number is a fault before it gets here.
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "ppo.temperature": (lambda x: x > 0, "greedy sampling does not explore, give a number above 0"),
+    "ppo.top_p": (lambda x: 0 < x <= 1, "it is the probability kept, 0 < top_p ≤ 1, and 1 keeps every token"),
+    "ppo.gamma": (lambda x: 0 <= x <= 1, "it must lie in [0, 1]"),
+    "ppo.lam": (lambda x: 0 <= x <= 1, "it must lie in [0, 1]"),
+    "ppo.dual_clip": (lambda x: x is None or x > 1, "it bounds a ratio from above and must be above 1 (3 is usual), or left out"),
+    "pairs.temperature": (lambda x: x > 0, "greedy sampling gives the same response twice, give a number above 0"),
+    "pairs.label_flip": (lambda x: 0 <= x < 0.5, "it must lie in [0, 0.5), beyond that labels say the opposite"),
+    "dpo.label_smoothing": (lambda x: 0 <= x < 0.5, "it must lie in [0, 0.5), beyond that labels say the opposite"),
+    "filter.threshold": (lambda x: x is None or -1 <= x <= 1, "it is a cosine, which lies in [-1, 1]"),
+    "filter.temperature": (lambda x: x >= 0, "it must be at least 0 (0 is greedy)"),
+    "filter.top_p": (lambda x: 0 < x <= 1, "it must lie in (0, 1], and 1 keeps every token"),
+    "synthesize.temperature": (lambda x: x > 0, "greedy sampling gives the same response every time, give a number above 0"),
+    "synthesize.confidence": (lambda x: 0 < x <= 1, "it is the share of a prompt's responses in one cluster, 0 < confidence ≤ 1"),
+    "synthesize.similarity": (lambda x: -1 <= x <= 1, "it is a cosine, which lies in [-1, 1]"),
+    "synthesize.num_samples": (lambda x: x >= 2, "a pair needs at least 2 responses to a prompt"),
+    "refit.kl_budget": (lambda x: x > 0, "it is in nats a response and must be above 0, refit.when: round refits every round"),
+    "refit.ess_floor": (lambda x: 0 < x <= 1, "it is a share of the pairs, 0 < ess_floor ≤ 1"),
+    "refit.accuracy_drop": (lambda x: x >= 0, "it is how far the accuracy falls and must be at least 0"),
+    "evaluation.temperature": (lambda x: x >= 0, "it must be at least 0 (0 is greedy)"),
+    "checkpoint.minutes": (lambda x: x is None or x > 0, "it must be above 0 (null: checkpoints by steps alone, checkpoint.every)"),
+    "weights.alpha": (lambda x: 0 <= x < 1, "the relative ratio needs 0 ≤ alpha < 1"),
+    "weights.temperature": (lambda x: x > 0, "log-probs need a temperature above 0"),
+    "weights.eta": (lambda x: x == "ess" or x >= 0, "it must be at least 0 (0: no correction) or ess; below 0 it prefers unlikely pairs"),
+}
 # Numbers of the optimizers, PPO and DPO that must be above 0 where they are given, and those that may be 0.
 _POSITIVE = ("learning_rate", "critic_learning_rate", "adam_epsilon", "max_grad_norm", "kl_target", "cliprange", "cliprange_high",
              "cliprange_value", "beta", "wpo_clip")  # fmt: skip
@@ -95,8 +84,24 @@ _NOT_NEGATIVE = ("weight_decay", "kl_coef", "kl_coef_previous", "vf_coef", "cent
                  "spread_coef")  # fmt: skip
 
 
+def _out_of_range(config: Config) -> Iterator[str]:
+    """Numbers outside of their range."""
+    shape, weights = config.model.shape, config.weights
+    if (fault := run_name_fault(config.name)) is not None:
+        yield f"name is {config.name!r}, which {fault}; it is the name of the run's folder inside of output."
+    if config.model.source is None and shape.hidden_size % shape.num_heads:
+        fits = max(shape.hidden_size // shape.num_heads, 1) * shape.num_heads
+        yield f"model.shape.hidden_size {shape.hidden_size} does not divide over num_heads {shape.num_heads}; try {fits}."
+    for key, (fits, rule) in _RANGES.items():
+        if not fits(value := attrgetter(key)(config)):
+            yield f"{key} is {value}; {rule}."
+    yield from _training_out_of_range(config)
+    if weights.eta == "ess" and not 0 < weights.ess_target <= 1:
+        yield f"weights.ess_target is {weights.ess_target}; it is the share of pairs that should count, 0 < ess_target ≤ 1."
+
+
 def _training_out_of_range(config: Config) -> Iterator[str]:
-    """SFT, reward training, PPO and DPO. `not x > 0` rather than `x <= 0`: NaN is a fault too."""
+    """SFT, reward training, PPO and DPO."""
     for part in ("sft", "reward", "ppo", "dpo"):
         given = {key: value for key, value in dataclasses.asdict(getattr(config, part)).items() if value is not None}
         for key, value in given.items():
@@ -106,41 +111,6 @@ def _training_out_of_range(config: Config) -> Iterator[str]:
                 yield f"{part}.{key} is {value}; it must be at least 0."
             elif key.startswith("adam_beta") and not 0 <= value < 1:
                 yield f"{part}.{key} is {value}; it must lie in [0, 1)."
-    dual = config.ppo.dual_clip
-    if dual is not None and not dual > 1:
-        yield f"ppo.dual_clip is {dual}; it bounds a ratio from above and must be above 1 (3 is usual), or left out."
-
-
-def _updates_out_of_range(config: Config) -> Iterator[str]:
-    """The filter and synthetic pairs."""
-    chosen, made, smoothing = config.filter, config.synthesize, config.dpo.label_smoothing
-    if not 0 <= smoothing < 0.5:
-        yield f"dpo.label_smoothing is {smoothing}; it must lie in [0, 0.5), beyond that labels say the opposite."
-    if chosen.threshold is not None and not -1 <= chosen.threshold <= 1:
-        yield f"filter.threshold is {chosen.threshold}; it is a cosine, which lies in [-1, 1]."
-    if chosen.temperature < 0:
-        yield f"filter.temperature is {chosen.temperature}; it must be at least 0 (0 is greedy)."
-    if not 0 < chosen.top_p <= 1:
-        yield f"filter.top_p is {chosen.top_p}; it must lie in (0, 1], and 1 keeps every token."
-    if made.temperature <= 0:
-        yield f"synthesize.temperature is {made.temperature}; greedy sampling gives the same response every time, give a number above 0."
-    if not 0 < made.confidence <= 1:
-        yield f"synthesize.confidence is {made.confidence}; it is the share of a prompt's responses in one cluster, 0 < confidence ≤ 1."
-    if not -1 <= made.similarity <= 1:
-        yield f"synthesize.similarity is {made.similarity}; it is a cosine, which lies in [-1, 1]."
-    if made.num_samples < 2:
-        yield f"synthesize.num_samples is {made.num_samples}; a pair needs at least 2 responses to a prompt."
-
-
-def _refit_out_of_range(config: Config) -> Iterator[str]:
-    """The thresholds at which a refit is due."""
-    refit = config.refit
-    if not refit.kl_budget > 0:
-        yield f"refit.kl_budget is {refit.kl_budget}; it is in nats a response and must be above 0, refit.when: round refits every round."
-    if not 0 < refit.ess_floor <= 1:
-        yield f"refit.ess_floor is {refit.ess_floor}; it is a share of the pairs, 0 < ess_floor ≤ 1."
-    if not refit.accuracy_drop >= 0:
-        yield f"refit.accuracy_drop is {refit.accuracy_drop}; it is how far the accuracy falls and must be at least 0."
 
 
 def _warm_ups(config: Config) -> Iterator[str]:

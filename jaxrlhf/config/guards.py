@@ -17,7 +17,7 @@ class GuardsConfig:
 
     __pydantic_config__ = STRICT
 
-    kl: Annotated[float, Field(gt=0)] = 50.0  # above so many nats a response: of a rollout to its reference, of an evaluation to SFT
+    kl: Annotated[float, Field(gt=0)] = 50.0  # above so many nats a response: a rollout's to the reference, an evaluation's to SFT
     entropy: Annotated[float, Field(ge=0)] = 0.01  # below so many nats a token; 0: never
     ess: Share = 0.1  # below this share of the pairs; 0: never
     cut: Share = 0.9  # above this share of responses without EOS; 1: never

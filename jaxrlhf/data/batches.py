@@ -93,6 +93,12 @@ def take(table: Table, rows: np.ndarray) -> Table:
     return jax.tree.map(lambda a: np.asarray(a)[rows], table)
 
 
+def sides(pairs: PairBatch) -> Iterator[TextBatch]:
+    """The chosen and the rejected responses of pairs, as texts."""
+    for response, mask in ((pairs.chosen_BT, pairs.chosen_mask_BT), (pairs.rejected_BT, pairs.rejected_mask_BT)):
+        yield TextBatch(pairs.prompt_BL, pairs.prompt_mask_BL, response, mask, pairs.row_mask_B, pairs.index_B)
+
+
 def trim(table: Table, multiple: int = 1) -> Table:
     """Cut padding that is common to all rows: prompts on the left, responses on the right (chosen and rejected alike).
 

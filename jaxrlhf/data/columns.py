@@ -8,8 +8,9 @@ stand the checksums of the shards, which readers hold them to.
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,9 @@ def cached_columns(
     with locked(folder.parent / ".locks" / folder.name, f"{folder} is being computed") if leads else nullcontext():
         if not distributed.agree(leads and folder.exists(), f"columns {folder.name}"):
             columns = compute()
-            if leads:
-                write_columns(folder, ids, columns, header)
+            with suppress(FileExistsError) if folder.exists() else nullcontext():  # where no lock holds, another process may be first
+                if leads:
+                    write_columns(folder, ids, columns, header)
     return distributed.agree_on_columns(join_columns(ids, folder, names, expect=header) if leads else None, f"columns of {folder.name}")
 
 
@@ -144,8 +146,7 @@ def join_columns(pair_ids: Sequence[str], folder: str | Path, names: Sequence[st
 
 def _check_columns(ids: Sequence[str], arrays: Mapping[str, np.ndarray]) -> None:
     if len(set(ids)) != len(ids):
-        seen: set[str] = set()
-        twice = next(i for i in ids if i in seen or seen.add(i))
+        twice = Counter(ids).most_common(1)[0][0]
         raise ColumnError(f"pair id {twice!r} occurs twice; ids must be unique to be joined by (read_pairs makes them so).")
     for name, array in arrays.items():
         if name == "id" or array.ndim not in (1, 2) or array.shape[0] != len(ids) or array.dtype.kind not in "biuf":

@@ -8,9 +8,9 @@ import numpy as np
 
 from jaxrlhf.data.pairs import Pair
 from jaxrlhf.data.read_report import DataError
-from jaxrlhf.data.tokens import pad_left, pad_right
+from jaxrlhf.data.tokens import Limits, margins, pair_batch
 from jaxrlhf.files import replacing
-from jaxrlhf.types import PairBatch, TextBatch
+from jaxrlhf.types import PairBatch
 
 COLUMN = "column/"  # before the name of a precomputed column of the pairs
 
@@ -56,7 +56,7 @@ def write_pair_table(path: Path, rows: list[Pair], tokens: PairBatch, *, pad_id:
         )
     extra = {name: _as_column(name, values, len(rows)) for name, values in tokens.columns.items()}
     given = [row.margin for row in rows]
-    if "margin" in extra and any(margin is not None for margin in given) and np.array_equal(extra["margin"], _margins(given)):
+    if "margin" in extra and any(margin is not None for margin in given) and np.array_equal(extra["margin"], margins(given)):
         del extra["margin"]  # it stands beside the text
     columns: dict[str, Any] = {
         name: [getattr(row, name) for row in rows] for name in ("id", "prompt", "chosen", "rejected", "source", "templated")
@@ -77,21 +77,11 @@ def read_pair_table(path: Path) -> tuple[list[Pair], PairBatch]:
     names = ("id", "prompt", "chosen", "rejected", "source", "margin", "templated")
     rows = [Pair(**dict(zip(names, values, strict=True))) for values in zip(*(columns[name] for name in names), strict=True)]
     L, T, pad = (int(facts[name]) for name in ("prompt_width", "response_width", "pad_id"))
-    n = len(rows)
-    sides = (
-        *pad_left(columns["prompt_tokens"], L, pad),
-        *pad_right(columns["chosen_tokens"], T, pad),
-        *pad_right(columns["rejected_tokens"], T, pad),
-    )
-    extra = {} if all(margin is None for margin in columns["margin"]) else {"margin": _margins(columns["margin"])}
+    extra = {} if all(margin is None for margin in columns["margin"]) else {"margin": margins(columns["margin"])}
     for name, (dtype, shape) in json.loads(facts.get("kinds", "{}")).items():
-        extra[name] = np.array(columns[f"{COLUMN}{name}"], dtype).reshape(n, *shape)
-    weights, row_mask, index = np.ones(n, np.float32), np.ones(n, bool), np.arange(n, dtype=np.int32)
-    return rows, PairBatch(*sides, weights, row_mask, index, extra)  # type: ignore[arg-type]
-
-
-def _margins(margins: list[float | None]) -> np.ndarray:
-    return np.array([margin or 0.0 for margin in margins], np.float32)
+        extra[name] = np.array(columns[f"{COLUMN}{name}"], dtype).reshape(len(rows), *shape)
+    prompts, chosen, rejected = (columns[f"{side}_tokens"] for side in ("prompt", "chosen", "rejected"))
+    return rows, pair_batch(prompts, chosen, rejected, Limits(L, T), pad, extra)
 
 
 def _as_column(name: str, values: Any, n: int) -> np.ndarray:
@@ -107,12 +97,3 @@ def _as_column(name: str, values: Any, n: int) -> np.ndarray:
     if len(bad):
         raise ValueError(f"column {name!r} is {array[bad[0]]} in row {bad[0]} ({len(bad)} rows in all); give finite numbers.")
     return kept
-
-
-def text_batch(
-    prompt_tokens: list[list[int]], response_tokens: list[list[int]], *, prompt_width: int, response_width: int, pad_id: int
-) -> TextBatch:
-    """Stored tokens as one numpy table."""
-    n = len(prompt_tokens)
-    sides = (*pad_left(prompt_tokens, prompt_width, pad_id), *pad_right(response_tokens, response_width, pad_id))
-    return TextBatch(*sides, np.ones(n, bool), np.arange(n, dtype=np.int32))  # type: ignore[arg-type]

@@ -65,27 +65,13 @@ def tokenize_pairs(
     encode = Encoder(tokenizer, eos_ids, [p.templated for p in pairs])
     prompts = encode.prompts([p.prompt for p in pairs])
     sides = [encode.responses([p.chosen for p in pairs]), encode.responses([p.rejected for p in pairs])]
-    report = ReadReport(counts=encode.counts)
-    kept = []
-    for i, pair in enumerate(pairs):
-        reason = _fit(i, prompts, sides, encode.bos, limits, report.counts)
-        if reason is None and sides[0][i] == sides[1][i]:
-            reason = "identical sides as tokens: after truncation chosen equals rejected"
-        _account(i, pair.source, reason, kept, report)
-    _finish(kept, report, limits)
-    pad = pad_id_of(tokenizer)
-    prompt, prompt_mask = pad_left([prompts[i] for i in kept], limits.max_prompt_length, pad)
-    (chosen, chosen_mask), (rejected, rejected_mask) = (
-        pad_right([side[i] for i in kept], limits.max_response_length, pad) for side in sides
-    )
-    columns, margins = {}, [pairs[i].margin for i in kept]
-    if any(m is not None for m in margins):
-        columns["margin"] = np.array([m or 0.0 for m in margins], np.float32)
-        report.counts["pairs without a margin (taken as 0)"] = sum(m is None for m in margins)
-    n = len(kept)
-    weights, row_mask, index = np.ones(n, np.float32), np.ones(n, bool), np.arange(n, dtype=np.int32)
-    table = (prompt, prompt_mask, chosen, chosen_mask, rejected, rejected_mask, weights, row_mask, index)
-    return PairBatch(*table, columns), report  # type: ignore[arg-type]
+    report = _within(pairs, prompts, sides, encode, limits)
+    columns, given = {}, [pairs[i].margin for i in report.rows]
+    if any(margin is not None for margin in given):
+        columns["margin"] = margins(given)
+        report.counts["pairs without a margin (taken as 0)"] = given.count(None)
+    prompts, chosen, rejected = ([side[i] for i in report.rows] for side in (prompts, *sides))
+    return pair_batch(prompts, chosen, rejected, limits, pad_id_of(tokenizer), columns), report
 
 
 def tokenize_demonstrations(
@@ -94,24 +80,18 @@ def tokenize_demonstrations(
     """Demonstrations as one TextBatch with leading N; otherwise as `tokenize_pairs`."""
     encode = Encoder(tokenizer, eos_ids, [r.templated for r in rows])
     prompts, responses = encode.prompts([r.prompt for r in rows]), encode.responses([r.response for r in rows])
-    report, kept = ReadReport(counts=encode.counts), []
-    for i, row in enumerate(rows):
-        _account(i, row.source, _fit(i, prompts, [responses], encode.bos, limits, report.counts), kept, report)
-    _finish(kept, report, limits)
-    return _text_batch([prompts[i] for i in kept], [responses[i] for i in kept], tokenizer, limits), report
+    report = _within(rows, prompts, [responses], encode, limits)
+    prompts, responses = ([side[i] for i in report.rows] for side in (prompts, responses))
+    return text_batch(prompts, responses, limits, pad_id_of(tokenizer)), report
 
 
 def tokenize_prompts(rows: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> tuple[PromptBatch, ReadReport]:
     """Prompts as one PromptBatch with leading N; otherwise as `tokenize_pairs`."""
     encode = Encoder(tokenizer, None, [r.templated for r in rows])
     prompts = encode.prompts([r.prompt for r in rows])
-    report, kept = ReadReport(counts=encode.counts), []
-    for i, row in enumerate(rows):
-        _account(i, row.source, _fit(i, prompts, [], encode.bos, limits, report.counts), kept, report)
-    _finish(kept, report, limits)
-    tokens, mask = pad_left([prompts[i] for i in kept], limits.max_prompt_length, pad_id_of(tokenizer))
-    n = len(kept)
-    return PromptBatch(tokens, mask, np.ones(n, bool), np.arange(n, dtype=np.int32)), report  # type: ignore[arg-type]
+    report = _within(rows, prompts, [], encode, limits)
+    table = pad_left([prompts[i] for i in report.rows], limits.max_prompt_length, pad_id_of(tokenizer))
+    return PromptBatch(*table, np.ones(report.kept, bool), np.arange(report.kept, dtype=np.int32)), report  # type: ignore[arg-type]
 
 
 def retokenize_responses(
@@ -139,7 +119,7 @@ def retokenize_responses(
     report = ReadReport(kept=len(heads), counts=encode.counts, rows=list(range(len(heads))))
     for i in range(len(heads)):
         _fit(i, heads, [bodies], encode.bos, keep, report.counts, empty=True)
-    return _text_batch(heads, bodies, tokenizer, limits), report
+    return text_batch(heads, bodies, limits, pad_id_of(tokenizer)), report
 
 
 def decode_responses(tokens_BT: np.ndarray, mask_BT: np.ndarray, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> list[str]:
@@ -235,26 +215,45 @@ def _fit(
     return None
 
 
-def _account(i: int, source: str, reason: str | None, kept: list[int], report: ReadReport) -> None:
-    if reason is None:
-        kept.append(i)
-    else:
-        report.dropped.append((source, reason))
-
-
-def _finish(kept: list[int], report: ReadReport, limits: Limits) -> None:
-    report.kept, report.rows = len(kept), kept
-    if not kept:
+def _within(rows: Sequence[Any], prompts: list[Ids], sides: list[list[Ids]], encode: Encoder, limits: Limits) -> ReadReport:
+    """Bring all rows within the limits, in place; `report.rows` are the numbers of those that are left. DataError where none is."""
+    report = ReadReport(counts=encode.counts)
+    for i, row in enumerate(rows):
+        reason = _fit(i, prompts, sides, encode.bos, limits, report.counts)
+        if reason is None and len(sides) == 2 and sides[0][i] == sides[1][i]:
+            reason = "identical sides as tokens: after truncation chosen equals rejected"
+        if reason is None:
+            report.rows.append(i)
+        else:
+            report.dropped.append((row.source, reason))
+    report.kept = len(report.rows)
+    if not report.kept:
         raise DataError(f"no row is left within {limits}:\n{report.summary()}")
+    return report
 
 
-def _text_batch(prompts: list[Ids], responses: list[Ids], tokenizer: PreTrainedTokenizerBase, limits: Limits) -> TextBatch:
-    pad, n = pad_id_of(tokenizer), len(prompts)
-    head, body = pad_left(prompts, limits.max_prompt_length, pad), pad_right(responses, limits.max_response_length, pad)
-    return TextBatch(*head, *body, np.ones(n, bool), np.arange(n, dtype=np.int32))  # type: ignore[arg-type]
+def text_batch(prompts: Sequence[Ids], responses: Sequence[Ids], limits: Limits, pad_id: int) -> TextBatch:
+    """Tokens as one numpy table, as wide as the limits."""
+    n = len(prompts)
+    sides = (*pad_left(prompts, limits.max_prompt_length, pad_id), *pad_right(responses, limits.max_response_length, pad_id))
+    return TextBatch(*sides, np.ones(n, bool), np.arange(n, dtype=np.int32))  # type: ignore[arg-type]
+
+
+def pair_batch(
+    prompts: Sequence[Ids], chosen: Sequence[Ids], rejected: Sequence[Ids], limits: Limits, pad_id: int, columns: dict[str, Any]
+) -> PairBatch:
+    """Tokens of pairs as one numpy table, as wide as the limits; weights 1."""
+    n = len(prompts)
+    sides = (*pad_left(prompts, limits.max_prompt_length, pad_id), *pad_right(chosen, limits.max_response_length, pad_id))
+    sides += pad_right(rejected, limits.max_response_length, pad_id)
+    return PairBatch(*sides, np.ones(n, np.float32), np.ones(n, bool), np.arange(n, dtype=np.int32), columns)  # type: ignore[arg-type]
+
+
+def margins(given: Sequence[float | None]) -> np.ndarray:
+    return np.array([margin or 0.0 for margin in given], np.float32)
 
 
 __all__ = [
-    "Limits", "decode_responses", "eos_ids_of", "finished_responses", "pad_id_of", "pad_left", "pad_right", "retokenize_responses",
-    "tokenize_demonstrations", "tokenize_pairs", "tokenize_prompts", "tokenizer_fingerprint",
+    "Limits", "decode_responses", "eos_ids_of", "finished_responses", "margins", "pad_id_of", "pad_left", "pad_right", "pair_batch",
+    "retokenize_responses", "text_batch", "tokenize_demonstrations", "tokenize_pairs", "tokenize_prompts", "tokenizer_fingerprint",
 ]  # fmt: skip

@@ -88,6 +88,13 @@ def varies(spread: float, mean: float) -> bool:
     return spread > 1e-9 * abs(mean)
 
 
+def equal_bins(values_N: np.ndarray, bins: int) -> list[np.ndarray]:
+    """Row numbers by bin, the smallest values first: about equally many in each, equal values always together, no bin empty."""
+    edges = np.unique(np.quantile(values_N, np.linspace(0, 1, bins + 1)[1:-1], method="lower"))
+    of = np.searchsorted(edges, values_N, side="left")  # (edge before, edge]
+    return [np.flatnonzero(of == number) for number in np.unique(of)]
+
+
 def unpaired_difference(after: Interval, before: Interval) -> Interval:
     """after − before of two independent figures, from their intervals: Newcombe (1998), method 10, where these are Wilson's.
 

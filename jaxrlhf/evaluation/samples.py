@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrlhf.data.pairs import Prompt
-from jaxrlhf.data.tables import read_table, text_batch, unpadded, write_table
-from jaxrlhf.data.tokens import finished_responses
+from jaxrlhf.data.tables import read_table, unpadded, write_table
+from jaxrlhf.data.tokens import Limits, finished_responses, text_batch
 from jaxrlhf.types import TextBatch
 
 SAMPLES = "samples.parquet"
@@ -60,13 +60,8 @@ def write_samples(
 def read_samples(folder: Path, pad_id: int) -> Samples:
     """What `write_samples` wrote into a folder; its tokens are padded with `pad_id`."""
     columns, facts = read_table(folder / SAMPLES)
-    widths = int(facts["prompt_width"]), int(facts["response_width"])
+    widths = Limits(int(facts["prompt_width"]), int(facts["response_width"]))
     rows = [Prompt(i, p, "", r) for i, p, r in zip(columns["id"], columns["prompt"], columns["reference"], strict=True)]
-    tables = tuple(
-        text_batch(
-            columns["prompt_tokens"], columns[f"response_{side}_tokens"], prompt_width=widths[0], response_width=widths[1], pad_id=pad_id
-        )
-        for side in (1, 2)
-    )
+    tables = tuple(text_batch(columns["prompt_tokens"], columns[f"response_{side}_tokens"], widths, pad_id) for side in (1, 2))
     gold = tuple(np.array(columns[f"gold_{side}"], np.float32) for side in (1, 2)) if "gold_1" in columns else None
     return Samples(rows, tables, (columns["response_1"], columns["response_2"]), gold)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrlhf.evaluation.intervals import equal_bins
 from jaxrlhf.evaluation.plotting import BLUE, VERMILION, style, svg_of
 from jaxrlhf.files import write_whole
 
@@ -47,7 +48,7 @@ def weight_health(weights_N: np.ndarray, lengths_N: np.ndarray, *, bins: int = B
         "largest_share": float(shares(weights).max()),
         "quantiles": {f"{q:g}": float(value) for q, value in zip(QUANTILES, quantiles, strict=True)},
         "length_correlation": log_correlation(weights, lengths),
-        "by_length": [_bin(weights, lengths, index) for index in length_bins(lengths, bins)],
+        "by_length": [_bin(weights, lengths, index) for index in equal_bins(lengths, bins)],
     }
 
 
@@ -70,13 +71,6 @@ def log_correlation(weights_N: np.ndarray, lengths_N: np.ndarray) -> float | Non
     if len(logs) < 2 or np.ptp(logs) == 0 or np.ptp(lengths) == 0:
         return None
     return float(np.clip(np.corrcoef(logs, lengths)[0, 1], -1, 1))
-
-
-def length_bins(lengths_N: np.ndarray, bins: int) -> list[np.ndarray]:
-    """Row numbers by bin, shortest first: about equally many in each, equal lengths always together, no bin empty."""
-    edges = np.unique(np.quantile(lengths_N, np.linspace(0, 1, bins + 1)[1:-1], method="lower"))
-    of = np.searchsorted(edges, lengths_N, side="left")  # (edge before, edge]
-    return [np.flatnonzero(of == number) for number in np.unique(of)]
 
 
 def _bin(weights: np.ndarray, lengths: np.ndarray, index: np.ndarray) -> dict[str, Any]:
@@ -133,7 +127,7 @@ def _draw_shares(axes: Any, weights_N: np.ndarray, health: dict[str, Any]) -> No
 
 def _draw_lengths(axes: Any, weights_N: np.ndarray, lengths_N: np.ndarray) -> None:
     """Mean, median and middle 90 % of the weights in a bin, at the bin's mean length."""
-    index = length_bins(lengths_N, BINS)
+    index = equal_bins(lengths_N, BINS)
     middle, mean = (np.array([values[i].mean() for i in index]) for values in (lengths_N, weights_N))
     low, median, high = (np.array([np.quantile(weights_N[i], q) for i in index]) for q in (0.05, 0.5, 0.95))
     bars = {"marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.2}

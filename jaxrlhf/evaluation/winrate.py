@@ -4,8 +4,11 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import expit
 
-from jaxrlhf.evaluation.intervals import Interval, Z, chance_beyond, mean_interval, proportion, wilson_interval
+from jaxrlhf.evaluation.intervals import Interval, Z, chance_beyond, equal_bins, mean_interval, proportion, wilson_interval
+
+RIDGE = 0.01  # of `length_controlled`
 
 
 class WinRate(NamedTuple):
@@ -93,7 +96,7 @@ def paired_difference(values_N: np.ndarray, other_N: np.ndarray) -> Difference:
     return Difference(found.value, found.low, found.high, chance_beyond(found.n, abs(t)), found.n)
 
 
-def length_controlled(outcomes_N: np.ndarray, difference_N: np.ndarray, *, ridge: float = 0.01, z: float = Z) -> LengthControlled | None:
+def length_controlled(outcomes_N: np.ndarray, difference_N: np.ndarray) -> LengthControlled | None:
     """What the score would be if both responses were equally long; None where the lengths say nothing about it.
 
         P(win_i) = σ(θ + φ · d_i / sd(d))        score at d = 0: σ(θ̂)
@@ -101,8 +104,8 @@ def length_controlled(outcomes_N: np.ndarray, difference_N: np.ndarray, *, ridge
     a logistic regression of the outcomes (a tie is half a win and half a loss) on the difference in length d, scaled by its standard
     deviation and not centred, so that 0 stays "equally long". The idea is AlpacaEval's length-controlled win rate, Dubois et al. (2024),
     §4, whose model also has a term for the instruction and squashes the difference by tanh; neither is here.
-    `ridge` · (θ² + φ²) / 2 is added to the negative log-likelihood: it keeps θ and φ finite where all is won or length decides everything,
-    and moves nothing visible elsewhere. The interval is σ(θ̂ ± z · se), se from the curvature at the optimum: a tie is taken to vary as
+    RIDGE · (θ² + φ²) / 2 is added to the negative log-likelihood: it keeps θ and φ finite where all is won or length decides everything,
+    and moves nothing visible elsewhere. The interval is σ(θ̂ ± Z · se), se from the curvature at the optimum: a tie is taken to vary as
     a win does, so with many ties it is too wide rather than too narrow, and it is wide where length decides everything.
     Where all responses are longer, or all are shorter, equal lengths lie outside the data: None, for a fit says nothing there.
     """
@@ -113,39 +116,29 @@ def length_controlled(outcomes_N: np.ndarray, difference_N: np.ndarray, *, ridge
     if not len(won) or difference.min() > 0 or difference.max() < 0:
         return None
     design = np.stack([np.ones(len(won)), difference / (spread or 1.0)], axis=1)
-    weights, curvature = _logistic(design, won, ridge)
+    weights, curvature = _logistic(design, won)
     error = math.sqrt(np.linalg.inv(curvature)[0, 0])
-    ends = (_sigmoid(np.array([weights[0] + sign * z * error for sign in (0, -1, 1)]))).tolist()
+    ends = expit(weights[0] + Z * error * np.array((0, -1, 1))).tolist()
     return LengthControlled(ends[0], ends[1], ends[2], float(weights[1]), len(won))
 
 
-def _logistic(design_NK: np.ndarray, target_N: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
-    """(weights [K], curvature [K, K]) of the penalised logistic regression: Newton's method, its steps halved until the loss falls."""
-    weights = np.zeros(design_NK.shape[1])
-    loss = _logistic_loss(weights, design_NK, target_N, ridge)
-    for _ in range(100):
-        p = _sigmoid(design_NK @ weights)
-        gradient = design_NK.T @ (p - target_N) + ridge * weights
-        step = np.linalg.solve(_curvature(design_NK, p, ridge), gradient)
-        while (lower := _logistic_loss(weights - step, design_NK, target_N, ridge)) > loss + 1e-9 * abs(loss):
-            step = step / 2
-        weights, loss = weights - step, lower
-        if np.abs(step).max() < 1e-10:
-            break
-    return weights, _curvature(design_NK, _sigmoid(design_NK @ weights), ridge)
+def _logistic(design_NK: np.ndarray, target_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(weights [K], curvature [K, K]) of the penalised logistic regression."""
+    from scipy.optimize import minimize  # here: most of what reads win rates fits nothing
 
+    def loss(weights_K: np.ndarray) -> float:
+        logits = design_NK @ weights_K
+        return float((np.logaddexp(0, logits) - target_N * logits).sum() + RIDGE / 2 * (weights_K**2).sum())
 
-def _logistic_loss(weights_K: np.ndarray, design_NK: np.ndarray, target_N: np.ndarray, ridge: float) -> float:
-    logits = design_NK @ weights_K
-    return float((np.logaddexp(0, logits) - target_N * logits).sum() + ridge / 2 * (weights_K**2).sum())
+    def gradient(weights_K: np.ndarray) -> np.ndarray:
+        return design_NK.T @ (expit(design_NK @ weights_K) - target_N) + RIDGE * weights_K
 
+    def curvature(weights_K: np.ndarray) -> np.ndarray:
+        p = expit(design_NK @ weights_K)
+        return design_NK.T @ (design_NK * (p * (1 - p))[:, None]) + RIDGE * np.eye(len(weights_K))
 
-def _curvature(design_NK: np.ndarray, p_N: np.ndarray, ridge: float) -> np.ndarray:
-    return design_NK.T @ (design_NK * (p_N * (1 - p_N))[:, None]) + ridge * np.eye(design_NK.shape[1])
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0, -x))
+    found = minimize(loss, np.zeros(design_NK.shape[1]), jac=gradient, hess=curvature, method="trust-exact", options={"gtol": 1e-9})
+    return found.x, curvature(found.x)
 
 
 def by_length(outcomes_N: np.ndarray, difference_N: np.ndarray, *, bins: int = 5) -> list[LengthBin]:
@@ -158,13 +151,10 @@ def by_length(outcomes_N: np.ndarray, difference_N: np.ndarray, *, bins: int = 5
         raise ValueError(f"{len(won)} outcomes but lengths of shape {difference.shape}; give one difference an outcome.")
     if not len(won):
         return []
-    inner = np.unique(np.quantile(difference, np.arange(1, bins) / bins, method="lower"))
-    group = np.searchsorted(inner, difference, side="left")  # an edge belongs to the group below it
     found = []
-    for number in np.unique(group):
-        rows = group == number
+    for rows in equal_bins(difference, bins):
         d, w = difference[rows], won[rows]
-        found.append(LengthBin(float(d.min()), float(d.max()), int(rows.sum()), float(d.mean()), float(w.mean()), float((w == 1).mean())))
+        found.append(LengthBin(float(d.min()), float(d.max()), len(rows), float(d.mean()), float(w.mean()), float((w == 1).mean())))
     return found
 
 

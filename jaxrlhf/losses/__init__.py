@@ -15,14 +15,15 @@ attribute is a `PairLoss` or `PolicyLoss`.
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from jaxrlhf.losses.advantages import gae, rloo_advantages, value_mask
 from jaxrlhf.losses.bradley_terry import bradley_terry_loss, bradley_terry_margin_pair_loss, bradley_terry_pair_loss
 from jaxrlhf.losses.dpo import dpo_loss, dpo_pair_loss, ipo_loss, ipo_mean_pair_loss, ipo_pair_loss
 from jaxrlhf.losses.kl import adaptive_kl, kl_estimate, shaped_rewards
-from jaxrlhf.losses.logp import sequence_logp, token_logp, token_stats
-from jaxrlhf.losses.masked import masked_count, masked_mean, masked_sum, masked_whiten, response_mask
+from jaxrlhf.losses.logp import sequence_logp
+from jaxrlhf.losses.masked import masked_count, masked_mean, masked_sum, masked_whiten
 from jaxrlhf.losses.ocrm import effective_sample_size, eta_for_ess, importance_weights, relative_log_ratio, weight_summary
 from jaxrlhf.losses.ppo import ppo_policy_loss, ppo_policy_stats, ppo_rollout_loss, ppo_value_loss, ppo_value_stats
 from jaxrlhf.losses.sft import sft_loss
@@ -59,6 +60,19 @@ def bind(entry: _Entry, **hyperparameters: Any) -> _Entry:
     return _bound(entry, tuple(sorted(hyperparameters.items())))
 
 
+def pair_loss_named(name: str, head: str, plugin: Callable[[str], PairLoss], *, key: str, of: str) -> PairLoss:
+    """The entry `name`, or what `module:attribute` names. ValueError, which names the config's `key`, where it is no loss for `of`."""
+    fitting = ", ".join(known for known, entry in PAIR_LOSSES.items() if entry.head == head)
+    if ":" not in name and name not in PAIR_LOSSES:
+        raise ValueError(f"{key} {name!r} is unknown; use one of {fitting} or module:attribute.")
+    entry = plugin(name) if ":" in name else PAIR_LOSSES[name]
+    if not isinstance(entry, PairLoss):
+        raise ValueError(f"{key} {name!r} is a {type(entry).__name__}; name a jaxrlhf.types.PairLoss(head, columns, loss).")
+    if entry.head != head:
+        raise ValueError(f"{key} {name!r} needs head {entry.head!r}; {of} has head {head!r}, as {fitting} have.")
+    return entry
+
+
 @functools.lru_cache(maxsize=64)
 def _bound(entry: Any, hyperparameters: tuple[tuple[str, Any], ...]) -> Any:
     return entry._replace(loss=functools.partial(entry.loss, **dict(hyperparameters)))
@@ -73,6 +87,6 @@ def hyperparameter_names(entry: PairLoss | PolicyLoss) -> tuple[str, ...]:
 __all__ = [
     "PAIR_LOSSES", "POLICY_LOSSES", "adaptive_kl", "bind", "bradley_terry_loss", "dpo_loss", "effective_sample_size", "eta_for_ess", "gae",
     "hyperparameter_names", "importance_weights", "ipo_loss", "kl_estimate", "masked_count", "masked_mean", "masked_sum", "masked_whiten",
-    "ppo_policy_loss", "ppo_policy_stats", "ppo_value_loss", "ppo_value_stats", "relative_log_ratio", "response_mask", "rloo_advantages",
-    "sequence_logp", "sft_loss", "shaped_rewards", "token_logp", "token_stats", "value_mask", "weight_summary", "wpo_weights",
+    "pair_loss_named", "ppo_policy_loss", "ppo_policy_stats", "ppo_value_loss", "ppo_value_stats", "relative_log_ratio", "rloo_advantages",
+    "sequence_logp", "sft_loss", "shaped_rewards", "value_mask", "weight_summary", "wpo_weights",
 ]  # fmt: skip

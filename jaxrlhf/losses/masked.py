@@ -5,14 +5,13 @@ included: values go through `where`, never through a product with the mask. An e
 A mean divides by `total` when it is given, so that the sums of micro-batches and devices add up to the big batch's mean.
 """
 
-from collections.abc import Sequence
 from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Num
 
 AnyArray: TypeAlias = Array | np.ndarray
 Number: TypeAlias = float | int  # a hyperparameter that is static under jit
@@ -22,19 +21,6 @@ Scalar: TypeAlias = float | int | np.number | Num[AnyArray, ""]  # one that may 
 def as_float(values: Num[AnyArray, "*S"]) -> Float[Array, "*S"]:
     """The values in at least float32: half precision and integers are promoted, float64 is kept."""
     return jnp.asarray(values, jnp.promote_types(values.dtype, jnp.float32))
-
-
-def response_mask(tokens: Int[AnyArray, "*B T"], eos_ids: Sequence[int]) -> Bool[Array, "*B T"]:
-    """True up to and including the first end-of-sequence token; everywhere when there is none.
-
-        mask_t = 1[no y_s with s < t is in eos_ids]
-
-    The first EOS itself is True: stopping is an action the policy must be trained on. The padding id is never
-    looked at, because it may equal EOS.
-    """
-    is_eos = jnp.isin(jnp.asarray(tokens), jnp.asarray(tuple(eos_ids), jnp.int32))
-    seen = jnp.cumsum(is_eos, axis=-1, dtype=jnp.int32) - is_eos
-    return seen == 0
 
 
 def masked_fill(values: Num[AnyArray, "*S"], mask: Bool[AnyArray, "*S"]) -> Float[Array, "*S"]:

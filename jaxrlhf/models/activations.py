@@ -28,13 +28,8 @@ def _saves_derivative(value: Callable[[Array], Array], value_and_derivative: Cal
     return activation
 
 
-def _gelu(x: Array) -> Array:
-    """x·Φ(x), exact. Hendrycks and Gimpel (2016), eq. 1."""
-    return jax.nn.gelu(x, approximate=False)
-
-
 def _gelu_and_derivative(x: Array) -> tuple[Array, Array]:
-    """d/dx x·Φ(x) = Φ(x) + x·φ(x)."""
+    """d/dx x·Φ(x) = Φ(x) + x·φ(x). Hendrycks and Gimpel (2016), eq. 1."""
     cdf = 0.5 * jax.lax.erfc(-x * math.sqrt(0.5))
     density = jnp.exp(-0.5 * x * x) * (1.0 / math.sqrt(2.0 * math.pi))
     return x * cdf, cdf + x * density
@@ -44,12 +39,8 @@ _TANH_SCALE = math.sqrt(2.0 / math.pi)
 _TANH_CUBIC = 0.044715
 
 
-def _gelu_tanh(x: Array) -> Array:
-    """The tanh approximation ("gelu_new", "gelu_pytorch_tanh"). Hendrycks and Gimpel (2016), section 2."""
-    return jax.nn.gelu(x, approximate=True)
-
-
 def _gelu_tanh_and_derivative(x: Array) -> tuple[Array, Array]:
+    """The tanh approximation ("gelu_new", "gelu_pytorch_tanh"). Hendrycks and Gimpel (2016), section 2."""
     square = x * x
     tanh = jnp.tanh(_TANH_SCALE * x * (1.0 + _TANH_CUBIC * square))
     half = 0.5 * (1.0 + tanh)
@@ -57,18 +48,14 @@ def _gelu_tanh_and_derivative(x: Array) -> tuple[Array, Array]:
     return x * half, half + 0.5 * x * (1.0 - tanh * tanh) * slope
 
 
-def _silu(x: Array) -> Array:
-    """x·σ(x)."""
-    return jax.nn.silu(x)
-
-
 def _silu_and_derivative(x: Array) -> tuple[Array, Array]:
+    """x·σ(x)."""
     sigmoid = jax.nn.sigmoid(x)
     return x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid))
 
 
-gelu = _saves_derivative(_gelu, _gelu_and_derivative)
-gelu_tanh = _saves_derivative(_gelu_tanh, _gelu_tanh_and_derivative)
-silu = _saves_derivative(_silu, _silu_and_derivative)
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": _saves_derivative(functools.partial(jax.nn.gelu, approximate=False), _gelu_and_derivative),
+    "gelu_tanh": _saves_derivative(functools.partial(jax.nn.gelu, approximate=True), _gelu_tanh_and_derivative),
+    "silu": _saves_derivative(jax.nn.silu, _silu_and_derivative),
+}

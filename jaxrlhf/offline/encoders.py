@@ -1,5 +1,6 @@
 """Sentence encoders in memory: sentence-transformers, or our own Flax encoder, which needs no torch and runs on a mesh."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import numpy as np
 from jaxrlhf import sharding
 from jaxrlhf.models.hub.encoder import LoadedClassifier, load_encoder, tokenize, tokenize_pairs
 from jaxrlhf.offline.encoder_identity import EncoderIdentity
+from jaxrlhf.rollouts.passes import one_behind
 from jaxrlhf.types import Progress
 
 # Widths of padded batches: multiples of the step up to the limit, so that little is padded and few shapes are compiled.
@@ -111,26 +113,20 @@ def _fill(
     progress: Progress | None,
 ) -> None:
     """Write the result of every row into `out`, a batch behind the one that is computed. A row is its ids, and its types if any."""
-    total, done = len(rows), 0
-    if progress:
-        progress(0, total)
-    waiting: tuple[np.ndarray, Any] | None = None
-    for members, arrays in _batches(rows, batch_size, longest, mesh):
-        result = run(*arrays)
-        if waiting is not None:
-            done += _store(out, *waiting)
-            if progress:
-                progress(done, total)
-        waiting = members, result
-    if waiting is not None:
-        done += _store(out, *waiting)
-        if progress:
-            progress(done, total)
+    waiting: deque[np.ndarray] = deque()
 
+    def results() -> Iterator[Any]:
+        for members, arrays in _batches(rows, batch_size, longest, mesh):
+            waiting.append(members)
+            yield run(*arrays)
 
-def _store(out: np.ndarray, members: np.ndarray, result: Any) -> int:
-    out[members] = np.asarray(sharding.gather(result))[: len(members)]
-    return len(members)
+    done, report = 0, progress or (lambda done, total: None)
+    report(done, len(rows))
+    for result in one_behind(results()):
+        members = waiting.popleft()
+        out[members] = result[: len(members)]
+        done += len(members)
+        report(done, len(rows))
 
 
 def _batches(
@@ -179,14 +175,13 @@ def _sentence_transformers(identity: EncoderIdentity, pooling: str | None, batch
     def embed(texts: Sequence[str], progress: Progress | None = None) -> np.ndarray:
         out = np.zeros((len(texts), dimension), np.float32)
         order = np.argsort([-len(text) for text in texts], kind="stable")
-        if progress:
-            progress(0, len(texts))
+        report = progress or (lambda done, total: None)
+        report(0, len(texts))
         for start in range(0, len(texts), at_once):
             members = order[start : start + at_once]
             chosen = [texts[n] for n in members]
             out[members] = model.encode(chosen, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
-            if progress:
-                progress(min(start + at_once, len(texts)), len(texts))
+            report(min(start + at_once, len(texts)), len(texts))
         return out
 
     return embed

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxrlhf import sharding
 from jaxrlhf.config import LimitsConfig
+from jaxrlhf.data.batches import sides
 from jaxrlhf.data.columns import cached_columns, column_header, fingerprint
 from jaxrlhf.data.pairs import Pair, dataset_hash
 from jaxrlhf.data.tokens import tokenizer_fingerprint
@@ -68,12 +69,8 @@ def pair_logps(
 ) -> dict[str, np.ndarray]:
     """{"chosen_logp", "rejected_logp"}, each float32 [N]; over the first `max_tokens` response tokens only where it is given."""
     columns = {}
-    for side, (name, response, mask) in enumerate(
-        zip(NAMES, (pairs.chosen_BT, pairs.rejected_BT), (pairs.chosen_mask_BT, pairs.rejected_mask_BT), strict=True)
-    ):
-        texts = TextBatch(pairs.prompt_BL, pairs.prompt_mask_BL, response, mask, pairs.row_mask_B, pairs.index_B)
-        if max_tokens is not None:
-            texts = replace(texts, response_BT=response[:, :max_tokens], response_mask_BT=mask[:, :max_tokens])
+    for side, (name, texts) in enumerate(zip(NAMES, sides(pairs), strict=True)):
+        texts = replace(texts, response_BT=texts.response_BT[:, :max_tokens], response_mask_BT=texts.response_mask_BT[:, :max_tokens])
         # Both sides are one pass to whoever watches.
         report = None if progress is None else lambda done, total, side=side: progress(side * total + done, 2 * total)
         how = {"mesh": mesh, "blocks": blocks.of(name), "progress": report}

@@ -10,6 +10,7 @@ the similarities and the ids: the order of the rows changes nothing.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
@@ -167,8 +168,7 @@ def _check_ids(ids: Sequence[str]) -> None:
     if not len(ids):
         raise SelectionError("there are no pairs to select from; look at the reader's report.")
     if len(set(ids)) != len(ids):
-        seen: set[str] = set()
-        twice = next(i for i in ids if i in seen or seen.add(i))
+        twice = Counter(ids).most_common(1)[0][0]
         raise SelectionError(f"pair id {twice!r} occurs twice; ids must be unique, ties are broken by them (read_pairs makes them so).")
 
 

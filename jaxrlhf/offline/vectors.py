@@ -27,7 +27,7 @@ import numpy as np
 
 from jaxrlhf import distributed
 from jaxrlhf.files import faults, identities, locked, read_sealed, sealed, sync
-from jaxrlhf.offline.encoder_identity import Backend, EncoderIdentity, encoder_identity
+from jaxrlhf.offline.encoder_identity import EncoderIdentity, encoder_identity
 from jaxrlhf.offline.encoders import check_texts, open_encoder
 from jaxrlhf.storage.remote import is_url
 from jaxrlhf.types import Progress
@@ -81,15 +81,11 @@ def embed_cached(
     texts: Sequence[str],
     *,
     folder: str | Path,
-    encoder: str | Path | None = None,
-    backend: Backend | None = None,
-    pooling: str | None = None,
-    max_length: int | None = None,
-    dtype: str = "float32",
     batch_size: int = 64,
     mesh: Any = None,
     shard_rows: int = 2048,
     progress: Progress | None = None,
+    **encoder: Any,
 ) -> Embeddings:
     """`embed_texts` through a folder: what is stored there under the same text and encoder is read, the rest computed and stored.
 
@@ -104,7 +100,7 @@ def embed_cached(
         raise ValueError(f"vectors are mapped into memory from files of this machine; give a folder instead of {folder}.")
     check_texts(texts)
     keys = [text_key(text) for text in texts]
-    identity = encoder_identity(encoder, backend=backend, pooling=pooling, max_length=max_length, dtype=dtype)
+    identity = encoder_identity(**encoder)
     store, leads, embedded = _Store(Path(folder) / identity.key, identity), distributed.is_leader(), 0
     texts_in_order = sorted(dict(zip(keys, texts, strict=True)).items(), key=_order)
     if not distributed.agree(leads and store.read().keys() >= set(keys), "vectors: all there"):
@@ -117,7 +113,7 @@ def embed_cached(
             # A mesh goes over all processes; what does not use it the leader computes alone.
             together = mesh is not None and identity.backend == "flax"
             if missing and (leads or together):
-                opened = open_encoder(identity, pooling=pooling, batch_size=batch_size, mesh=mesh)
+                opened = open_encoder(identity, pooling=encoder.get("pooling"), batch_size=batch_size, mesh=mesh)
                 store.add(index, missing, opened.embed, shard_rows, progress)
     if not leads:  # the folder may be on a disk that only the leader sees
         return Embeddings(identity, store.folder, np.arange(len(keys)), (distributed.agree_on_rows(None, "vectors"),), embedded)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxrlhf.algorithms.ppo import num_updates
 from jaxrlhf.algorithms.rounds import Round, method_of, num_rounds, round_of
 from jaxrlhf.algorithms.training import num_steps
-from jaxrlhf.config import Config, DPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.config import Config, SupervisedConfig
 from jaxrlhf.pipeline import inputs
 from jaxrlhf.plugins import plugin
 
@@ -62,7 +62,5 @@ def _least(rows: int | None, limit: int | None) -> int | None:
     return min(known) if known else None
 
 
-def _steps(rows: int | None, section: SFTConfig | RewardConfig | DPOConfig) -> int | None:
-    if rows is None:
-        return section.max_steps
-    return num_steps(rows, batch_size=section.batch_size, num_train_epochs=section.num_train_epochs, max_steps=section.max_steps)
+def _steps(rows: int | None, section: SupervisedConfig) -> int | None:
+    return section.max_steps if rows is None else num_steps(rows, section)

@@ -129,13 +129,18 @@ def root_kl(view: View) -> list[Interval | None]:
     return [None if one is None else Interval(root(one.value), root(one.low), root(one.high), one.n) for one in found]
 
 
-def by_round(axes: Any, arms: Sequence[Arm], of: Quantity, *, style: dict[str, Any] | None = None) -> bool:
+def by_round(
+    axes: Any, arms: Sequence[Arm], of: Quantity, *, style: dict[str, Any] | None = None, ylabel: str = "", ylim: Any = None
+) -> bool:
     drawn = False
     for number, arm in enumerate(arms):
         bands = bands_of(arms, arm, of)
         rounds = [Interval(n, math.nan, math.nan, 1) for n in range(len(bands))]
         drawn |= line_of(axes, rounds, bands, line_style(number) | (style or {}), None if style else label_of(arm.name))
     whole_numbers(axes, arms)
+    axes.set_ylabel(ylabel)
+    if ylim is not None:
+        axes.set_ylim(ylim)
     return drawn
 
 

@@ -1,28 +1,25 @@
 """Which figures a report has, and in which order."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from jaxrlhf.report.arms import Arm
-from jaxrlhf.report.drawing import Drawing, Figure, render
+from jaxrlhf.report.drawing import Drawing, Figure, by_round, percents, render
 from jaxrlhf.report.figures_reward import (
     accuracy_by_round,
     drift_agreement,
     drift_scale,
     gold_by_kl,
-    gold_by_round,
     overoptimisation,
     proxy_by_kl,
     reliability_diagram,
-    win_rate_by_round,
 )
 from jaxrlhf.report.figures_training import (
+    bars,
     filter_histogram,
     filter_similarity,
-    flops_bars,
     kl_budget_by_round,
-    seconds_bars,
-    training_kl,
-    training_score,
+    training,
     weights_by_length,
     weights_by_round,
 )
@@ -39,8 +36,10 @@ DRAWINGS = (
     Drawing("proxy_kl", "Proxy against √KL", "Every round's own reward model, from the policy that entered the round to the one that left "
             "it. A refit (diamond) changes the unit: values before and after it are not comparable.", proxy_by_kl,
             "No round with a reward model is finished."),
-    Drawing("gold_round", "Gold by round", "Mean gold of the policy's responses at the end of each round.", gold_by_round, NEEDS_GOLD),
-    Drawing("win_rate", "Win rate by round", "Responses of strictly higher gold than the reference's.", win_rate_by_round,
+    Drawing("gold_round", "Gold by round", "Mean gold of the policy's responses at the end of each round.",
+            partial(by_round, of=lambda view: view.intervals("gold"), ylabel="gold (true reward)"), NEEDS_GOLD),
+    Drawing("win_rate", "Win rate by round", "Responses of strictly higher gold than the reference's.",
+            partial(by_round, of=lambda view: percents(view.intervals("win_rate")), ylabel="win rate (% of prompts)"),
             "Needs gold and reference responses."),
     Drawing("accuracy", "Reward-model accuracy by round", "On fresh pairs of the policy that enters the round, labelled by gold; dotted "
             "and hollow: on held-out pairs of the data. The line at 50 % is chance.",
@@ -60,7 +59,8 @@ DRAWINGS = (
             "added up over rounds, of SFT the level itself. Where evaluation.temperature is not ppo.temperature, the two are KLs at two "
             "temperatures; a rollout is also of training prompts, and from before its own update.", kl_budget_by_round,
             "No round is finished."),
-    Drawing("weights", "Weight health", "Effective sample size of each refit's importance weights.", weights_by_round,
+    Drawing("weights", "Weight health", "Effective sample size of each refit's importance weights.",
+            partial(by_round, of=weights_by_round, ylabel="ESS (% of the pairs)", ylim=(0, 104)),
             "No refit of these runs weighs its pairs."),
     Drawing("weights_length", "Weight health by length", "Effective sample size of the last refit among pairs of similar length "
             "(first seed).", weights_by_length, "No weight_health.json: no refit of these runs weighs its pairs."),
@@ -68,14 +68,17 @@ DRAWINGS = (
             "draw would have (first seed).", filter_similarity, "No refit of these runs filters its pairs."),
     Drawing("filter_histogram", "Filter: what the last refit kept", "Similarity of the chosen sides (first seed).", filter_histogram,
             "No refit of these runs filters its pairs."),
-    Drawing("training_score", "Training: score", "Mean score of each rollout under the round's reward model.", training_score,
-            "No policy has logged a rollout yet."),
+    Drawing("training_score", "Training: score", "Mean score of each rollout under the round's reward model.",
+            partial(training, name="rollout/score", ylabel="reward model's score (nats)"), "No policy has logged a rollout yet."),
     Drawing("training_kl", "Training: KL to SFT", "Of each rollout, k1 estimate, at ppo.temperature; that of an evaluation is at "
-            "evaluation.temperature.", training_kl, "No policy has logged its KL yet."),
+            "evaluation.temperature.", partial(training, name="kl/sft", ylabel="KL to SFT (nats a response)"),
+            "No policy has logged its KL yet."),
     Drawing("cost_seconds", "Where the time went", "Corrections: deciding, weighing or choosing pairs, and fitting reward models from "
-            "round 2 on. Compilation included; stages shared between arms count in each.", seconds_bars, "No stage is finished."),
+            "round 2 on. Compilation included; stages shared between arms count in each.",
+            partial(bars, of=lambda view: view.seconds, xlabel="wall-clock (minutes)", unit=1 / 60), "No stage is finished."),
     Drawing("cost_flops", "Where the FLOPs went", "Counted: 6 · parameters · tokens of training, 2 · parameters · tokens of a forward pass "
-            "or of sampling; padding not counted. A part with a count missing is left out.", flops_bars, "No count is known."),
+            "or of sampling; padding not counted. A part with a count missing is left out.",
+            partial(bars, of=lambda view: view.flops[0], xlabel="counted FLOPs (10¹²)", unit=1e-12), "No count is known."),
 )  # fmt: skip
 
 

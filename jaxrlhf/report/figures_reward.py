@@ -68,16 +68,6 @@ def proxy_by_kl(axes: Any, arms: Sequence[Arm]) -> bool:
     return drawn
 
 
-def gold_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
-    axes.set_ylabel("gold (true reward)")
-    return by_round(axes, arms, lambda view: view.intervals("gold"))
-
-
-def win_rate_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
-    axes.set_ylabel("win rate (% of prompts)")
-    return by_round(axes, arms, lambda view: percents(view.intervals("win_rate")))
-
-
 def accuracy_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
     drawn = by_round(axes, arms, lambda view: percents(view.intervals("reward_accuracy")))
     held_out = {"linestyle": (0, (1, 1.2)), "markerfacecolor": "none", "linewidth": 1.2}
@@ -133,5 +123,4 @@ def _drift(axes: Any, arms: Sequence[Arm], name: str, ylabel: str, factor: float
         values = [view.drifts.get(number, {}).get(name) for number in range(max(view.drifts, default=-1) + 1)]
         return [None if value is None else factor * value for value in values]
 
-    axes.set_ylabel(ylabel)
-    return by_round(axes, arms, of, style=style)
+    return by_round(axes, arms, of, style=style, ylabel=ylabel)

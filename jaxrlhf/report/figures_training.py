@@ -1,6 +1,6 @@
 """Figures of training: KL, weights, the filter, costs and curves."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxrlhf.evaluation.intervals import Interval
@@ -19,15 +19,9 @@ def kl_budget_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
     return drawn
 
 
-def weights_by_round(axes: Any, arms: Sequence[Arm]) -> bool:
-    def of(view: View) -> Sequence[Interval | float | None]:
-        found = {number: body.get("ess_fraction") for number, body in view.weights.items()}
-        return percents([found.get(number) for number in range(max(found, default=-1) + 1)])
-
-    axes.set_ylabel("ESS (% of the pairs)")
-    drawn = by_round(axes, arms, of)
-    axes.set_ylim(0, 104)
-    return drawn
+def weights_by_round(view: View) -> Sequence[Interval | float | None]:
+    found = {number: body.get("ess_fraction") for number, body in view.weights.items()}
+    return percents([found.get(number) for number in range(max(found, default=-1) + 1)])
 
 
 def weights_by_length(axes: Any, arms: Sequence[Arm]) -> bool:
@@ -79,15 +73,7 @@ PART_COLOURS = ("#999999", SKY, BLUE, GREEN, VERMILION, ORANGE)
 HATCHES = ("", "..", "//", "", "xx", "\\\\")
 
 
-def seconds_bars(axes: Any, arms: Sequence[Arm]) -> bool:
-    return _bars(axes, arms, lambda view: dict(view.seconds), "wall-clock (minutes)", 1 / 60)
-
-
-def flops_bars(axes: Any, arms: Sequence[Arm]) -> bool:
-    return _bars(axes, arms, lambda view: view.flops[0], "counted FLOPs (10¹²)", 1e-12)
-
-
-def _bars(axes: Any, arms: Sequence[Arm], of: Callable[[View], dict[str, Any]], xlabel: str, unit: float) -> bool:
+def bars(axes: Any, arms: Sequence[Arm], *, of: Callable[[View], Mapping[str, float | None]], xlabel: str, unit: float) -> bool:
     """Stacked bars, mean over seeds; a part that is not known has no piece."""
     drawn, used = False, set()
     for place, arm in enumerate(arms):
@@ -107,18 +93,9 @@ def _bars(axes: Any, arms: Sequence[Arm], of: Callable[[View], dict[str, Any]], 
     return drawn
 
 
-def training_score(axes: Any, arms: Sequence[Arm]) -> bool:
-    axes.set_ylabel("reward model's score (nats)")
-    return _training(axes, arms, "rollout/score")
-
-
-def training_kl(axes: Any, arms: Sequence[Arm]) -> bool:
-    axes.set_ylabel("KL to SFT (nats a response)")
-    return _training(axes, arms, "kl/sft")
-
-
-def _training(axes: Any, arms: Sequence[Arm], name: str) -> bool:
+def training(axes: Any, arms: Sequence[Arm], *, name: str, ylabel: str) -> bool:
     drawn = False
+    axes.set_ylabel(ylabel)
     for number, arm in enumerate(arms):
         for place, view in enumerate(arm.views):
             from_sft = all(row["reference"] == 0 for row in view.budgets)

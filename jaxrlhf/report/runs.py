@@ -31,27 +31,12 @@ class StageRead:
     function: str
     round: int | None
     folder: Path
-    record: dict[str, Any]
-
-    @property
-    def hash(self) -> str:
-        return self.record.get("hash") or ""
-
-    @property
-    def seconds(self) -> float:
-        return float(self.record.get("seconds") or 0.0)
-
-    @property
-    def result(self) -> dict[str, Any]:
-        return self.record.get("result") or {}
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self.record.get("config") or {}
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        return self.record.get("inputs") or {}
+    record: dict[str, Any]  # what follows of it, empty where it lacks that
+    hash: str
+    seconds: float
+    result: dict[str, Any]
+    config: dict[str, Any]
+    inputs: dict[str, str]
 
 
 @dataclass
@@ -233,7 +218,11 @@ def _stages(folder: Path, missing: list[str]) -> list[StageRead]:
         ]
         if isinstance(record.get("function"), str):
             match = re.match(r"r(\d+)-", name)
-            found.append(StageRead(name, record["function"], int(match[1]) if match else None, path, record))
+            parts: list[Any] = [
+                record.get(part) or empty
+                for part, empty in (("hash", ""), ("seconds", 0.0), ("result", {}), ("config", {}), ("inputs", {}))
+            ]
+            found.append(StageRead(name, record["function"], int(match[1]) if match else None, path, record, *parts))
     if not home.is_dir():
         missing.append("stages/ is missing: no samples, lineage or cost; a run folder that was copied needs `standalone: true`.")
     return found

@@ -17,6 +17,8 @@ from jaxrlhf.steps.pair import response_scores
 from jaxrlhf.steps.ppo import critic_values
 from jaxrlhf.types import Array, Completion, Metrics, Model, Params, PromptBatch, Rollout
 
+READING = ("temperature", "scores_B", "reward_bias", "spread_coef", "value_bias", "old_logp", "microbatch")  # options of `read_rollout`
+
 
 class RolloutModels(NamedTuple):
     """The models that read a rollout. Without a critic values are 0; without a reward model scores are given from outside;
@@ -47,21 +49,11 @@ def score_rollout(
     prompts: PromptBatch,
     completion: Completion,
     *,
-    temperature: float | Array,
-    eos_ids: tuple[int, ...],
-    credit: CreditRule,
-    scores_B: Array | None = None,
-    reward_bias: float | Array | Sequence[Any] = 0.0,
-    spread_coef: float | Array | None = None,
-    value_bias: float | Array = 0.0,
-    old_logp: Literal["score", "sampler"] = "score",
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1",
-    missing_eos_penalty: float | None = None,
-    missing_eos_score: float | None = None,
-    microbatch: int | None = None,
     axis_name: str | None = None,
+    **options: Any,
 ) -> tuple[Rollout, Metrics]:
-    """Everything an update of PPO or RLOO needs about sampled responses, and the metrics of the rollout.
+    """Everything an update of PPO or RLOO needs about sampled responses, and the metrics of the rollout. `options` are those of
+    `read_rollout` and of `assemble_rollout`.
 
     `params` has the keys of `models` that are not None. Scores are `scores_B` where given (a gold scorer), else the reward
     model's minus `reward_bias`. With a `spread_coef` the reward is an ensemble: `params["reward"]` and `reward_bias` are
@@ -75,16 +67,9 @@ def score_rollout(
     Pure: jit it whole with `models` and the options closed over; `temperature`, the biases and the `kl_coef` of `credit` may be traced.
     Under pmap give `axis_name`: whitening and metrics are over the global batch.
     """
-    readings = read_rollout(
-        models, params, prompts, completion,
-        temperature=temperature, scores_B=scores_B, reward_bias=reward_bias, spread_coef=spread_coef, value_bias=value_bias,
-        old_logp=old_logp, microbatch=microbatch, axis_name=axis_name,
-    )  # fmt: skip
-    return assemble_rollout(
-        prompts, completion, readings,
-        eos_ids=eos_ids, credit=credit, kl_estimator=kl_estimator, missing_eos_penalty=missing_eos_penalty,
-        missing_eos_score=missing_eos_score, axis_name=axis_name,
-    )  # fmt: skip
+    reading = {name: options.pop(name) for name in READING if name in options}
+    readings = read_rollout(models, params, prompts, completion, axis_name=axis_name, **reading)
+    return assemble_rollout(prompts, completion, readings, axis_name=axis_name, **options)
 
 
 def read_rollout(

@@ -12,7 +12,7 @@ from jaxrlhf.algorithms.ppo import num_updates, policy_loss_of
 from jaxrlhf.algorithms.reward import reward_loss, sides, with_weights
 from jaxrlhf.algorithms.reward_update import Pairs, unweighted
 from jaxrlhf.algorithms.training import num_steps, own_copy, train
-from jaxrlhf.config import PPOConfig, RewardConfig
+from jaxrlhf.config import PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.data.pairs import Pair
 from jaxrlhf.losses import PAIR_LOSSES, POLICY_LOSSES
 from jaxrlhf.plugins import plugin
@@ -29,12 +29,12 @@ def pairs(n=4) -> Pairs:
     ("rows", "size", "epochs", "limit", "expected"), [(10, 4, 1, None, 3), (8, 4, 2, None, 4), (10, 4, 5, 7, 7), (3, 4, 1, 0, 0)]
 )
 def test_steps_of_a_training(rows, size, epochs, limit, expected):
-    assert num_steps(rows, batch_size=size, num_train_epochs=epochs, max_steps=limit) == expected
+    assert num_steps(rows, SFTConfig(batch_size=size, num_train_epochs=epochs, max_steps=limit)) == expected
 
 
 def test_no_rows_is_an_error():
     with pytest.raises(ValueError, match=r"nothing to train on: 0 rows"):
-        num_steps(0, batch_size=4, num_train_epochs=1, max_steps=None)
+        num_steps(0, SFTConfig(batch_size=4))
 
 
 def test_train_hands_on_every_state():

@@ -127,7 +127,7 @@ def test_stored_responses_bring_their_prompts(run, tmp_path):
     notes = " ".join(both.figures["notes"])
     assert (
         "1 further responses" in notes
-        and "spelled at the end of 1 responses" in notes
+        and "spelled at the end (taken off): 1." in notes
         and "3 of 6 prompts are left out: 3 without one of B" in notes
     )
     assert both.figures["b"]["finished"] == 1 / 3 and both.figures["a"]["finished"] is None

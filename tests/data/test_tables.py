@@ -11,7 +11,8 @@ import pytest
 from jaxrlhf.data.batches import batches, take
 from jaxrlhf.data.pairs import Pair
 from jaxrlhf.data.read_report import DataError
-from jaxrlhf.data.tables import read_pair_table, read_table, text_batch, unpadded, write_pair_table, write_table
+from jaxrlhf.data.tables import read_pair_table, read_table, unpadded, write_pair_table, write_table
+from jaxrlhf.data.tokens import Limits, text_batch
 from jaxrlhf.steps.pair import make_pair_step
 from jaxrlhf.steps.state import init_state
 from jaxrlhf.types import Model, Outputs, PairBatch, PairLoss
@@ -72,7 +73,7 @@ def test_metadata_and_texts(tmp_path):
     write_table(tmp_path / "t.parquet", {"a": [[1, 2], [3]], "text": ["é", None]}, prompt_width=3, kind="x")
     columns, facts = read_table(tmp_path / "t.parquet")
     assert columns == {"a": [[1, 2], [3]], "text": ["é", None]} and facts == {"prompt_width": "3", "kind": "x"}
-    batch = text_batch(columns["a"], [[5], [6, 7]], prompt_width=3, response_width=2, pad_id=0)
+    batch = text_batch(columns["a"], [[5], [6, 7]], Limits(3, 2), 0)
     assert batch.prompt_BL.tolist() == [[0, 1, 2], [0, 0, 3]] and batch.response_mask_BT.tolist() == [[True, False], [True, True]]
     assert unpadded(batch.prompt_BL, batch.prompt_mask_BL) == [[1, 2], [3]]  # type: ignore[arg-type]
 

@@ -7,7 +7,8 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from jaxrlhf.evaluation.weight_health import DATA, FIGURE, cumulative_share, length_bins, weight_health, write_weight_health
+from jaxrlhf.evaluation.intervals import equal_bins
+from jaxrlhf.evaluation.weight_health import DATA, FIGURE, cumulative_share, weight_health, write_weight_health
 from jaxrlhf.losses import weight_summary
 
 
@@ -53,12 +54,12 @@ def test_the_scale_of_the_weights_is_seen_in_what_has_a_scale_alone():
 def test_bins_cover_every_pair_once_and_keep_equal_lengths_together():
     random = np.random.default_rng(2)
     for lengths in (random.integers(3, 15, 1000) / 2, np.repeat([1.0, 2.0, 50.0], [90, 9, 1]), np.arange(7.0), np.full(9, 4.0)):
-        index = length_bins(lengths, 5)
+        index = equal_bins(lengths, 5)
         assert sorted(np.concatenate(index).tolist()) == list(range(len(lengths))) and 1 <= len(index) <= 5
         for shorter, longer in itertools.pairwise(index):
             assert lengths[shorter].max() < lengths[longer].min()
-    assert [len(i) for i in length_bins(np.arange(1000.0), 5)] == [200] * 5
-    assert len(length_bins(np.full(9, 4.0), 5)) == 1
+    assert [len(i) for i in equal_bins(np.arange(1000.0), 5)] == [200] * 5
+    assert len(equal_bins(np.full(9, 4.0), 5)) == 1
 
 
 def test_few_lengths_are_drawn_as_they_are_binned(tmp_path):

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain import token_stats
 
-from jaxrlhf.losses import PAIR_LOSSES, bind, dpo_loss, ipo_loss, sequence_logp, token_stats
+from jaxrlhf.losses import PAIR_LOSSES, bind, dpo_loss, ipo_loss, sequence_logp
 from jaxrlhf.losses.dpo import dpo_pair_loss, ipo_mean_pair_loss, ipo_pair_loss
 from jaxrlhf.types import PairBatch, PairOutputs
 

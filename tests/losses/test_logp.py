@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain import token_logp, token_stats
 
-from jaxrlhf.losses import sequence_logp, token_logp, token_stats
+from jaxrlhf.losses import sequence_logp
 
 RNG = np.random.default_rng(0)
 LOGITS = (3 * RNG.normal(size=(2, 4, 5))).astype(np.float32)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import response_mask
 
-from jaxrlhf.losses import masked_count, masked_mean, masked_sum, masked_whiten, response_mask
+from jaxrlhf.losses import masked_count, masked_mean, masked_sum, masked_whiten
 from jaxrlhf.losses.masked import row_mean
 
 MASK = jnp.array([[True, True, False], [True, False, False]])

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import response_mask, token_logp
 
 from jaxrlhf.losses import (
     effective_sample_size,
     eta_for_ess,
     importance_weights,
     relative_log_ratio,
-    response_mask,
     sequence_logp,
-    token_logp,
     weight_summary,
 )
 

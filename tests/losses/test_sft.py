@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain import token_logp
 
-from jaxrlhf.losses import sft_loss, token_logp
+from jaxrlhf.losses import sft_loss
 
 LOGP = jnp.array([[-1.0, -2.0, jnp.nan], [-4.0, -jnp.inf, jnp.inf]])
 MASK = jnp.array([[True, True, False], [True, False, False]])

@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain import token_stats
 
-from jaxrlhf.losses import dpo_loss, token_stats, wpo_weights
+from jaxrlhf.losses import dpo_loss, wpo_weights
 from jaxrlhf.losses.dpo import log_ratios
 from jaxrlhf.losses.wpo import wpo_pair_loss
 from jaxrlhf.types import TokenStats

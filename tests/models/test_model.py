@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+from plain import token_logp
 
-from jaxrlhf.losses.logp import token_logp
 from jaxrlhf.models import build_model, config_from_hf, config_from_shape, with_head
 from jaxrlhf.models import model as model_file
 from jaxrlhf.models.heads import init_scalar_head

@@ -48,7 +48,7 @@ def test_a_policy_that_repeats_the_references_ties_with_them_in_a_run(tmp_path, 
     given = {"train": file, "valid": file}
     config = from_mapping({"data": given, "pairs": {"source": "sample"}, "gold": {"kind": "function", "source": "gold_of_mine:score"}})
     read, told = inputs.evaluation_prompts_of(config), [row.reference for row in posts]
-    gold = lambda prompts, texts: np.array([len(text) for text in texts], np.float32)  # noqa: E731
+    gold = lambda prompts, texts, blocks=None: np.array([len(text) for text in texts], np.float32)  # noqa: E731
     samples = Samples(read, (None, None), (told, told), (gold(None, told),) * 2)
     figures = gold_figures(samples, gold)
     assert (figures["tie_rate"], figures["win_rate"], figures["gold"]) == (1.0, 0.0, np.mean([len(text) for text in told]))

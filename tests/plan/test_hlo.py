@@ -1,5 +1,7 @@
 """Programs written by hand in the spelling of CPU, GPU and TPU, and compiled ones whose counts are known."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +11,26 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrlhf.plan import hlo
 from jaxrlhf.plan.hlo import text
+from jaxrlhf.plan.hlo.walk import walk
 
 ADD = "%add (a: f32[], b: f32[]) -> f32[] {\n  %a = f32[] parameter(0)\n  %b = f32[] parameter(1)\n  ROOT %s = f32[] add(%a, %b)\n}\n"
 
 
 def program(entry: str, others: str = "", head: str = "num_partitions=8") -> str:
     return f"HloModule m, is_scheduled=true, {head}\n\n{ADD}\n{others}\nENTRY %main (p: f32[4]) -> f32[4] {{\n{entry}\n}}\n"
+
+
+class Loop(NamedTuple):
+    name: str
+    trips: int | None  # None where the number of rounds cannot be read
+    times: int | None  # how often the loop is entered
+
+
+def loops(written: str) -> list[Loop]:
+    """Every while loop that runs, the outer before the inner."""
+    found = text.read(written)
+    places = [place for place in walk(found, lambda where, line: 1, None) if place.line.opcode == "while"]
+    return [Loop(place.line.name, text.trips(found, place.computation, place.line), place.times) for place in places]
 
 
 def shapes(found) -> list[tuple[list[str], list[str]]]:
@@ -63,23 +79,23 @@ def test_loops_in_loops_multiply(start, end, rounds):
     (sent,) = hlo.collectives(program(OUTER + KNOWN, others))
     assert (sent.kind, sent.times, sent.bytes, sent.group_size) == ("all-reduce", 5 * rounds, 4 * 6 * 4, 4)
     assert sent.total == 5 * rounds * 96 and sent.sent == pytest.approx(2 * 96 * 3 / 4)
-    assert [(one.name, one.trips, one.times) for one in hlo.loops(program(OUTER + KNOWN, others))] == [("w", 5, 1), ("run", rounds, 5)]
+    assert [(one.name, one.trips, one.times) for one in loops(program(OUTER + KNOWN, others))] == [("w", 5, 1), ("run", rounds, 5)]
 
 
 def test_a_loop_of_unknown_length_says_so_unless_the_caller_knows():
     others = NESTED.replace("START", "0").replace("END", "3")
     text = program(OUTER, others)
-    assert [one.trips for one in hlo.loops(text)] == [None, 3]
+    assert [one.trips for one in loops(text)] == [None, 3]
     (sent,) = hlo.collectives(text)
     assert sent.times is None and sent.total is None
     assert hlo.collectives(text, unknown_trips=7)[0].times == 21
     moving = others.replace("add(%i, %one)", "multiply(%i, %one)")
-    assert [one.trips for one in hlo.loops(program(OUTER, moving))] == [None, None]
+    assert [one.trips for one in loops(program(OUTER, moving))] == [None, None]
     down = NESTED.replace("START", "9").replace("END", "2").replace("LT", "GT").replace("constant(1)", "constant(-3)")
-    assert hlo.loops(program(OUTER + KNOWN, down))[1].trips == 3
-    assert hlo.loops(program(OUTER + KNOWN, down.replace("GT", "GE")))[1].trips == 3
-    assert hlo.loops(program(OUTER + KNOWN, down.replace("GT", "GE").replace("constant(2)", "constant(3)")))[1].trips == 3
-    assert hlo.loops(program(OUTER + KNOWN, down.replace("GT", "LT")))[1].trips is None
+    assert loops(program(OUTER + KNOWN, down))[1].trips == 3
+    assert loops(program(OUTER + KNOWN, down.replace("GT", "GE")))[1].trips == 3
+    assert loops(program(OUTER + KNOWN, down.replace("GT", "GE").replace("constant(2)", "constant(3)")))[1].trips == 3
+    assert loops(program(OUTER + KNOWN, down.replace("GT", "LT")))[1].trips is None
 
 
 def test_the_condition_of_a_loop_runs_once_more_than_its_body():
@@ -236,13 +252,13 @@ def test_a_compiled_scan_over_four_devices():
 
     step = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P()), out_specs=P(), check_vma=False))
     arrays = [jax.ShapeDtypeStruct(size, jnp.float32) for size in ((8, WIDTH), (WIDTH, WIDTH))]
-    text = hlo.text_of(step.lower(*arrays).compile())
+    text = step.lower(*arrays).compile().as_text()
     found = [(one.kind, one.times, one.bytes, one.group_size) for one in hlo.collectives(text)]
     assert found == [("all-reduce", ROUNDS, 4 * WIDTH, 4), ("all-gather", 1, 4 * 8 * WIDTH, 4)]
     assert "psum" in hlo.collectives(text)[0].source
     assert hlo.matmul_flops(text) == ROUNDS * 2 * 2 * WIDTH * WIDTH
     without = text.replace("known_trip_count", "forgotten")
-    assert [one.trips for one in hlo.loops(without)] == [ROUNDS]  # read from the loop's condition
+    assert [one.trips for one in loops(without)] == [ROUNDS]  # read from the loop's condition
 
 
 def products(jaxpr, times: int = 1) -> int:
@@ -271,7 +287,7 @@ def test_flops_of_a_compiled_gradient_are_those_of_its_source():
 
     arrays = [jax.ShapeDtypeStruct(size, jnp.float32) for size in ((3, 8, 8), (4, 6, 8))]
     step = jax.grad(loss)
-    counted = hlo.matmul_flops(hlo.text_of(jax.jit(step).lower(*arrays).compile()))
+    counted = hlo.matmul_flops(jax.jit(step).lower(*arrays).compile().as_text())
     assert counted == products(jax.make_jaxpr(step)(*arrays).jaxpr) > 0
 
 
@@ -285,6 +301,6 @@ def test_bytes_of_what_is_read_through_slices_and_written_in_place():
 
     rows, table, width = 50, 4000, 128
     arrays = [jax.ShapeDtypeStruct(size, jnp.float32) for size in ((table, width), (rows, width))]
-    counted = hlo.bytes_accessed(hlo.text_of(jax.jit(step).lower(*arrays).compile()))
+    counted = hlo.bytes_accessed(jax.jit(step).lower(*arrays).compile().as_text())
     least = rows * width * 4 * 3  # a row of each read, one written
     assert least <= counted <= 2 * least + 2 * rows * width * 4 < table * width * 4

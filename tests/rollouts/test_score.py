@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain import token_logp
 
-from jaxrlhf.losses.logp import token_logp
 from jaxrlhf.rollouts.credit import gae_credit, rloo_credit
 from jaxrlhf.rollouts.score import Readings, RolloutModels, _by_microbatch, assemble_rollout, has_ended, score_rollout
 from jaxrlhf.steps.pair import response_scores

@@ -96,7 +96,7 @@ def compile_all() -> None:
         program, params = lowered(*case)
         # Machine code is not looked at: the cheapest will do. Exchanges are decided before it is made.
         quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-        text = hlo.text_of(program.compile(compiler_options=quick))
+        text = program.compile(compiler_options=quick).as_text()
         sent = [[one.kind, [shape.dims for shape in one.operands + one.results], one.bytes, one.times] for one in hlo.collectives(text)]
         leaves = jax.tree.leaves(params)
         size = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

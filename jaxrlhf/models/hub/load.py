@@ -72,27 +72,17 @@ def classes_of(folder: Path) -> list[str]:
 
 
 def initialise(
-    config: DecoderConfig,
-    *,
-    key: Array,
-    tokenizer: Any = None,
-    head: str = "lm",
-    dtype: str | None = None,
-    matmul_precision: str = "highest",
-    mesh: Any = None,
-    remat: str = "none",
-    logits_chunk: int | None = None,
+    config: DecoderConfig, *, key: Array, tokenizer: Any = None, head: str = "lm", dtype: str | None = None, mesh: Any = None, **how: Any
 ) -> Loaded:
     """A model from scratch, with random parameters; the other arguments as `load` takes them."""
-    how = {"matmul_precision": matmul_precision, "remat": remat, "logits_chunk": logits_chunk} | sharding.row_constraints(mesh)
-    model = build_model(config, head=head, dtype=dtype or "float32", **how)
+    model = build_model(config, head=head, dtype=dtype or "float32", **how, **sharding.row_constraints(mesh))
     return Loaded(model, sharding.init_on_mesh(model.init, mesh, key), tokenizer, config)
 
 
-def rehead(loaded: Loaded, *, head: str, key: Array | None = None, dtype: str | None = None) -> Loaded:
+def rehead(loaded: Loaded, *, head: str, key: Array | None = None) -> Loaded:
     """The same backbone (its arrays shared) under a new head: how a reward model starts from a language model."""
     params = with_head(loaded.params, key, loaded.config, head)
-    return loaded._replace(model=build_model(loaded.config, head=head, dtype=dtype or "float32"), params=params)
+    return loaded._replace(model=build_model(loaded.config, head=head), params=params)
 
 
 def resolve(source: str | Path) -> Path:

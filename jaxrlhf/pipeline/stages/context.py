@@ -20,7 +20,7 @@ from jaxrlhf.distributed.stops import Looks, Stopped
 from jaxrlhf.evaluation.guards import Guards, line_figures
 from jaxrlhf.models.hub import Loaded, load, save
 from jaxrlhf.monitoring.recompiles import CompileWatch, ignore_compilations
-from jaxrlhf.monitoring.runlog import RunLog, StageLog
+from jaxrlhf.monitoring.runlog import RunLog
 from jaxrlhf.pipeline.stages.divergence import SKIPPED, Diverged, Fed, FiniteWatch, check_result
 from jaxrlhf.storage.blocks import NOWHERE, Blocks
 from jaxrlhf.storage.checkpoint import Checkpoints
@@ -128,19 +128,7 @@ class RunContext:
 
     def progress(self, what: str, *, round: int | None = None, tokens: int = 0) -> Progress:
         """What a pass over a table reports its batches (of so many `tokens`) to, from (0, total) on: shown, and not kept."""
-        stage: StageLog | None = None
-
-        def report(done: int, total: int) -> None:
-            nonlocal stage
-            if stage is None:
-                stage = self.log.stage(what, round=round, total_steps=total, watch=self.watch())
-                stage.phase("compiling")
-            if done:
-                stage.step(done, {}, tokens=tokens)
-            if done == total:
-                stage.close()
-
-        return report
+        return self.log.progress(what, round=round, tokens=tokens, watch=self.watch)
 
     def report_rows(self, folder: Path, what: str, *reports: ReadReport) -> None:
         """Say what was dropped on the way, and write every dropped row beside the stage."""

@@ -43,7 +43,9 @@ def evaluation_stage(
         loaded = run.load(policy, head="lm")
         gold = inputs.gold_of(config, run.mesh)
         samples = sample_responses(run, folder, loaded, gold, number)
-        kl = np.zeros(len(samples.rows), np.float32) if policy.hash == sft.hash else kl_to(run, loaded, sft, samples.tables[0], number)
+        kl = np.zeros(len(samples.rows), np.float32)
+        if policy.hash != sft.hash:
+            kl = kl_to(run, loaded, run.load(sft, head="lm"), samples.tables[0], "evaluation, log-probs", "π_SFT", number)
         earlier = read_samples(before.folder, pad_id_of(loaded.tokenizer)) if before is not None else samples
         result = {**gold_figures(samples, gold, run.blocks), **gold_change(samples, earlier), **as_fields("kl_sft", mean_if_finite(kl))}
         result |= length_figures(samples, loaded)
@@ -135,17 +137,16 @@ def length_figures(samples: Samples, loaded: Loaded) -> dict[str, float]:
     return {"length": float(np.asarray(first.response_mask_BT).sum(axis=1).mean()), "eos_rate": float(ended.mean())}
 
 
-def kl_to(run: RunContext, loaded: Loaded, sft: Done, texts: TextBatch, round: int) -> np.ndarray:
-    """log π(y) − log π_SFT(y) of every response, nats [N] (k1), at the temperature they were sampled at."""
+def kl_to(run: RunContext, loaded: Loaded, other: Loaded, texts: TextBatch, what: str, called: str, round: int) -> np.ndarray:
+    """log π(y) − log π'(y) of every response, nats [N] (k1), at the temperature they were sampled at; the `other` policy is `called` so."""
     options = {
         "temperature": run.config.evaluation.temperature or 1.0,  # greedy text has no density of its own; it is read at 1
         "batch_size": run.config.evaluation.batch_size,
         "mesh": run.mesh,
     }
-    reference = run.load(sft, head="lm")
     logps = [
-        response_logps(one.model, one.params, texts, **run.kept(f"evaluation, log-probs under {name}", round=round), **options)
-        for one, name in ((loaded, "the policy"), (reference, "π_SFT"))
+        response_logps(one.model, one.params, texts, **run.kept(f"{what} under {name}", round=round), **options)
+        for one, name in ((loaded, "the policy"), (other, called))
     ]
     return logps[0] - logps[1]
 

@@ -41,7 +41,7 @@ def preference_stage(run: RunContext, round: Round, given: RoundInputs) -> Done:
         fitted, weights_N = updated_pairs(update, pairs)
         write_lineage(folder, policy_lineage(round, given, refers=needs_reference(loss)))
         table, n = with_weights(fitted.tokens, weights_N), len(fitted.rows)
-        steps = num_steps(n, batch_size=section.batch_size, num_train_epochs=section.num_train_epochs, max_steps=section.max_steps)
+        steps = num_steps(n, section)
         held = Pairs(*read_pair_table(pairs.folder / VALID))
         valid = held.tokens
         if needs_reference(loss):

@@ -16,10 +16,10 @@ from jaxrlhf.data.tokens import pad_id_of
 from jaxrlhf.evaluation.diagnostics import agreement_with_gold
 from jaxrlhf.evaluation.samples import read_samples
 from jaxrlhf.losses import effective_sample_size, importance_weights, relative_log_ratio
-from jaxrlhf.models.hub import Loaded
-from jaxrlhf.offline.logprobs import response_logps, stored_pair_logps
+from jaxrlhf.offline.logprobs import stored_pair_logps
 from jaxrlhf.pipeline.stages.context import RunContext
 from jaxrlhf.pipeline.stages.ensemble import reward_inputs, reward_scores, spread_of
+from jaxrlhf.pipeline.stages.evaluation import kl_to
 from jaxrlhf.pipeline.stages.pairs import TRAIN
 from jaxrlhf.storage.stage import Done, Stage
 
@@ -84,17 +84,9 @@ def kl_measure(run: RunContext, since: RefitInputs) -> Measured:
     policy = run.load(since.policy, head="lm")
     samples = read_samples(since.evaluation.folder, pad_id_of(policy.tokenizer))
     then = run.load(since.fitted_for, head="lm")
-    options = {
-        "temperature": run.config.evaluation.temperature,
-        "batch_size": run.config.evaluation.batch_size,
-        "mesh": run.mesh,
-    }
-
-    def logps(one: Loaded, what: str, side: int) -> np.ndarray:
-        how = run.kept(f"refit, response {side + 1} of 2 under {what}", round=since.number)
-        return response_logps(one.model, one.params, samples.tables[side], **how, **options)
-
-    sides_2N = [logps(policy, "the policy", side) - logps(then, "that of the last refit", side) for side in (0, 1)]
+    names = [f"refit, response {side} of 2" for side in (1, 2)]
+    both = zip(samples.tables, names, strict=True)
+    sides_2N = [kl_to(run, policy, then, texts, name, "that of the last refit", since.number) for texts, name in both]
     kl_N = np.asarray(sides_2N, np.float64).mean(axis=0)  # a prompt's two responses are one observation
     n = len(kl_N)
     stderr = float(kl_N.std(ddof=1) / np.sqrt(n)) if n > 1 else None

@@ -51,7 +51,7 @@ def reward_stage(
         table = with_columns(with_weights(fitted.tokens, weights_N), loss, name=called(config.reward), updated=update is not None)
         valid = valid_pairs(pairs)
         n, section = len(table.index_B), config.reward
-        steps = num_steps(n, batch_size=section.batch_size, num_train_epochs=section.num_train_epochs, max_steps=section.max_steps)
+        steps = num_steps(n, section)
         optimizer, step = pair_trainer(base.model, loss, section, max(steps, 1), run.mesh)
         state = sharding.place(init_state(own_copy(base.params), optimizer), run.mesh)
         base = base._replace(params=None)

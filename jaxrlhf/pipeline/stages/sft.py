@@ -110,12 +110,7 @@ def sft_stage(run: RunContext, tokenizer_done: Done) -> Done:
         table, cut = tokenize_demonstrations(rows, tokenizer, inputs.limits_of(config), eos_ids=eos_ids_of(tokenizer))
         run.report_rows(folder, "demonstrations", report, cut)
         base = base_model(run, tokenizer)
-        steps = num_steps(
-            len(table.index_B),
-            batch_size=config.sft.batch_size,
-            num_train_epochs=config.sft.num_train_epochs,
-            max_steps=config.sft.max_steps,
-        )
+        steps = num_steps(len(table.index_B), config.sft)
         optimizer, step = sft_trainer(base.model, config.sft, max(steps, 1), run.mesh)
         state = sharding.place(init_state(own_copy(base.params), optimizer), run.mesh)
         base = base._replace(params=None)  # the memory is wanted for the training

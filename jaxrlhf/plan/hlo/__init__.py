@@ -1,32 +1,25 @@
 """What a compiled program does, read from its text: what the devices send each other, and the products of matrices.
 
-    text = text_of(step.lower(state, batch).compile())
+    text = step.lower(state, batch).compile().as_text()
     for sent in collectives(text): print(sent.kind, sent.bytes, sent.times)
     matmul_flops(text)
 
 `compiled.cost_analysis()` counts the body of a loop once; here everything is multiplied by how often it runs. The text is optimised HLO
 as CPU, GPU and TPU print it (https://openxla.org/xla/operation_semantics), of one device's program: shapes are what one device holds.
-A loop whose number of rounds cannot be read has `trips` None; what it runs has `times` None, unless the caller says how often
+Of a loop whose number of rounds cannot be read, what it runs has `times` None, unless the caller says how often
 (`unknown_trips`). Of a conditional only the branch with the most to count is counted, and what is found there has `branch` True.
 """
 
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from jaxrlhf.plan.hlo.costs import FREE, bytes_moved, flops_of
-from jaxrlhf.plan.hlo.text import Computation, Instruction, Program, Shape, trips
+from jaxrlhf.plan.hlo.text import Computation, Instruction, Program, Shape
 from jaxrlhf.plan.hlo.walk import program_of, source_of_line, walk
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast", "ragged-all-to-all")
-
-
-@dataclass(frozen=True)
-class Loop:
-    name: str
-    trips: int | None
-    times: int | None  # how often the loop is entered
 
 
 @dataclass(frozen=True)
@@ -66,25 +59,12 @@ class Collective:
         return None if self.times is None else self.bytes * self.times
 
 
-@dataclass(frozen=True)
-class Matmul:
+class Matmul(NamedTuple):
     """A product of matrices (or a convolution): FLOPs of one execution, a multiplication and an addition counted as two."""
 
     flops: int
-    operands: tuple[Shape, ...]
-    result: Shape
     times: int | None
     branch: bool
-    name: str
-    source: str
-
-
-def text_of(compiled: Any) -> str:
-    """The text of what `jax.jit(f).lower(…).compile()` gives. Raises ValueError where the backend has none."""
-    text = compiled.as_text()
-    if not text:
-        raise ValueError("this backend gives no text of its compiled programs; nothing can be counted.")
-    return text
 
 
 def collectives(text: str | Program, *, unknown_trips: int | None = None) -> list[Collective]:
@@ -100,27 +80,14 @@ def collectives(text: str | Program, *, unknown_trips: int | None = None) -> lis
 
 def matmuls(text: str | Program, *, unknown_trips: int | None = None) -> list[Matmul]:
     """Every product of matrices and convolution: `dot`, `convolution`, and calls of a library where their shapes tell the product."""
-    program = program_of(text)
-    found = []
-    for place in walk(program, lambda where, line: flops_of(where, line) or 0, unknown_trips):
-        flops = flops_of(place.computation, place.line)
-        if flops is not None:
-            operands = place.computation.operand_shapes(place.line)[:2]
-            line = place.line
-            found.append(Matmul(flops, operands, line.shapes[0], place.times, place.branch, line.name, source_of_line(line)))
-    return found
+    places = walk(program_of(text), lambda where, line: flops_of(where, line) or 0, unknown_trips)
+    counted = ((flops_of(place.computation, place.line), place) for place in places)
+    return [Matmul(flops, place.times, place.branch) for flops, place in counted if flops is not None]
 
 
 def matmul_flops(text: str | Program, *, unknown_trips: int = 1) -> int:
     """FLOPs of all products of matrices on one device; a loop of unknown length counts as `unknown_trips` rounds."""
     return sum(one.flops * (one.times or 0) for one in matmuls(text, unknown_trips=unknown_trips))
-
-
-def loops(text: str | Program, *, unknown_trips: int | None = None) -> list[Loop]:
-    """Every while loop that runs, the outer before the inner; `trips` None where the number of rounds cannot be read."""
-    program = program_of(text)
-    places = walk(program, lambda where, line: 1, unknown_trips)
-    return [Loop(p.line.name, trips(program, p.computation, p.line), p.times) for p in places if p.line.opcode == "while"]
 
 
 def bytes_accessed(text: str | Program, *, unknown_trips: int = 1) -> int:

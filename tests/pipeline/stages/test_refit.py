@@ -7,11 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from plain import token_logp
 
 import jaxrlhf
 from jaxrlhf import rng
 from jaxrlhf.data.tables import read_pair_table, read_table
-from jaxrlhf.losses import sequence_logp, token_logp
+from jaxrlhf.losses import sequence_logp
 from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.pipeline import loop
 from jaxrlhf.pipeline.run import run
@@ -257,7 +258,7 @@ def test_what_cannot_be_measured_makes_no_refit_due(run_with, monkeypatch):
 
 
 def test_a_policy_without_finite_log_probs_is_said(run_with, monkeypatch):
-    monkeypatch.setattr(refit, "response_logps", lambda model, params, texts, **_: np.full(len(texts.index_B), np.nan, np.float32))
+    monkeypatch.setattr(refit, "kl_to", lambda run, policy, then, texts, *_: np.full(len(texts.index_B), np.nan, np.float32))
     with pytest.raises(ValueError, match=r"refit.when kl: the measure before round 2 is nan; the policy has diverged"):
         run_with("diverged", "kl", refit__kl_budget=77.0)
 
