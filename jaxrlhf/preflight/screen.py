@@ -72,8 +72,9 @@ def shown(lines: Iterable[Line], console: Console) -> list[Found]:
             console.print(Text(arm, style="bold"))
         last = arm
         row = Table.grid(padding=(0, 1))
-        for column in ({"width": 12}, {"width": 17}, {"ratio": 1}):
-            row.add_column(**column)
+        row.add_column(width=12)
+        row.add_column(width=17)
+        row.add_column(ratio=1)
         said = Text(found.figure)
         if found.advice:
             said.append(f"\n-> {found.advice}", style=STYLE[found.colour])

@@ -121,5 +121,5 @@ def test_two_processes_at_once(tmp_path):
     with pytest.raises(ColumnError, match="model"):
         cached_columns(folder, ["a"], NAMES, header, lambda: overtaken({"model": "n"}))
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError):
+    with pytest.raises(NotADirectoryError):
         cached_columns(tmp_path / "file" / "columns", ["a"], NAMES, header, lambda: columns)

@@ -11,6 +11,8 @@ import pytest
 
 import jaxrlhf
 from jaxrlhf.config import DPOConfig, RewardConfig, SFTConfig
+from jaxrlhf.config.guards import GuardsConfig
+from jaxrlhf.evaluation.guards import Guards
 from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.monitoring.runlog import RunLog
 from jaxrlhf.pipeline.run import run
@@ -75,7 +77,8 @@ def test_the_step_that_goes_on_is_said(whole, tmp_path, tiny_config):
     stages = [Done(name, tmp_path, name, {"seconds": 1.0, "result": result}) for name, result in (
         ("sft", {"steps": 6, "kept_step": kept}), ("r1-reward", {"steps": 2, "kept_step": 2}), ("sft-evaluation", {}))]  # fmt: skip
     config = SimpleNamespace(method="ppo", row={}, seed=0, name="tiny")
-    Summary(SimpleNamespace(stages=stages, config=config, folder=tmp_path), 1).add(None, stages[-1])  # type: ignore[arg-type]
+    given = SimpleNamespace(stages=stages, config=config, folder=tmp_path, guards=Guards(GuardsConfig(), print))
+    Summary(given, 1).add(None, stages[-1])  # type: ignore[arg-type]
     assert json.loads((tmp_path / "summary.json").read_text())["notes"] == [said]
 
 

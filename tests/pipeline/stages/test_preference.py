@@ -102,7 +102,8 @@ class Made:
                 kept = Pairs(*read_pair_table(self.pairs.folder / TRAIN)).select(rows)
                 write_pair_table(folder / UPDATED, kept.rows, kept.tokens, pad_id=0)
 
-        return self.setting.build(Stage("update", "data", "by-hand", [np.asarray(weights).tolist(), np.asarray(rows).tolist()]), build)
+        given = {"weights": np.asarray(weights).tolist(), "rows": np.asarray(rows).tolist()}
+        return self.setting.build(Stage("update", "data", "by-hand", given), build)
 
 
 @pytest.fixture(scope="module")
