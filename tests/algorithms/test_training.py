@@ -7,16 +7,17 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrlhf.algorithms import training
 from jaxrlhf.algorithms.policy_updates import ppo_optimizer
 from jaxrlhf.algorithms.ppo import num_updates, policy_loss_of
 from jaxrlhf.algorithms.reward import reward_loss, sides, with_weights
 from jaxrlhf.algorithms.reward_update import Pairs, unweighted
-from jaxrlhf.algorithms.training import num_steps, own_copy, train
+from jaxrlhf.algorithms.training import num_steps, optimizer_of, own_copy, train
 from jaxrlhf.config import PPOConfig, RewardConfig, SFTConfig
 from jaxrlhf.data.pairs import Pair
 from jaxrlhf.losses import PAIR_LOSSES, POLICY_LOSSES
 from jaxrlhf.plugins import plugin
-from jaxrlhf.types import PairBatch, PairLoss
+from jaxrlhf.types import PairBatch, PairLoss, TrainState
 
 
 def pairs(n=4) -> Pairs:
@@ -132,3 +133,24 @@ def test_ppo_optimizer_ends_both_schedules_with_the_round():
 def test_configs_can_be_keys():
     """Trainers are cached by their config: equal sections share compilations."""
     assert hash(PPOConfig()) == hash(dataclasses.replace(PPOConfig(kl_coef=3.0), kl_coef=PPOConfig().kl_coef))
+
+
+def test_the_optimizer_is_the_sections():
+    """A gradient is cut to `max_grad_norm`, and the rate climbs through `warmup_steps`: Adam's first step is the rate itself."""
+    section = RewardConfig(
+        learning_rate=0.1, lr_scheduler_type="constant", warmup_steps=4, weight_decay=0.0, adam_epsilon=1.0, max_grad_norm=0.5
+    )
+    params = {"w": jnp.zeros(2)}
+    optimizer = optimizer_of(section, steps=10)
+    updates, _ = optimizer.update({"w": jnp.array([3.0, 4.0])}, optimizer.init(params), params)
+    cut = np.array([0.3, 0.4])  # norm 5 cut to 0.5
+    np.testing.assert_allclose(updates["w"], -0.1 / 4 * cut / (cut + 1.0), rtol=1e-5)
+
+
+def test_the_sft_step_is_the_sections(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(training, "make_sft_step", lambda model, optimizer, **how: seen.update(how) or (lambda state, batch: (state, {})))
+    for loss_on in ("all", "response"):
+        section = SFTConfig(loss_on=loss_on, gradient_accumulation_steps=2)
+        training.sft_trainer.__wrapped__(None, section, 3, None)[1](TrainState(jnp.zeros((), int), {}, {}), {})
+        assert (seen["loss_on"], seen["accumulate"]) == (loss_on, 2)

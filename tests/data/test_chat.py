@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxrlhf.commands import embed, evaluate, generate, nearest
+from jaxrlhf.data.chat import around
 from jaxrlhf.data.pairs import DataError, read_demonstrations, read_pairs, read_prompts, text_id
 from jaxrlhf.data.stored_responses import read_generations
 from jaxrlhf.data.tokenizer import train_tokenizer
@@ -372,3 +373,30 @@ def test_a_config_gives_the_chat_template(tiny_config, tmp_path, tokenizers):
         assert hashes[0] == hashes[1]
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.chat_template.*gone\.jinja"):
         given_tokenizer(tiny_config(tmp_path, **base, tokenizer__chat_template=str(tmp_path / "gone.jinja")))
+
+
+def test_around_has_all_messages_before_the_last(tokenizers):
+    messages = say("first", "second", "third")
+    before, _ = around(tokenizers["chatml"], [*messages, {"role": "assistant"}], {})
+    assert [word in before for word in ("first", "second", "third")] == [True] * 3
+
+
+def test_prompts_of_messages_are_rendered_and_said_to_be(tokenizers, tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"prompt": say("q")}, {"prompt": "plain", "other": None}])
+    rows, _ = read_prompts(path, tokenizer=tokenizers["chatml"])
+    assert [row.templated for row in rows] == [True, False]
+
+
+def test_content_that_is_no_text_is_refused_beside_a_call(tokenizers, tmp_path):
+    call = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    for content in (3, None):
+        message = {"role": "assistant", "content": content} | ({"tool_calls": call} if content is not None else {})
+        path = lines(tmp_path / "a.jsonl", [{"messages": [*say("q"), message]}, {"messages": say("q", "d")}])
+        rows, report = read_demonstrations(path, tokenizer=tokenizers["chatml"])
+        assert len(rows) == 1 and "messages[1].content must be text" in report.dropped[0][1], report.dropped
+
+
+def test_a_null_field_is_said_to_be_null(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"question": "q", "prompt": None}, {"prompt": "p", "chosen": "c", "rejected": "r"}])
+    _, report = read_pairs(path)
+    assert "fields question, prompt (null);" in report.dropped[0][1]

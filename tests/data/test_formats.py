@@ -194,3 +194,8 @@ def test_tools_keep_the_order_in_which_transformers_writes_them():
 
     schema, call = get_json_schema(weather), {"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
     assert [json.dumps(plain(one)) for one in (schema, call)] == [json.dumps(schema), json.dumps(call)]
+
+
+def test_whole_numbers_end_before_64_bits_do():
+    """2⁶³ is one more than a table's integers hold: it stays the float that it is."""
+    assert [type(one) for one in plain([2.0**63, -(2.0**63), 2.0**62, 0.5])] == [float, float, int, float]

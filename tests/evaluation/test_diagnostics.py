@@ -135,6 +135,7 @@ def test_curve_gains_peak_and_gap():
     curve = Curve(POINTS, gold_scale=2.0)
     assert curve.proxy_gain == [0.0, 1.0, 2.0] and curve.gold_gain == [0.0, 1.0, 0.5]
     assert curve.peak is POINTS[1] and curve.lost == 1.0 and curve.gap == 1.5
+    assert Curve(POINTS[1:2]).proxy_gain == [1.0]  # π_SFT is no point of it
     assert Curve(POINTS[:2], gold_scale=2.0).gap == 0.0 and Curve(POINTS[:1], gold_scale=2.0).gap is None
     assert [p.root_kl for p in POINTS] == [0, 1, 2] and Point(1, -1e-3, None).root_kl == 0
 

@@ -9,7 +9,7 @@ from scipy.special import expit
 from scipy.stats import binomtest, ttest_1samp, ttest_rel
 
 from jaxrlhf.evaluation.diagnostics import agreement_with_gold, pair_accuracy
-from jaxrlhf.evaluation.intervals import as_fields, from_fields, mean_interval, proportion, unpaired_difference, wilson_interval
+from jaxrlhf.evaluation.intervals import Interval, as_fields, from_fields, mean_interval, proportion, unpaired_difference, wilson_interval
 from jaxrlhf.evaluation.winrate import by_length, length_controlled, outcomes, paired_difference, rate_of, score, win_rate
 
 
@@ -231,14 +231,3 @@ def test_by_length():
 def test_an_interval_that_touches_zero_has_no_direction():
     ends = ((-2.0, 0.0), (0.0, 2.0), (-2.0, -1e-9), (1e-9, 2.0), (-1.0, 1.0))
     assert [Interval(0.5, low, high, 9).direction for low, high in ends] == [0, 0, -1, 1, 0]
-
-
-def test_newtons_steps_are_halved_where_they_overshoot():
-    """Sides that length alone decides: a full step from 0 leads past the valley and up its other side. Against a search of another kind."""
-    d = np.array([-1.0] * 30 + [1.0] * 30 + [40.0])
-    won = (d > 0).astype(float)
-    won[0], won[-1] = 1.0, 0.0
-    design = np.stack([np.ones(len(d)), d], axis=1)
-    weights, _ = _logistic(design, won, 0.01)
-    best = minimize(lambda w: _logistic_loss(w, design, won, 0.01), weights + 0.1, method="BFGS", options={"gtol": 1e-9})
-    assert weights == pytest.approx(best.x, abs=1e-5)
