@@ -14,7 +14,7 @@ from jaxrlhf import distributed
 from jaxrlhf.commands import HELP, RUN_COMMANDS, USAGE
 from jaxrlhf.distributed.cluster import check_alone
 from jaxrlhf.distributed.launch import LAUNCHED
-from jaxrlhf.distributed.stops import Stopped
+from jaxrlhf.distributed.stops import Stopped, ignored
 from jaxrlhf.distributed.watchdog import STATUS_OF_OTHERS
 from jaxrlhf.monitoring.output import shown_output
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     Whatever becomes of standard output and error, the command goes on to its end and its results are complete.
     """
     with shown_output() as out:
-        status = _main(sys.argv[1:] if argv is None else argv)
+        status = _main(sys.argv[1:]) if argv is None else _main(argv, last=False)
         out.flush()
         if status or out.lost is None:
             return status
@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _main(argv: list[str]) -> int:
+def _main(argv: list[str], last: bool = True) -> int:
+    """`last`: the process ends with this command."""
     if not argv or argv[0] in HELP:
         print(USAGE, end="")
         return 0 if argv else 2
@@ -61,6 +62,8 @@ def _main(argv: list[str]) -> int:
             check_alone(argv[0])
         return _command(argv[0], argv[1:])
     except Stopped as stop:
+        if last:
+            ignored()  # a further signal would only be a traceback of the interpreter's end
         return _stopped(stop, shlex.join(["jaxrlhf", *argv]))
     except KeyboardInterrupt:
         message = "stopped; the same command goes on from the last finished stage, or from a checkpoint inside one."

@@ -42,10 +42,10 @@ def main(options: argparse.Namespace) -> int:
         return 0
     with heard():
         folder = run(config, until=until, replace=options.replace)
+        page = write_report(folder) if options.command == "run" and distributed.is_leader() else None
     if not distributed.is_leader():
         pass
     elif options.command == "run":
-        page = write_report(folder)
         show(read_summaries(folder))
         where = join(config.output, config.name) if is_url(config.output) else folder
         print(f"run folder: {where}")

@@ -31,7 +31,7 @@ def main(options: argparse.Namespace) -> int:
         return 0
     with heard():
         folder = sweep(config, seeds_of(options.seeds), replace=options.replace)
-    page = write_report(folder)
+        page = write_report(folder)
     done = read_sweep(folder)
     show(done)
     print(f"sweep folder: {folder}")

@@ -25,11 +25,12 @@ def main(options: argparse.Namespace) -> int:
     folders = [as_path(one).expanduser() for one in options.folders]
     if lacking := next((folder for folder in folders if not folder.is_dir()), None):
         raise FileNotFoundError(f"{lacking} is not a folder; name that of a run, of a sweep, or a store.")
-    with shown("files") as progress:
+    with shown("files", "reading") as progress:
         found, read, size, unlisted = verified(folders, progress)
     for fault in found:
         print(fault)
-    print(f"{read} files, {size / 2**20:.1f} MiB: {f'{len(found)} faults' if found else 'all as they were written'}")
+    said = "all as they were written" if not found else "1 fault" if len(found) == 1 else f"{len(found)} faults"
+    print(f"{read} files, {size / 2**20:.1f} MiB: {said}")
     if unlisted:
         print(f"{len(unlisted)} more have no checksum and were not verified: {', '.join(sorted({path.name for path in unlisted}))}")
     return int(bool(found))

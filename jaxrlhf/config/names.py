@@ -22,4 +22,6 @@ def name_fault(name: str) -> str | None:
 
 def run_name_fault(name: str) -> str | None:
     """The same of a run, which may lie in others: config.yaml of an arm says `run/arm`, and is a recipe too."""
-    return next((fault for part in name.split("/") if (fault := name_fault(part)) is not None), None)
+    parts = name.split("/")
+    found = next(((part, fault) for part in parts if (fault := name_fault(part)) is not None), None)
+    return found and (found[1] if len(parts) == 1 else f"has the part {found[0]!r}, which {found[1]}")

@@ -67,6 +67,13 @@ def heard() -> Iterator[None]:
         _asked.clear()
 
 
+def ignored() -> None:
+    """Ignore the signals from now on: the process is about to end."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def _hear(number: int, frame: FrameType | None) -> None:
     del frame
     if _asked and time.monotonic() - _heard[0] < APART:  # one request may come by two ways: to the process and to its group

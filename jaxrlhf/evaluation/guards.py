@@ -96,7 +96,8 @@ def finding(guard: Guard, seen: Interval, bound: float, place: str) -> dict[str,
         return None
     low, high = (None, None) if math.isnan(seen.low) else (seen.low, seen.high)
     spelled = f"{seen.value:.3g}" + ("" if low is None else f" [{low:.3g}, {high:.3g}]") + (f" (n = {seen.n})" if seen.n else "")
-    said = f"{place}: {guard.what} is {spelled}, {guard.relation} {bound:g}. Likely cause: {guard.cause}. {guard.remedy}"
+    stands = "and its interval is not wholly above" if guard.relation == "not above" and low is not None else guard.relation
+    said = f"{place}: {guard.what} is {spelled}, {stands} {bound:g}. Likely cause: {guard.cause}. {guard.remedy}"
     return {"name": guard.name, "figure": seen.value, "low": low, "high": high, "n": seen.n or None, "bound": bound, "text": said}
 
 

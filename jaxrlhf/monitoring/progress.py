@@ -9,7 +9,7 @@ from jaxrlhf.types import Progress
 
 
 @contextmanager
-def shown(what: str) -> Iterator[Progress]:
+def shown(what: str, first: str = "compiling") -> Iterator[Progress]:
     """A progress bar on standard error with the time left; nothing is kept."""
     with tempfile.TemporaryDirectory() as scratch, RunLog(scratch) as log:
-        yield log.progress(what)
+        yield log.progress(what, first=first)

@@ -82,7 +82,7 @@ class RunLog:
         return self._stage
 
     def progress(
-        self, what: str, *, round: int | None = None, tokens: int = 0, watch: Callable[[], CompileWatch | None] = lambda: None
+        self, what: str, *, round: int | None = None, tokens: int = 0, watch: Callable[[], Any] = lambda: None, first: str = "compiling"
     ) -> Progress:
         """What a pass reports its batches (of so many `tokens`) to, from (0, total) on: shown as a stage of its own, and not kept."""
         stage: StageLog | None = None
@@ -91,7 +91,7 @@ class RunLog:
             nonlocal stage
             if stage is None:
                 stage = self.stage(what, round=round, total_steps=total, watch=watch())
-                stage.phase("compiling")
+                stage.phase(first)
             if done:
                 stage.step(done, {}, tokens=tokens)
             if done == total:
