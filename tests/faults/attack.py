@@ -7,7 +7,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ def file_operations(folder: Path, see: Callable[[str, str], None]) -> Iterator[N
 
 def copy_as_it_is(folder: Path, target: Path) -> None:
     """A copy of a folder in which other threads may be at work: what vanishes on the way was not there."""
-    shutil.copytree(folder, target, symlinks=True, copy_function=_copy, ignore_dangling_symlinks=True)
+    with suppress(shutil.Error):  # which it raises at the end, when all the rest is copied
+        shutil.copytree(folder, target, symlinks=True, copy_function=_copy)
 
 
 def _copy(source: str, target: str, **rest: Any) -> str:

@@ -5,6 +5,7 @@ threads do in the meantime included). Each copy is then put in the folder's plac
 """
 
 import copy
+import itertools
 import shutil
 from collections import Counter
 
@@ -43,14 +44,14 @@ def test_stopped_before_a_file_operation(tmp_path, whole, part):
     expected, operations = whole
     output, copies = tmp_path / "runs", tmp_path / "copies"
     stride = max(1, operations * PARTS // STOPS)  # of each part; the parts begin one after the other
-    stops, count = [], 0
+    stops, numbers = [], itertools.count(1)
 
     def see(event, path):
-        nonlocal count
-        count += 1
-        if count % stride == part * stride // PARTS:
-            copy_as_it_is(output, copies / str(count))
-            stops.append((count, event, path, Counter(taken)))
+        number = next(numbers)  # of any thread
+        if number % stride == part * stride // PARTS:
+            before = Counter(taken)
+            copy_as_it_is(output, copies / str(number))
+            stops.append((number, event, path, before))
 
     output.mkdir()
     with devices(1), steps_taken() as taken, file_operations(output, see):
