@@ -112,7 +112,7 @@ TIMES = ("seconds", "time/", "compile", "resumed", "_seconds", "per_second")
 
 
 def content(store: Path) -> dict[str, Any]:
-    """What the finished stages of a store are: bytes of each file, and of records and metrics all that is no time."""
+    """What the finished stages of a store are: bytes of each file, and of records and metrics all that is no time (and no checksum of one)."""
     found: dict[str, Any] = {}
     for path in sorted(store.rglob("*")):
         name = path.relative_to(store).as_posix()
@@ -125,9 +125,7 @@ def content(store: Path) -> dict[str, Any]:
 def _without_times(path: Path) -> list[Any]:
     def kept(value: Any) -> Any:
         if isinstance(value, dict):
-            return {
-                k: kept(v) for k, v in value.items() if not any(part in k for part in TIMES) and k not in ("finished", "files", "made_by")
-            }
+            return {k: kept(v) for k, v in value.items() if not any(part in k for part in TIMES) and k not in ("finished", "files", "seal")}
         return value
 
     text = path.read_text(encoding="utf-8")

@@ -80,8 +80,5 @@ def test_stopped_before_a_file_operation(tmp_path, whole, part):
 
 def leftovers(output) -> list[str]:
     """What a finished run has no use for: partial files, half-written and half-removed folders."""
-    return [
-        str(path.relative_to(output))
-        for path in output.rglob(".*")
-        if path.name not in (".stages", ".locks") and not (path.parent.name == ".stages" and path.name == ".locks")
-    ]
+    hidden = [path for path in output.rglob(".*") if path.name not in (".stages", ".locks", ".blocks")]
+    return [str(path.relative_to(output)) for path in [*hidden, *output.glob(".stages/.blocks/*")]]
