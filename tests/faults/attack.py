@@ -112,7 +112,7 @@ TIMES = ("seconds", "time/", "compile", "resumed", "_seconds", "per_second")
 
 
 def content(store: Path) -> dict[str, Any]:
-    """What the finished stages of a store are: bytes of each file, and of records and metrics all that is no time (and no checksum of one)."""
+    """What the finished stages of a store are: bytes of each file, and of records and metrics all but times and their checksums."""
     found: dict[str, Any] = {}
     for path in sorted(store.rglob("*")):
         name = path.relative_to(store).as_posix()
