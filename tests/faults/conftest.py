@@ -1,6 +1,7 @@
 """`make faults`: all tests in this folder have its mark, and one that has passed on this code is not run again: a killed run goes on."""
 
 import hashlib
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PASSED = ROOT / ".cache" / "faults" / "passed.txt"
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # attack.py
 
 
 def pytest_collection_modifyitems(items):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bucket as object_store
 import fsspec
 import jax
 import jax.numpy as jnp
@@ -22,39 +23,6 @@ from jaxrlhf.storage.remote_store import RemoteStore
 from jaxrlhf.storage.run_folder import check_seen_by_all, fetch_run
 from jaxrlhf.storage.stage import Stage, StageError
 from jaxrlhf.types import TrainState
-
-# A bucket in a folder: what an object store has, and a fault on demand. BUCKET_END=FILE: the process dies while it puts such a file.
-BUCKET = """
-import os, pathlib, fsspec
-from fsspec.implementations.local import LocalFileSystem
-class Bucket(LocalFileSystem):
-    protocol = "bucket"
-    cachable = False
-    @classmethod
-    def _strip_protocol(cls, path):
-        root = os.environ["BUCKET_ROOT"]
-        path = str(path)
-        return path.rstrip("/") if path.startswith(root) else root + "/" + path.removeprefix("bucket://").strip("/")
-    def _put(self, rpath, content):
-        os.makedirs(os.path.dirname(rpath), exist_ok=True)
-        end = os.environ.get("BUCKET_END")
-        if end and rpath.endswith(end):
-            pathlib.Path(rpath).write_bytes(content[: len(content) // 2])
-            if os.environ.get("BUCKET_RAISES"):
-                raise OSError("connection reset by peer")
-            os._exit(9)
-        pathlib.Path(rpath).write_bytes(content)
-    def put_file(self, lpath, rpath, **rest):
-        self._put(self._strip_protocol(rpath), pathlib.Path(lpath).read_bytes())
-    def get_file(self, rpath, lpath, **rest):
-        pathlib.Path(lpath).write_bytes(pathlib.Path(self._strip_protocol(rpath)).read_bytes())
-    def pipe_file(self, path, value, **rest):
-        self._put(self._strip_protocol(path), value)
-    def mv(self, *names, **rest): raise NotImplementedError
-    mv_file = link = symlink = mv
-fsspec.register_implementation("bucket", Bucket, clobber=True)
-"""
-exec(BUCKET)
 
 
 @pytest.fixture
@@ -326,10 +294,8 @@ def test_errors_of_a_store_say_what_to_do(error, message, monkeypatch):
         remote.write("gs://b/x", b"")
 
 
-RUN = (
-    BUCKET
-    + """
-import sys, json, logging, jax
+RUN = """
+import sys, json, logging, jax, bucket
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -337,12 +303,12 @@ from jaxrlhf.recipe import from_mapping
 from jaxrlhf.pipeline.run import run
 print(run(from_mapping(json.loads(sys.argv[2])), until="sft"))
 """
-)
 
 
 def started(raw, work, tmp_path, **environment):
     cache = str(jax.config.jax_compilation_cache_dir)
     known = {"BUCKET_ROOT": str(tmp_path / "bucket"), "JAXRLHF_WORK": str(tmp_path / work), "JAX_PLATFORMS": "cpu"}
+    known["PYTHONPATH"] = os.pathsep.join([str(Path(object_store.__file__).parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", RUN, cache, json.dumps(raw)], env=os.environ | known | environment, capture_output=True, text=True
     )
