@@ -16,6 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+# One of these is in every report; the second in those of earlier versions. A file without is another's, and is not written over.
+REPORT_MARKS = ("<!-- Made by jaxrlhf report -->", "Made by <code>jaxrlhf report</code>")
 _log = logging.getLogger(__name__)
 # What a process writes or removes has such a name meanwhile; eight digits: in earlier versions, which did not say which process.
 _MEANWHILE = re.compile(r"\.(.+)\.(?:([0-9]+)\.(?:partial|gone)|old|(?:old\.)?[0-9a-f]{8})")
@@ -101,9 +103,15 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_replaceable(path: str | os.PathLike[str], mark: str) -> None:
-    """FileExistsError where `path` is a file that this package has not written: it is not empty and `mark` is nowhere in it."""
-    if os.path.isfile(path) and (content := Path(path).read_bytes()) and mark.encode() not in content:
+def replaceable(path: str | os.PathLike[str], *marks: str) -> bool:
+    """Whether nothing is lost where `path` is written anew: it is no file, or an empty one, or has one of the `marks` of this package."""
+    content = Path(path).read_bytes() if os.path.isfile(path) else b""
+    return not content or any(mark.encode() in content for mark in marks)
+
+
+def check_replaceable(path: str | os.PathLike[str], *marks: str) -> None:
+    """FileExistsError where `path` is a file that this package has not written."""
+    if not replaceable(path, *marks):
         raise FileExistsError(f"{path} exists and was not written by this command; give another name, or move it away.")
 
 

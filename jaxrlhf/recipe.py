@@ -138,7 +138,19 @@ def _plain(value: Any) -> Any:
 
 def to_yaml(config: Config) -> str:
     """config.yaml of a run: a recipe that loads again as it is."""
-    return MARK + yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+    return MARK + _dump(to_mapping(config))
+
+
+def _dump(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+def as_written(content: bytes) -> bool:
+    """Whether a config.yaml is as a run of some version wrote it. Comments, or a layout of somebody's own, would be lost in a new one."""
+    try:
+        return content.decode().removeprefix(MARK) == _dump(parse(content, "config.yaml"))
+    except (ConfigError, UnicodeDecodeError):
+        return False
 
 
 def override(raw: Mapping[str, Any], overrides: Mapping[str, Any], *, where: str) -> dict[str, Any]:

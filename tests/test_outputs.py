@@ -48,6 +48,8 @@ def test_a_report_replaces_a_report(tmp_path, name):
     for _ in range(2):
         page = write(done, tmp_path / "ours" / "report.html")
     assert page.read_text() == done.html
+    page.write_text("<footer>Made by <code>jaxrlhf report</code> from the run folders alone.</footer>")  # by an earlier version
+    assert write(done, page).read_text() == done.html
 
 
 @pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "a/../../b.safetensors", "sub/b.safetensors", 3])

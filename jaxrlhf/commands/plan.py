@@ -14,7 +14,7 @@ from jaxrlhf.plan.devices import Device, device_named, device_of_kind, own_devic
 from jaxrlhf.plan.plan import plan
 from jaxrlhf.plan.planner import Phase, Program
 from jaxrlhf.plan.table import MADE_BY, as_json, check_figure, draw, show
-from jaxrlhf.recipe import arms, to_yaml
+from jaxrlhf.recipe import MARK, arms, to_yaml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +71,7 @@ def main(options: argparse.Namespace) -> int:
     if options.json and not Path(options.json).parent.is_dir():
         raise ValueError(f"--json {options.json}: the folder {Path(options.json).parent} does not exist; make it first.")
     plans, known = {}, {}
-    print(to_yaml(config))
+    print(to_yaml(config).removeprefix(MARK))  # the mark is that of a run's own file
     for name, one in arms(config).items():
         print(f"planning {name}: {len(jax.devices())} × {jax.devices()[0].device_kind}", file=sys.stderr)
         counts = {"rows": options.rows, "valid_rows": options.valid_rows}

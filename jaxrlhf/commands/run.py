@@ -28,6 +28,7 @@ def main(options: argparse.Namespace) -> int:
     config = config_of(options.command, options.recipe, options.overrides)
     distributed.start(**group)
     from jaxrlhf.commands.report import write_report
+    from jaxrlhf.pipeline.foresight import check_read
     from jaxrlhf.pipeline.run import dry_run, run
     from jaxrlhf.pipeline.table import read_summaries, show
     from jaxrlhf.storage.remote import is_url, join
@@ -35,9 +36,11 @@ def main(options: argparse.Namespace) -> int:
     if not distributed.is_leader():
         logging.getLogger().setLevel(logging.ERROR)  # the leader logs it
     until = None if options.command == "run" else options.command
+    check_read(options.recipe, config)
     if options.dry_run:
+        forecast = dry_run(config, until)
         if distributed.is_leader():
-            print(dry_run(config, until))
+            print(forecast)
         distributed.finish()
         return 0
     with heard():

@@ -23,9 +23,11 @@ def main(options: argparse.Namespace) -> int:
     """Run the sweep, print its table and its failures; 1 where a run failed."""
     config = config_of(options.command, options.recipe, options.overrides)
     from jaxrlhf.commands.report import write_report
+    from jaxrlhf.pipeline.foresight import check_read
     from jaxrlhf.sweep.sweep import dry_run, failure_lines, read_sweep, seeds_of, sweep  # here: --help and a wrong recipe need no models
     from jaxrlhf.sweep.table import show
 
+    check_read(options.recipe, config)
     if options.dry_run:
         print(dry_run(config, seeds_of(options.seeds)))
         return 0

@@ -110,21 +110,32 @@ def speaks(relation: Relation, seen: Interval, bound: float) -> bool:
 
 def line_figures(line: Mapping[str, Any], responses: int) -> Figures:
     """Of a line of metrics.jsonl: an update of PPO or RLOO from so many responses, or a reward update; none of any other."""
-    known: dict[GuardName, Any] = {
-        "kl": line.get("rollout/kl"),
-        "entropy": line.get("rollout/entropy", line.get("ppo/entropy")),
-        "ess": line.get("weights/ess_fraction"),
+    entropy = "rollout/entropy" if "rollout/entropy" in line else "ppo/entropy"
+    known: dict[GuardName, float | None] = {
+        "kl": number(line.get("rollout/kl")),
+        "entropy": number(line.get(entropy)),
+        "ess": number(line.get("weights/ess_fraction")),
     }
-    counts = {"ess": int(line.get("weights/pairs", 0))}
+    pairs = number(line.get("weights/pairs")) or 0.0
+    counts = {"ess": int(pairs) if math.isfinite(pairs) else 0}
     found: Figures = {
-        name: Interval(float(value), math.nan, math.nan, counts.get(name, responses)) for name, value in known.items() if value is not None
+        name: Interval(value, math.nan, math.nan, counts.get(name, responses)) for name, value in known.items() if value is not None
     }
-    if "rollout/eos_rate" in line:
-        ended, length = float(line["rollout/eos_rate"]), float(line["rollout/length"])
+    ended, length = number(line.get("rollout/eos_rate")), number(line.get("rollout/length"))
+    if ended is not None and 0 <= ended <= 1:
         found["cut"] = proportion((1 - ended) * responses, responses)
-        # EOS alone is one token: P(more) ≤ E[length] − 1, so at least this share ended and has no more.
-        found["empty"] = proportion(max(1 + ended - length, 0.0) * responses, responses)
+        if length is not None and length >= 1:
+            # EOS alone is one token: P(more) ≤ E[length] − 1, so at least this share ended and has no more.
+            found["empty"] = proportion(max(1 + ended - length, 0.0) * responses, responses)
     return found
+
+
+def number(value: Any) -> float | None:
+    """A figure of metrics.jsonl ("NaN" is one too); None for what is no number: a damaged line, or a figure of the user's own."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def sample_figures(columns: Mapping[str, list[Any]]) -> Figures:

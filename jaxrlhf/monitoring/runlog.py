@@ -120,10 +120,10 @@ class RunLog:
         else:
             self._console.print(text, markup=False)
 
-    def close(self) -> None:
+    def close(self, *, tell: bool = True) -> None:
         """Write the pending metrics and close the writers."""
         if self._stage:
-            self._stage.close()
+            self._stage.close(tell=tell)
         if self._wandb:
             self._wandb.finish()
             self._wandb = None
@@ -132,7 +132,7 @@ class RunLog:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self.close(tell=error[0] is None)
 
 
 class StageLog:
@@ -213,13 +213,13 @@ class StageLog:
         """Show a line of text with the stage's name."""
         self._log.note(f"{self._title}: {text}")
 
-    def close(self) -> None:
-        """Write the last step and close the stage's files."""
+    def close(self, *, tell: bool = True) -> None:
+        """Write the last step and close the stage's files. `tell`: `seen` is told, which may raise; not where an error is on its way."""
         if self._closed:
             return
         self._closed = True
         try:
-            self.flush()
+            self.flush(tell=tell)
         finally:
             if self._watch is not None:
                 self._watch.stop()
@@ -236,9 +236,9 @@ class StageLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        self.close(tell=error is None)
 
-    def flush(self) -> None:
+    def flush(self, *, tell: bool = True) -> None:
         """Write the last step now, waiting for the device. Call it before a checkpoint: a resumed run does not repeat the step."""
         if self._pending is None:
             return
@@ -252,7 +252,8 @@ class StageLog:
             file.write(to_line(line))
             file.flush()
         self._plot(n, {name: value for name, value in numbers.items() if isinstance(value, int | float)})
-        self._log.seen(line)
+        if tell:
+            self._log.seen(line)
 
     def _plot(self, n: int, plottable: Mapping[str, int | float]) -> None:
         title = title_of(self._name, self._round)

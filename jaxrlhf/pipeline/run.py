@@ -8,7 +8,7 @@ from jaxrlhf.config import Config
 from jaxrlhf.files import write_whole
 from jaxrlhf.monitoring.runlog import RunLog
 from jaxrlhf.pipeline.checks import check, check_same
-from jaxrlhf.pipeline.foresight import check_ours, forecast, prepare
+from jaxrlhf.pipeline.foresight import check_ours, check_read, forecast, is_kept, prepare
 from jaxrlhf.pipeline.loop import walk_through
 from jaxrlhf.pipeline.stages.context import RunContext
 from jaxrlhf.recipe import arms, load_config, to_yaml
@@ -38,7 +38,8 @@ def run(
     Of several processes that work as one (`jaxrlhf.distributed.group.start`) all call it with the same arguments; one writes and logs.
     """
     if not isinstance(config, Config):
-        config = load_config(config)
+        path, config = config, load_config(config)
+        check_read(path, config)
     cache_compilations()
     if until is not None and until not in UNTIL:
         raise ValueError(f"until {until!r} is none of {', '.join(UNTIL)}.")
@@ -49,7 +50,7 @@ def run(
     folder, leads = folder_of(config), distributed.is_leader()
     for one in (config, *arms(config).values()) if leads else ():
         check_ours(one)
-    notes = prepare(arms(config), replace=replace) if leads else {}
+    notes = prepare(arms(config), replace=replace, until=until) if leads else {}
     if config.arms:
         open_run(config)
         if leads:
@@ -60,9 +61,15 @@ def run(
 
 
 def dry_run(config: Config, until: str | None = None) -> str:
-    """What `run` would do, checked as it checks: for each arm which stages are there and which are to be built. Nothing is written."""
+    """What `run` would do, checked as it checks: for each arm which stages are there and which are to be built. Nothing is written.
+
+    Of several processes all call it, for they try a gold function together; the text is the leader's.
+    """
     for one in arms(config).values():
         check(one)
+    if not distributed.is_leader():
+        return ""
+    for one in (config, *arms(config).values()):
         check_ours(one)
     return "\n".join(forecast(one, until) for one in arms(config).values())
 
@@ -70,7 +77,7 @@ def dry_run(config: Config, until: str | None = None) -> str:
 def _run_one(config: Config, until: str | None, log: RunLog | None, notes: list[str], context: Callable[..., RunContext]) -> None:
     folder, leads = folder_of(config), distributed.is_leader()
     open_run(config)
-    if leads:
+    if leads and not is_kept(config, until):
         write_whole(folder / "config.yaml", to_yaml(config))
     store = store_of(config)
     mesh = sharding.mesh_of(config.mesh)

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxrlhf.files import check_replaceable, write_whole
+from jaxrlhf.files import REPORT_MARKS, check_replaceable, write_whole
 from jaxrlhf.report.arms import Collected, collect
 from jaxrlhf.report.drawing import Figure
 from jaxrlhf.report.figures import DRAWINGS, draw
-from jaxrlhf.report.page import MADE_BY, markdown, missing_by_text, page
+from jaxrlhf.report.page import markdown, missing_by_text, page
 from jaxrlhf.report.runs import ReportError
 from jaxrlhf.report.samples import CAP, samples_of
 
@@ -51,10 +51,10 @@ def title_of(found: Collected) -> str:
 def write(done: Report, target: Path) -> Path:
     """Write the page at `target` and the rest beside it, each file whole or as it was; its path. FileExistsError for foreign files."""
     folder = target.parent
-    check_replaceable(target, MADE_BY)
+    check_replaceable(target, *REPORT_MARKS)
     if not target.exists():
         for name in (TABLE, *(f"{FIGURES}/{figure.name}.svg" for figure in done.figures)):
-            check_replaceable(folder / name, MADE_BY)
+            check_replaceable(folder / name, *REPORT_MARKS)
     for figure in done.figures:
         write_whole(folder / FIGURES / f"{figure.name}.svg", figure.svg)
         write_whole(folder / FIGURES / f"{figure.name}.png", figure.png)

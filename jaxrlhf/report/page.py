@@ -16,6 +16,7 @@ from jaxrlhf.evaluation.curves import NO_ERROR
 from jaxrlhf.evaluation.findings import findings as said_of
 from jaxrlhf.evaluation.findings import notes_of
 from jaxrlhf.evaluation.intervals import chance_beyond
+from jaxrlhf.files import REPORT_MARKS
 from jaxrlhf.formatting import escape_markdown, markdown_table
 from jaxrlhf.report.arms import Arm, Column, as_text, best_of, origin, table
 from jaxrlhf.report.costs import PARTS
@@ -23,7 +24,7 @@ from jaxrlhf.report.drawing import Figure
 from jaxrlhf.report.runs import RunRead
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src '{}'; img-src data:; form-action 'none'; base-uri 'none'"
-MADE_BY = "<!-- Made by jaxrlhf report -->"  # a file without is another's, and is not written over
+MADE_BY = REPORT_MARKS[0]
 WIDE = "overoptimisation"
 SECTIONS = (("results", "Results"), ("figures", "Figures"), ("samples-section", "Samples"), ("origin", "Config and lineage"))
 

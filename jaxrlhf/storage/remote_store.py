@@ -1,5 +1,6 @@
 """The store of finished stages at a URL, and the store that a config asks for."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from jaxrlhf.config import Config
 from jaxrlhf.files import remove
 from jaxrlhf.monitoring.metrics_file import FILE
 from jaxrlhf.storage import copies, remote
-from jaxrlhf.storage.record import RECORD
+from jaxrlhf.storage.record import RECORD, check_fields
 from jaxrlhf.storage.stage import STATE, Done, Stage
 from jaxrlhf.storage.store import Store
 
@@ -65,6 +66,17 @@ class RemoteStore(Store):
         if remote.read(remote.join(self.url, stage.hash, RECORD)) is None:
             copies.put_folder(done.place, remote.join(self.url, stage.hash), last=RECORD)
         return done
+
+    def look(self, stage: Stage) -> Done | None:
+        done, url = super()._load(stage, cached=True), remote.join(self.url, stage.hash, RECORD)
+        if done is not None or (content := remote.read(url)) is None:
+            return done
+        try:
+            record = {**json.loads(content), "files": {}}  # none is here to be checked
+        except (ValueError, TypeError) as error:
+            raise remote.DamagedError(f"{url} cannot be read ({error}); delete its folder, and it is built again.") from error
+        check_fields(self.root / stage.hash, record)
+        return Done(stage.name, self.root / stage.hash, stage.hash, record, cached=True)
 
     def _fetch(self, hash: str) -> None:
         if not (self.root / hash).is_dir():

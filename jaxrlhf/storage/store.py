@@ -50,6 +50,10 @@ class Store:
         """The finished stage, or None. Raises StageError where its folder exists and its record is broken."""
         return self._load(stage, cached=True)
 
+    def look(self, stage: Stage) -> Done | None:
+        """`find` that changes nothing, not even the copies on this machine. Files of the stage need not be here."""
+        return self.find(stage)
+
     def build(self, stage: Stage, fn: Callable[[Path], dict[str, Any] | None], *, keep_state: bool = True) -> Done:
         """The finished stage: found, or built by `fn(folder)`, whose returned dict (JSON) is kept in the record as `result`.
 

@@ -15,7 +15,7 @@ from jaxrlhf.files import DamagedFile, read_json, write_whole
 from jaxrlhf.formatting import format_duration, with_numbers
 from jaxrlhf.monitoring.runlog import RunLog
 from jaxrlhf.pipeline.checks import check
-from jaxrlhf.pipeline.foresight import check_ours, finished_here, forecast, foresee, prepare
+from jaxrlhf.pipeline.foresight import check_ours, check_read, finished_here, forecast, foresee, prepare
 from jaxrlhf.pipeline.run import run
 from jaxrlhf.recipe import ConfigError, arms, load_config, to_yaml
 from jaxrlhf.report.costs import seconds_of
@@ -95,7 +95,8 @@ def dry_run(config: Config, seeds: Sequence[int]) -> str:
 def checked(config: Config | str | Path, seeds: Sequence[int]) -> tuple[Config, list[Job]]:
     """The config of a sweep and its runs. ConfigError and the like where one of them cannot work, or would write over foreign files."""
     if not isinstance(config, Config):
-        config = load_config(config)
+        path, config = config, load_config(config)
+        check_read(path, config)
     if distributed.count() > 1:
         raise ConfigError(f"a sweep is one process, and this is one of {distributed.count()}; let them share its runs instead.")
     jobs = jobs_of(config, tuple(seeds))

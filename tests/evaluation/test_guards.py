@@ -114,6 +114,27 @@ def test_figures_of_a_line():
     assert line_figures({"stage": "reward", "loss/pair": 0.5}, 8) == {}
 
 
+@pytest.mark.parametrize(
+    ("wrong", "left"),
+    [
+        ({"rollout/kl": "x"}, {"entropy"}),
+        ({"rollout/kl": [2.0]}, {"entropy"}),
+        ({"rollout/kl": 10**400, "rollout/entropy": {}}, set()),
+        ({"rollout/eos_rate": 0.5}, {"entropy", "cut"}),
+        ({"rollout/eos_rate": None, "rollout/length": 2.0}, {"entropy"}),
+        ({"rollout/eos_rate": "NaN", "rollout/length": 2.0}, {"entropy"}),
+        ({"rollout/eos_rate": 7.0, "rollout/length": 2.0}, {"entropy"}),
+        ({"rollout/eos_rate": 0.5, "rollout/length": -2.0}, {"entropy", "cut"}),
+        ({"weights/ess_fraction": 0.4, "weights/pairs": None}, {"entropy", "ess"}),
+        ({"weights/ess_fraction": 0.4, "weights/pairs": "Infinity"}, {"entropy", "ess"}),
+    ],
+)
+def test_what_is_no_number_in_a_line_is_passed_over(wrong, left):
+    found = line_figures({"stage": "policy", "rollout/entropy": 0.7, **wrong}, 8)
+    assert found.keys() == left and found.get("ess", alone(0.4)).n == 0
+    Guards(DEFAULT, print).see(found, round=1, where="here")
+
+
 def test_figures_of_samples():
     columns = {
         "response_1": ["a", " ", "b b", "same"],

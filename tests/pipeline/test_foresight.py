@@ -8,10 +8,12 @@ import yaml
 
 from jaxrlhf import cli
 from jaxrlhf.config.names import WRITTEN
+from jaxrlhf.files import REPORT_MARKS
+from jaxrlhf.pipeline import run as run_module
 from jaxrlhf.pipeline.foresight import check_ours, finished_here, forecast, foresee, outlook
-from jaxrlhf.pipeline.run import run
+from jaxrlhf.pipeline.run import dry_run, run
 from jaxrlhf.pipeline.stages.context import RunContext
-from jaxrlhf.recipe import ConfigError
+from jaxrlhf.recipe import MARK, ConfigError, to_yaml
 from jaxrlhf.storage.stage import Stage
 from jaxrlhf.sweep.sweep import jobs_of, read_finished, sweep
 
@@ -46,7 +48,7 @@ def recorded(monkeypatch):
 
 @pytest.fixture
 def config(tiny_config, tmp_path):
-    return lambda **changes: tiny_config(tmp_path / "runs", **{"rounds": 1, **changes})
+    return lambda output=tmp_path / "runs", **changes: tiny_config(output, **{"rounds": 1, **changes})
 
 
 def test_all_hashes_are_known_before_anything_is_built(config, recorded):
@@ -68,7 +70,7 @@ def test_another_recipe_under_the_name_is_refused_with_what_it_would_replace(con
     assert said[0] == f"{folder} has results of another recipe (r1-reward, r1-policy, r1-evaluation)."
     assert said[1:3] == ["  changed: reward.learning_rate 0.001 → 0.5", "  kept: tokenizer, sft, pairs, sft-evaluation"]
     assert said[3] == "  to build: r1-reward, r1-policy, r1-evaluation" and "--replace" in said[4] and "--name" in said[4]
-    with pytest.raises(ConfigError, match="to build: sft, pairs"):  # the stages up to π_SFT: the others stand for another recipe, too
+    with pytest.raises(ConfigError, match=r"recipe \(sft\)\.\n.*\n  kept: tokenizer\n  to build: sft\n"):  # and no stage behind it
         run(config(sft__learning_rate=0.5), until="sft")
     assert kept == {name: (folder / name).read_bytes() for name in kept} and recorded.built == STAGES
 
@@ -142,8 +144,85 @@ def test_a_broken_config_yaml_blocks_nothing(config, recorded):
         (folder / "config.yaml").write_bytes(content)
         check_ours(config())
         assert not outlook(config()).replaced and not outlook(config(sft__learning_rate=0.5)).replaced  # no recipe is known to differ
+    notes = outlook(config(reward__learning_rate=0.5)).notes
+    assert notes == ["note: r1-reward was made by a recipe that is not known, for config.yaml beside it cannot be read; "
+                     "it is built again, and so is what follows from it"]  # fmt: skip
     run(config())
     assert recorded.built == STAGES and yaml.safe_load((folder / "config.yaml").read_text())["rounds"] == 1
+
+
+@pytest.mark.parametrize("seeds", [(), (0,)])
+def test_arms_say_that_their_folder_is_ours_whatever_its_config_yaml_says(config, recorded, seeds):
+    several = config(arms={"a": {}, "b": {"ppo.kl_coef": 0.5}})
+    go = (lambda: sweep(several, seeds)) if seeds else (lambda: run(several))
+    folder = go()
+    (folder / "report.html").write_text("<p>")
+    for path in folder.rglob("config.yaml"):
+        path.write_text(path.read_text().removeprefix(MARK))  # by an earlier version
+    for content in (None, b"", b"name: [", b"name: mine\n"):
+        (folder / "config.yaml").unlink() if content is None else (folder / "config.yaml").write_bytes(content)
+        check_ours(several)
+    built = len(recorded.built)
+    go()
+    assert len(recorded.built) == built and (folder / "config.yaml").read_text().startswith(MARK)
+    for recipe in folder.rglob("config.yaml"):
+        recipe.unlink()
+    (folder / "config.yaml").write_text("name: mine\n")
+    for stages in [*folder.glob("*/stages"), *folder.glob("*/*/stages")]:
+        stages.rename(stages.with_name("others"))
+    with pytest.raises(ConfigError, match=r"config\.yaml was not written by jaxrlhf"):
+        check_ours(several)
+
+
+@pytest.mark.parametrize("made_by", REPORT_MARKS)
+def test_a_report_of_ours_is_replaced_and_the_recipe_beside_it_is_not(config, tmp_path, made_by):
+    folder = tmp_path / "runs" / "tiny"
+    (folder / "figures").mkdir(parents=True)
+    (folder / "report.html").write_text(f"<p>{made_by}</p>")
+    check_ours(config())
+    (folder / "config.yaml").write_text("# mine\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml was not written by jaxrlhf"):
+        check_ours(config())
+
+
+def test_a_single_stage_asks_for_itself_alone_and_leaves_what_follows(config, recorded, capfd):
+    folder = run(config())
+    written, other = (folder / "config.yaml").read_bytes(), config(reward__learning_rate=0.5)
+    run(other, until="sft")  # the same SFT
+    said = "r1-reward, r1-policy, r1-evaluation in"
+    assert said in capfd.readouterr().err and recorded.built == STAGES
+    run(other, until="reward", replace=True)
+    assert recorded.built[len(STAGES) :] == ["r1-reward"] and finished_here(other).keys() == set(STAGES)
+    assert (folder / "config.yaml").read_bytes() == written  # what the policy in the folder was made by
+    with pytest.raises(ConfigError, match=r"results of another recipe \(r1-policy, r1-evaluation\)\."):
+        run(other)
+    (note,) = outlook(config()).notes
+    assert "r1-reward was made by another recipe, up to a single stage" in note
+    run(other, replace=True)
+    assert "0.5" in (folder / "config.yaml").read_text() and not outlook(other).notes
+
+
+def test_a_look_at_a_url_reads_and_writes_no_stage(config, recorded, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXRLHF_WORK", str(tmp_path / "one"))
+    there = config(output="memory://foresight/runs")
+    run(there)
+    monkeypatch.setenv("JAXRLHF_WORK", str(tmp_path / "two"))
+    assert "7 stages, 7 finished, 0 to build" in dry_run(there) and not (tmp_path / "two").exists()
+    (found,) = (outlook(config(output=there.output, reward__learning_rate=0.5)),)
+    assert found.replaced == ["r1-reward", "r1-policy", "r1-evaluation"] and not (tmp_path / "two").exists()
+
+
+def test_of_several_processes_all_check_and_one_prints(config, tmp_path, monkeypatch, capsys, caplog):
+    caplog.set_level("WARNING")  # which the command raises where it does not lead; it is set back
+    (tmp_path / "recipe.yaml").write_text(to_yaml(config()))
+    checked = []
+    monkeypatch.setattr(run_module, "check", checked.append)
+    monkeypatch.setattr(run_module, "forecast", lambda config, until: "said")
+    for leads in (False, True):
+        monkeypatch.setattr("jaxrlhf.distributed.is_leader", lambda leads=leads: leads)
+        assert cli.main(["run", str(tmp_path / "recipe.yaml"), "--dry_run"]) == 0
+        assert capsys.readouterr().out == "said\n" * leads
+    assert checked == [config(), config()]
 
 
 def test_dry_run_builds_and_writes_nothing(config, recorded, tmp_path, capsys):
@@ -204,3 +283,27 @@ def test_the_recipe_that_is_read_is_not_written_over(config, recorded, tmp_path,
     monkeypatch.chdir(tmp_path)
     assert cli.main(["sft", "exp1/config.yaml", "--output", ".", "--name", "exp1"]) == 1
     assert "exp1/config.yaml was not written by jaxrlhf" in capsys.readouterr().err and mine.read_text().startswith("# mine")
+
+
+def test_a_recipe_that_was_made_from_that_of_a_run_is_not_written_over(config, recorded, tmp_path, monkeypatch, capsys):
+    """Copied with its mark into a folder of its own; and changed by hand where it is."""
+    text = (run(config()) / "config.yaml").read_text()
+    theirs = tmp_path / "exp1" / "config.yaml"
+    theirs.parent.mkdir()
+    monkeypatch.chdir(tmp_path)
+    here = ["exp1/config.yaml", "--output", ".", "--name", "exp1"]
+    for changed in (text.replace("\nrounds:", "\n# more\nrounds:"), text.replace("kl_coef: 0.05", "kl_coef: 0.5")):
+        theirs.write_text(changed)
+        for command in (["run", *here], ["sft", *here, "--dry_run"], ["run", *here, "--replace"], ["sweep", *here, "--seeds", "1"]):
+            assert cli.main(command) == 1
+            assert "exp1/config.yaml was not written by jaxrlhf as it stands" in capsys.readouterr().err and theirs.read_text() == changed
+    theirs.write_text("# mine\n" + text)
+    with pytest.raises(ConfigError, match="was not written by jaxrlhf"):  # read or not
+        check_ours(config(output=str(tmp_path), name="exp1"))
+    own = ["sft", "runs/tiny/config.yaml"]
+    assert cli.main(own) == cli.main([*own, "--log.every", "7"]) == 0  # its run wrote it
+    (tmp_path / "runs" / "tiny" / "config.yaml").write_text(f"{text}# the best so far\n")
+    assert cli.main(own) == 1 and run(config(), until="sft")
+    for read in (run, lambda path: sweep(path, (0,))):
+        with pytest.raises(ConfigError, match="as it stands"):
+            read(tmp_path / "runs" / "tiny" / "config.yaml")

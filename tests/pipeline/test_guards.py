@@ -17,6 +17,7 @@ from jaxrlhf.data.tables import write_pair_table
 from jaxrlhf.data.toy import toy_tokenizer
 from jaxrlhf.evaluation.guards import GuardStop
 from jaxrlhf.evaluation.intervals import Interval, as_fields
+from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.monitoring.runlog import RunLog
 from jaxrlhf.pipeline import inputs
 from jaxrlhf.pipeline.stages import pairs as pairs_module
@@ -91,6 +92,15 @@ def test_a_guard_that_may_stop_the_run_does_so_where_it_speaks_and_not_where_it_
         assert len(one.written) == len(one.said) == 1 and not list(one.folder.glob("stages/*"))
     later = Driven(tmp_path, tiny_config(tmp_path, guards={"kl": 65.0}))
     assert not later.go(start=1).cached and later.written[0]["figure"] == 70.0
+
+
+def test_an_error_that_ends_a_training_is_not_hidden_by_a_guard_that_would_have_ended_it(tmp_path, tiny_config):
+    stopping = tiny_config(tmp_path, guards={"stop": ["kl"]})
+    with pytest.raises(InterruptedError, match="killed"):
+        Driven(tmp_path, stopping).go(dies=2)  # the line of step 2, which the guard stops at, is written last
+    assert [line["step"] for line in read(tmp_path / "tiny" / "metrics.jsonl")] == [1, 2]
+    with pytest.raises(GuardStop, match=r"^guard kl: round 1, policy, step 2: "):
+        Driven(tmp_path, stopping).go(start=2)
 
 
 def test_the_command_ends_with_one_line_and_status_1(tmp_path, tiny_mapping, monkeypatch, capsys):

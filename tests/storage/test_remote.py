@@ -89,6 +89,23 @@ def test_what_is_finished_here_and_not_there_is_put_the_next_time(tmp_path, mach
     assert (there / "stage.json").exists() and (there / "sub" / "model.safetensors").read_text() == "weights"
 
 
+def test_a_look_at_a_store_moves_no_file(tmp_path, machine):
+    built = RemoteStore("bucket://s").build(sft(), made("weights"))
+    machine("two")
+    there = RemoteStore("bucket://s").look(sft())
+    assert there is not None and there.cached and there.hash == built.hash and there.record["result"] == {"text": "weights"}
+    there.check()  # of files that are not here
+    assert RemoteStore("bucket://s").look(sft(4)) is None and not (tmp_path / "two").exists()
+    record = bucket(tmp_path, "s", sft().hash, "stage.json")
+    for content in ("{", "[]", "3"):
+        record.write_text(content)
+        with pytest.raises(RemoteError, match=r"stage\.json cannot be read"):
+            RemoteStore("bucket://s").look(sft())
+    machine("one")
+    record.unlink()  # as when its upload broke off: the next run puts it there
+    assert RemoteStore("bucket://s").look(sft()).folder == built.folder and not record.exists()
+
+
 def test_a_file_that_is_not_the_recorded_one_is_not_taken(tmp_path, machine):
     RemoteStore("bucket://s").build(sft(), made("weights"))
     (bucket(tmp_path, "s", sft().hash) / "sub" / "model.safetensors").write_text("another")
