@@ -148,7 +148,8 @@ def _dump(value: Any) -> str:
 def as_written(content: bytes) -> bool:
     """Whether a config.yaml is as a run of some version wrote it. Comments, or a layout of somebody's own, would be lost in a new one."""
     try:
-        return content.decode().removeprefix(MARK) == _dump(parse(content, "config.yaml"))
+        raw = parse(content, "config.yaml")
+        return isinstance(raw, dict) and raw.keys() >= set(OF_ALL_ARMS) and content.decode().removeprefix(MARK) == _dump(raw)
     except (ConfigError, UnicodeDecodeError):
         return False
 

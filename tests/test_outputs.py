@@ -6,6 +6,7 @@ import pytest
 
 from jaxrlhf import cli
 from jaxrlhf.models.hub.safetensors import INDEX, tensor_files
+from jaxrlhf.recipe import MARK
 from jaxrlhf.report.build import Report, write
 from jaxrlhf.report.drawing import Figure
 from jaxrlhf.report.page import MADE_BY as BY_REPORT
@@ -34,6 +35,19 @@ def test_plan_refuses_before_it_plans(tmp_path, monkeypatch, capsys, word, name)
     theirs.write_text("{}")
     assert cli.main(["plan", "quickstart.yaml", word, str(theirs)]) == 1
     assert f"{name} exists and was not written by this command" in capsys.readouterr().err and theirs.read_text() == "{}"
+
+
+def test_the_recipe_that_plan_prints_has_no_mark_of_a_run(monkeypatch, capsys):
+    from jaxrlhf.commands import plan as module
+
+    def planned(*given, **how):
+        raise ValueError("planned")
+
+    monkeypatch.setattr(module, "plan", planned)
+    with pytest.raises(ValueError, match="planned"):
+        cli.main(["plan", "quickstart.yaml"])
+    out = capsys.readouterr().out
+    assert "\nrounds: " in out and MARK.strip() not in out
 
 
 @pytest.mark.parametrize("name", ["report.html", "summary.md", "figures/gold.svg"])

@@ -98,7 +98,8 @@ def _has_runs(config: Config) -> bool:
     """Whether runs of some version have worked in the folder: it has finished stages, or one of its arms has, or a config.yaml of ours."""
     if any(finished_here(one) for one in (config, *arms(config).values())):
         return True
-    for arm in (path for depth in ("*", "seed-*/*") for path in folder_of(config).glob(depth) if path.is_dir()):
+    depths = ("*", "seed-*/*") if config.arms else ("seed-*/*",)
+    for arm in (path for depth in depths for path in folder_of(config).glob(depth) if path.is_dir()):
         links = (arm / "stages").glob("[0-9]*-*")
         if _is_ours(_content(arm / "config.yaml")) or any(link.is_symlink() or (link / RECORD).is_file() for link in links):
             return True

@@ -300,6 +300,10 @@ def test_a_recipe_that_was_made_from_that_of_a_run_is_not_written_over(config, r
     theirs.write_text("# mine\n" + text)
     with pytest.raises(ConfigError, match="was not written by jaxrlhf"):  # read or not
         check_ours(config(output=str(tmp_path), name="exp1"))
+    short = tmp_path / "runs" / "config.yaml"  # in a folder with runs: nobody's but theirs
+    short.write_text("pairs:\n  source: sample\ngold:\n  kind: toy\n")
+    for arguments in ((), ("--rounds", "2")):
+        assert cli.main(["run", "runs/config.yaml", "--output", ".", "--name", "runs", *arguments]) == 1
     own = ["sft", "runs/tiny/config.yaml"]
     assert cli.main(own) == cli.main([*own, "--log.every", "7"]) == 0  # its run wrote it
     (tmp_path / "runs" / "tiny" / "config.yaml").write_text(f"{text}# the best so far\n")

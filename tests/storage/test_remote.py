@@ -103,7 +103,8 @@ def test_a_look_at_a_store_moves_no_file(tmp_path, machine):
             RemoteStore("bucket://s").look(sft())
     machine("one")
     record.unlink()  # as when its upload broke off: the next run puts it there
-    assert RemoteStore("bucket://s").look(sft()).folder == built.folder and not record.exists()
+    here = RemoteStore("bucket://s").look(sft())
+    assert here is not None and here.folder == built.folder and not record.exists()
 
 
 def test_a_file_that_is_not_the_recorded_one_is_not_taken(tmp_path, machine):
