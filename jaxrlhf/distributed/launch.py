@@ -204,7 +204,10 @@ def passed_on(members: list[Member]) -> Iterator[list[int]]:
         if len(told) > 1:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    # None: not set from Python, which could not set it again.
+    before = {number: how for number in (signal.SIGINT, signal.SIGTERM) if (how := signal.getsignal(number)) is not None}
+    for number in before:
+        signal.signal(number, pass_on)
     try:
         yield told
     finally:
