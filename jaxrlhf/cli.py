@@ -58,7 +58,7 @@ def _main(argv: list[str], last: bool = True) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # for `module:attribute` in the current folder; last, so that it hides no installed module
     try:
-        if COMMANDS[argv[0]] not in ("run", "verify_resume"):
+        if COMMANDS[argv[0]] != "run" and not (argv[0] == "verify-resume" and "--part" in argv):  # that is a process which trains
             check_alone(argv[0])
         return _command(argv[0], argv[1:])
     except Stopped as stop:

@@ -19,15 +19,19 @@ from typing import Any
 # One of these is in every report; the second in those of earlier versions. A file without is another's, and is not written over.
 REPORT_MARKS = ("<!-- Made by jaxrlhf report -->", "Made by <code>jaxrlhf report</code>")
 _log = logging.getLogger(__name__)
-# What a process writes or removes has such a name meanwhile; eight digits: in earlier versions, which did not say which process.
-_MEANWHILE = re.compile(r"\.(.+)\.(?:([0-9]+)\.(?:partial|gone)|old|(?:old\.)?[0-9a-f]{8})")
+# What a process writes or removes has such a name meanwhile: of what, on which host, by which process. The second line: names of earlier
+# versions, which did not say the host, and of a folder between two renames.
+_MEANWHILE = re.compile(
+    r"\.(.+)\.(?:([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}\.(?:partial|gone)"
+    r"|[0-9]+\.(?:partial|gone)|old|(?:old\.)?[0-9a-f]{8})"
+)
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path beside `path` to write to. It takes the place of `path` when the block ends well, and is gone when it does not."""
     path = Path(path)
-    partial = _meanwhile(path, "partial")
+    partial = meanwhile(path, "partial")
     sweep(path.parent, path.name)
     try:
         yield partial
@@ -40,12 +44,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def finished_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its name at the end, replacing what was there; on an error nothing changes."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work, old = _meanwhile(folder, "partial"), folder.with_name(f".{folder.name}.old")
+    work, old = meanwhile(folder, "partial"), folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():  # a process was killed between the two renames below
         os.replace(old, folder)
     sweep(folder.parent, folder.name)
-    for left in (work, old):
-        _delete(left)
+    _delete(old)
     work.mkdir()  # and not tempfile's: its folders are for the owner alone, whatever the umask says
     try:
         yield work
@@ -59,8 +62,7 @@ def finished_folder(folder: Path) -> Iterator[Path]:
 
 def remove(path: Path) -> None:
     """Remove a file, link or folder, if it is there. It loses its name first: of a folder no process that dies leaves a half."""
-    gone = _meanwhile(path, "gone")
-    _delete(gone)
+    gone = meanwhile(path, "gone")
     with suppress(FileNotFoundError):
         os.replace(path, gone)
     _delete(gone)
@@ -69,12 +71,14 @@ def remove(path: Path) -> None:
 def sweep(folder: Path, name: str | None = None) -> None:
     """Remove what dead processes left in `folder` of what they wrote or removed: of the file or folder `name`, else of all.
 
-    For `name` None the caller holds the lock of `folder`, and no process is alive that writes there.
+    For `name` None the caller holds the lock of `folder`, and no process is alive that writes there. Otherwise only what processes of
+    this host left is removed: of those elsewhere nobody knows here whether they are alive. What belongs to another user stays.
     """
     for left in leftovers(folder):
         match = _MEANWHILE.fullmatch(left.name)
-        if name is None or (match and match[1] == name and match[2] and not _is_alive(int(match[2]))):
-            _delete(left)
+        if name is None or (match and match[1] == name and match[2] == _host() and not _is_alive(int(match[3]))):
+            with suppress(PermissionError):
+                _delete(left)
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -82,8 +86,18 @@ def leftovers(folder: Path) -> list[Path]:
     return [folder / name for name in (os.listdir(folder) if folder.is_dir() else ()) if _MEANWHILE.fullmatch(name)]
 
 
-def _meanwhile(path: Path, what: str) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.{what}")
+def meanwhile(path: Path, what: str) -> Path:
+    """A name beside `path` that no other process takes, wherever it runs; `what` is "partial" or "gone"."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{os.urandom(4).hex()}.{what}")
+
+
+def _host() -> str:
+    """Eight digits that stand for where the numbers of processes mean what they mean here: containers of one host count their own."""
+    try:
+        numbers = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # not Linux
+        numbers = 0
+    return hashlib.sha256(f"{platform.node()} {numbers}".encode()).hexdigest()[:8]
 
 
 def _is_alive(process: int) -> bool:
@@ -236,6 +250,13 @@ def faults(folder: Path, files: Mapping[str, Any], *, read: bool = True) -> Iter
     for name, digest in zip(whole, digests([folder / name for name in whole]) if read else (), strict=False):
         if digest.hex() != files[name][1]:
             yield f"{folder / name} is damaged: its content (sha256) is another than was written"
+
+
+def listed_files(files: Any) -> dict[str, list[Any]]:
+    """The value of `files` in a record, if it is what `identities` gives. Raises ValueError where it is not."""
+    if not isinstance(files, dict) or not all(isinstance(one, list) and list(map(type, one)) == [int, str] for one in files.values()):
+        raise ValueError("its `files` are not names with size and sha256")
+    return files
 
 
 def sealed(body: Mapping[str, Any]) -> dict[str, Any]:

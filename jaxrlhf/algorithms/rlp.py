@@ -19,8 +19,7 @@ from jaxrlhf.data.tables import write_table
 from jaxrlhf.data.tokens import Limits, pad_id_of, tokenize_prompts
 from jaxrlhf.models.hub import reward_bias
 from jaxrlhf.models.hub.encoder import encoder_folder, load_classifier
-from jaxrlhf.offline.embed import embed_texts
-from jaxrlhf.offline.encoder_identity import encoder_identity, folder_hash
+from jaxrlhf.offline.encoder_identity import folder_hash
 from jaxrlhf.offline.synthesize import (
     Choice,
     Meanings,
@@ -37,6 +36,7 @@ from jaxrlhf.offline.synthesize import (
     same_by_entailment,
     same_by_vectors,
 )
+from jaxrlhf.offline.vectors import embed_cached
 from jaxrlhf.rollouts.dataset import Sampling, renumbered, repeated, sample_texts
 from jaxrlhf.scorers.reward_model import score_responses
 from jaxrlhf.types import PromptBatch, TextBatch
@@ -111,11 +111,10 @@ def _judge(context: RoundContext, drawn: Drawn) -> tuple[Same, dict[str, Any]]:
         options = encoder_options(encoder)
         texts = list(dict.fromkeys(text for texts in drawn.texts for text in texts))
         progress = context.progress("embedding what the policy writes")
-        how = {"batch_size": encoder.batch_size, "mesh": context.mesh, "progress": progress}
-        kept = context.blocks.of("vectors", texts)
-        (vectors,) = kept.collect(1, lambda _: iter([(embed_texts(texts, **how, **options),)]))
-        record = {"clusters": "embeddings", "encoder": encoder_identity(**options)._asdict()}
-        return same_by_vectors(texts, vectors, section.similarity), record
+        how = {"folder": context.columns / "embeddings", "batch_size": encoder.batch_size, "mesh": context.mesh, "progress": progress}
+        found = embed_cached(texts, **how, **options)  # kept as it goes, and what another round or arm has embedded is not computed again
+        record = {"clusters": "embeddings", "encoder": found.identity._asdict()}
+        return same_by_vectors(texts, found.vectors, section.similarity), record
     classifier = load_classifier(section.nli, mesh=context.mesh)
     how = {"batch_size": encoder.batch_size, "mesh": context.mesh, "progress": context.progress, "blocks": context.blocks}
     entails = entailment(classifier, **how)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxrlhf.files import faults, read_sealed
+from jaxrlhf.files import faults, listed_files, read_json, read_sealed
 from jaxrlhf.monitoring.progress import shown
 from jaxrlhf.storage.remote import as_path, is_url
 
@@ -43,10 +43,11 @@ def verified(folders: list[Path], progress: Callable[[int, int], None]) -> tuple
     for path in sorted((path for path in there if path.name in RECORDS), key=lambda path: len(path.parts), reverse=True):
         try:
             body = read_sealed(path)
+            files = listed_files(body.get("files", {}))
         except (OSError, ValueError) as error:
-            found.append(f"{path} cannot be read ({error}); delete {path.parent}, and the same run makes it again.")
+            if not is_foreign(path):
+                found.append(f"{path} cannot be read ({error}); delete {path.parent}, and the same run makes it again.")
             continue
-        files = body.get("files", {})
         listed |= {Path(os.path.normpath(path.parent / name)): (path.parent, name, facts) for name, facts in files.items()}
         if "seal" in body or files:
             there.discard(path)
@@ -57,6 +58,15 @@ def verified(folders: list[Path], progress: Callable[[int, int], None]) -> tuple
         progress(done, len(listed))
     unlisted = sorted(path for path in there - listed.keys() if path.suffix != ".lock" and ".locks" not in path.parts)
     return found, len(listed), size, unlisted
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a file with a name of ours is somebody else's: JSON without a seal; such names are common. Only a stage has a stage.json."""
+    try:
+        body = read_json(path, "", object)
+    except (OSError, ValueError):
+        return False
+    return path.name != RECORDS[0] and not (isinstance(body, dict) and "seal" in body)
 
 
 def files_below(folders: list[Path]) -> tuple[set[Path], list[str]]:

@@ -23,6 +23,7 @@ from jaxrlhf.commands import EPILOG
 from jaxrlhf.commands.recipe_arguments import config_of
 from jaxrlhf.config import Config
 from jaxrlhf.distributed.launch import launch
+from jaxrlhf.distributed.stops import Stopped, heard
 from jaxrlhf.distributed.watchdog import say
 from jaxrlhf.files import write_whole
 from jaxrlhf.monitoring.metrics_file import FILE, read
@@ -32,6 +33,8 @@ from jaxrlhf.pipeline.stages.divergence import Fed
 from jaxrlhf.recipe import ConfigError, arms, load_config, to_yaml
 from jaxrlhf.storage.record import hash_of
 from jaxrlhf.types import TrainState
+
+KILLED = 128 + signal.SIGKILL  # exit status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +57,15 @@ def main(options: argparse.Namespace) -> int:
     if options.steps < 2 or options.processes < 1 or (options.devices or 1) < 1:
         raise ConfigError(f"--steps {options.steps} must be at least 2, --processes and --devices at least 1.")
     config = config_of(options.command, options.recipe, options.overrides)
+    try:
+        with heard():
+            return _verify(config, options)
+    except Stopped as stop:
+        say(f"{stop.signal}: stopped. Nothing is kept: the same command begins anew")
+        return stop.code
+
+
+def _verify(config: Config, options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="jaxrlhf-verify-") as folder:
         place = Path(folder)
         for part in ("whole", "halves"):
@@ -63,7 +75,7 @@ def main(options: argparse.Namespace) -> int:
         say(f"{options.steps} steps of every training, in one go")
         _run(options, place / "whole", (0,))
         say("now with each training killed half-way")
-        while _run(options, place / "halves", (0, 128 + signal.SIGKILL)):
+        while _run(options, place / "halves", (0, KILLED)):
             say("killed, and started again")
         found = list(verdicts(place))
     for _, line in found:
@@ -72,12 +84,19 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, part: Path, expected: tuple[int, ...]) -> int:
-    """One attempt; its exit status. Raises RuntimeError with its last words for one that is not `expected`."""
+    """One attempt; its exit status.
+
+    Raises Stopped where it was told to stop, and RuntimeError with its last words for a status that is not `expected`. One that is killed
+    leaves a note of it: without a new one something else has killed it, and would again.
+    """
+    notes = len(list(part.glob("*.killed")))
     command = [sys.executable, "-m", "jaxrlhf.cli", "verify-resume", options.recipe, "--part", str(part)]
     said = io.StringIO()
     with redirect_stdout(said), redirect_stderr(said):
         status = launch(command, options.processes, options.devices)
-    if status not in expected:
+    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        raise Stopped(status - 128)
+    if status not in expected or (status == KILLED and len(list(part.glob("*.killed"))) == notes):
         raise RuntimeError(f"a process that was to train ended with exit status {status}:\n{said.getvalue()[-3000:]}")
     return status
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf import distributed
-from jaxrlhf.files import faults, finished_folder, identities, locked, read_sealed, sealed
+from jaxrlhf.files import faults, finished_folder, identities, listed_files, locked, read_sealed, sealed
 
 FORMAT = 1
 _ROWS_PER_SHARD = 100_000
@@ -75,6 +75,7 @@ def read_header(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "header.json"
     try:
         body = read_sealed(path)
+        listed_files(body.get("files", {}))
     except FileNotFoundError as error:
         raise ColumnError(f"{folder} holds no columns ({error}); run the precompute stage that writes it.") from error
     except (OSError, ValueError) as error:

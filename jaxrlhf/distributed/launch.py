@@ -85,7 +85,8 @@ def launch(command: Sequence[str], processes: int, devices: int | None = None, *
             first = members[0]
             end(members, grace)
     status = None if first is None else first.ended()
-    stopped = status in (128 + signal.SIGTERM, 128 + signal.SIGINT) or (bool(told) and (len(told) > 1 or status == -told[0]))
+    # Told to stop, a process may die of another signal: in a library that compiles, say.
+    stopped = status in (128 + signal.SIGTERM, 128 + signal.SIGINT) or (bool(told) and (len(told) > 1 or (status or 0) < 0))
     if stopped:
         end(members, grace)
     if first is None or stopped:
@@ -204,7 +205,10 @@ def passed_on(members: list[Member]) -> Iterator[list[int]]:
         if len(told) > 1:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    # None: not set from Python, which could not set it again.
+    before = {number: how for number in (signal.SIGINT, signal.SIGTERM) if (how := signal.getsignal(number)) is not None}
+    for number in before:
+        signal.signal(number, pass_on)
     try:
         yield told
     finally:

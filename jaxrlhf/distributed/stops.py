@@ -55,7 +55,7 @@ def heard() -> Iterator[None]:
     """Hear SIGTERM and Ctrl-C as described above, in the main thread; what a shell has a process ignore stays ignored."""
     _asked.clear()
     alone = threading.current_thread() is not threading.main_thread()
-    before = {} if alone else {number: signal.getsignal(number) for number in SIGNALS}
+    before = {} if alone else {number: how for number in SIGNALS if (how := signal.getsignal(number)) is not None}  # None: not Python's
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, _hear)

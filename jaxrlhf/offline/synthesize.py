@@ -8,7 +8,7 @@ Lang, Huang, Li (2024), Fine-Tuning Language Models with Reward Learning on Poli
 Farquhar (2023), Semantic Uncertainty, algorithm 1. Arrays: P prompts, n responses to each, [P, n] row by row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -143,9 +143,15 @@ def entailment(
 
     def entails(premises: Sequence[str], hypotheses: Sequence[str]) -> np.ndarray:
         report = progress(f"entailment, pass {next(passes)}")
-        how = {"batch_size": batch_size, "mesh": mesh, "progress": report}
-        kept = blocks.of("entailment", premises, hypotheses)
-        (logits,) = kept.collect(1, lambda _: iter([(classify_pairs(classifier, premises, hypotheses, **how),)]))
+        # Several batches at once, so that those of like length are computed together. At least one: of no pairs there are logits too.
+        starts = range(0, max(len(premises), 1), 16 * batch_size)
+
+        def logits_from(first: int) -> Iterator[tuple[np.ndarray]]:
+            for rows in (slice(start, start + starts.step) for start in starts[first:]):
+                yield (classify_pairs(classifier, premises[rows], hypotheses[rows], batch_size=batch_size, mesh=mesh),)
+
+        kept = blocks.of(f"entailment by {starts.step}", premises, hypotheses)
+        (logits,) = kept.collect(len(starts), logits_from, progress=report)
         return logits.argmax(axis=1) == column
 
     return entails

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf import distributed
-from jaxrlhf.files import faults, identities, locked, read_sealed, sealed, sync
+from jaxrlhf.files import faults, identities, listed_files, locked, read_sealed, sealed, sync
 from jaxrlhf.offline.encoder_identity import EncoderIdentity, encoder_identity
 from jaxrlhf.offline.encoders import check_texts, open_encoder
 from jaxrlhf.storage.remote import is_url
@@ -148,6 +148,7 @@ class _Store:
             return {"format": FORMAT, "encoder": identity, "dimension": None, "shards": []}
         try:
             index = read_sealed(path)
+            listed_files(index.get("files", {}))
         except ValueError as error:
             raise VectorError(f"{path} cannot be read ({error}); delete {self.folder} and embed again.") from error
         if index.get("format") != FORMAT:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import jax
 
 from jaxrlhf import distributed
-from jaxrlhf.files import faults, identities, read_sealed, remove, sealed, sweep, write_whole
+from jaxrlhf.files import faults, identities, listed_files, read_sealed, remove, sealed, sweep, write_whole
 from jaxrlhf.monitoring.recompiles import ignore_compilations
 from jaxrlhf.storage import copies, remote
 from jaxrlhf.storage.checkpoint_items import CheckpointError, compare, flat, items_of, stored_in, struct, unflat
@@ -72,6 +72,7 @@ class Checkpoints:
             raise ValueError(f"keep {keep}: at least one checkpoint must be kept; try 1.")
         self._whole = whole
         self._url = str(folder) if remote.is_url(str(folder)) else None
+        self._bad: set[int] = set()  # steps at the URL that cannot be used
         self._direct = self._url is not None and self._url.split("://")[0] in remote.DIRECT
         if self._url is not None and not self._direct and distributed.count() > 1:
             raise CheckpointError(f"{self._url}: several processes write their checkpoints to gs:// or a file system that all of them see.")
@@ -181,8 +182,8 @@ class Checkpoints:
         """What is wrong with the files of (a part of) a checkpoint, if it has checksums: not at gs://, nor of an earlier version."""
         path = self.folder / str(step) / _FILES
         try:
-            files = read_sealed(path)["files"].items() if self._is_signed(step) else ()
-            return next(faults(path.parent, {name: facts for name, facts in files if name.startswith(part)}), None)
+            files = listed_files(read_sealed(path)["files"]) if self._is_signed(step) else {}
+            return next(faults(path.parent, {name: facts for name, facts in files.items() if name.startswith(part)}), None)
         except (ValueError, KeyError, TypeError) as error:
             return f"{path} is damaged ({error})"
 
@@ -198,6 +199,8 @@ class Checkpoints:
         distributed.barrier(f"checkpoint {step} is set aside")
         if again and self._url is not None:
             self._fetch(self._url)
+        if not (self.folder / str(step)).is_dir():
+            self._bad.add(step)
         self._manager.reload()
         if distributed.is_leader():
             left = self._manager.latest_step()
@@ -237,13 +240,19 @@ class Checkpoints:
                 raise
 
     def _put(self, url: str) -> None:
-        """Upload the checkpoints that exist only here, and remove those that exist only at the URL."""
+        """Upload the checkpoints that are not at the URL, or not whole; remove those there (also what cannot be read) that are older."""
         here, there = set(self._manager.all_steps()), _steps_at(url)
-        for step in sorted(here - there):
+        for step in sorted(here - (there - self._bad)):
+            if step in there:
+                self._remove_at(url, step)
             copies.put_folder(self.folder / str(step), remote.join(url, str(step)), last=_FILES)
-        for step in sorted(there - here):
-            remote.remove(remote.join(url, str(step), _FILES))  # first: without it the other files are no checkpoint
-            remote.remove(remote.join(url, str(step)))
+            self._bad.discard(step)
+        for step in sorted(step for step in there - here if step < max(here, default=0)):
+            self._remove_at(url, step)
+
+    def _remove_at(self, url: str, step: int) -> None:
+        remote.remove(remote.join(url, str(step), _FILES))  # first: without it the other files are no checkpoint
+        remote.remove(remote.join(url, str(step)))
 
     def _fetch(self, url: str) -> None:
         """Download what is missing here: another machine may have continued."""
@@ -255,6 +264,7 @@ class Checkpoints:
             except remote.DamagedError as fault:
                 if self._whole is not None:
                     raise
+                self._bad.add(step)
                 _log.warning("%s The checkpoint is left out.", fault)
 
     def _check_room(self, items: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.files import faults, identities, read_sealed, remove, replacing, sealed, sweep
+from jaxrlhf.files import faults, identities, listed_files, meanwhile, read_sealed, remove, replacing, sealed, sweep
 from jaxrlhf.storage.record import RECORD
 from jaxrlhf.storage.remote import DamagedError, RemoteError, clear_errors, fetch_file, is_url, join, names, put_file, read, write
 
@@ -47,9 +47,8 @@ def fetch_folder(url: str, folder: Path, *, last: str, keep: Callable[[str], boo
     again = False
     while (content := read(join(url, last))) is not None:
         files = _files(content, join(url, last))
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        partial = meanwhile(folder, "partial")
         sweep(folder.parent, folder.name)
-        shutil.rmtree(partial, ignore_errors=True)
         try:
             wrong = _fetch(url, partial, {name: facts for name, facts in files.items() if keep(name)})
             if wrong is None:
@@ -169,7 +168,7 @@ def files_in(folder: Path, skip: tuple[str, ...] = ()) -> list[str]:
 def _files(content: bytes, url: str) -> dict[str, Any]:
     """The files that a record names, with size and sha256 of each."""
     try:
-        files = {name: [size, digest] for name, (size, digest) in json.loads(content)["files"].items()}
+        files = listed_files(json.loads(content)["files"])
         if outside := [name for name in files if name.startswith("/") or ".." in name.split("/")]:
             raise ValueError(f"it names {outside[0]!r}, outside of its folder")
         return files

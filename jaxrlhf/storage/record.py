@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.files import read_sealed
+from jaxrlhf.files import listed_files, read_sealed
 from jaxrlhf.storage.stage import STAGE_FORMAT, Done, Stage, StageError, canonical_json
 
 RECORD = "stage.json"
@@ -34,6 +34,10 @@ def check_fields(folder: Path, record: dict[str, Any]) -> None:
     wrong = [name for name, kind in _FIELDS.items() if name not in record or not isinstance(record[name], kind)]
     if wrong:
         raise StageError(f"{folder / RECORD} has no {wrong[0]} that can be used; delete {folder} to build the stage again.")
+    try:
+        listed_files(record.get("files", {}))
+    except ValueError as error:
+        raise StageError(f"{folder / RECORD} cannot be used ({error}); delete {folder} to build the stage again.") from error
 
 
 def record_of(stage: Stage, result: dict[str, Any] | None, resumed: bool, *, seconds: float, compile_seconds: float) -> dict[str, Any]:

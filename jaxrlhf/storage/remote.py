@@ -45,7 +45,7 @@ def join(url: str, *names: str) -> str:
 
 def check_writable(url: str) -> None:
     """Raise RemoteError unless a file can be written to the folder at `url` and read again: before hours of computing."""
-    probe = join(url, f".probe-{os.getpid()}")
+    probe = join(url, f".probe-{os.urandom(8).hex()}")  # no other process has this name, wherever it runs
     write(probe, b"jaxrlhf")
     if read(probe) != b"jaxrlhf":
         raise RemoteError(f"{url} does not return what was written to it; use another URL.")

@@ -26,6 +26,8 @@ def store_of(config: Config) -> Store:
 class RemoteStore(Store):
     """A store at a URL. It works in a folder of this machine, which keeps every stage that was built or read for the next run."""
 
+    apart = True
+
     def __init__(self, url: str):
         super().__init__(copies.work_folder(url))
         self.url = url.rstrip("/")
@@ -38,10 +40,12 @@ class RemoteStore(Store):
 
     def _tidy(self, done: Done, keep_state: bool) -> None:
         super()._tidy(done, keep_state)
-        if not keep_state:
+        folders = [copies.work_folder(url) for url in (self.state_of(done), f"{self.state_of(done)}/best")]
+        # Of a stage that was found it is gone by now, unless it is still here: to ask the store would take time for every such stage.
+        if not keep_state and not (done.cached and not any(map(Path.exists, folders))):
             remote.remove(remote.join(self.url, f".state-{done.hash}"))
-            for url in (self.state_of(done), f"{self.state_of(done)}/best"):
-                remove(copies.work_folder(url))
+            for folder in folders:  # last: while they are here, the next run tries again
+                remove(folder)
 
     def saving(self, folder: Path) -> None:
         if (folder / FILE).exists():

@@ -26,13 +26,17 @@ class StageError(RuntimeError):
 
 @dataclass(frozen=True)
 class Done:
-    """A finished stage: its place in the store, its hash and its stage.json. `cached`: it was found, not built."""
+    """A finished stage: its place in the store, its hash and its stage.json.
+
+    `cached`: it was found, not built. `apart`: each process has its own copy of it, not all of them one folder.
+    """
 
     name: str
     place: Path
     hash: str
     record: dict[str, Any]
     cached: bool = False
+    apart: bool = False
 
     @property
     def folder(self) -> Path:
@@ -43,9 +47,9 @@ class Done:
     def check(self) -> None:
         """Raise StageError where a file is not what was written: all but metrics and training state are read, once a process.
 
-        Of several processes the leader does: if it ends, all do.
+        Of several processes that share the folder the leader does: if it ends, all do.
         """
-        if not distributed.is_leader():
+        if not self.apart and not distributed.is_leader():
             return
         files = {name: facts for name, facts in self.record.get("files", {}).items() if name != FILE and Path(name).parts[0] != STATE}
         for fault in faults(self.place, files):

@@ -20,6 +20,7 @@ from jaxrlhf.monitoring.recompiles import CompileWatch, count_compilations
 from jaxrlhf.storage.blocks import Blocks
 from jaxrlhf.storage.copies import files_in
 from jaxrlhf.storage.record import RECORD, check_fields, hash_of, read_record, record_of
+from jaxrlhf.storage.remote import RemoteError
 from jaxrlhf.storage.stage import STATE, Done, Stage, StageError
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ class _Cost:
 
 class Store:
     """A folder of finished stages. Only `build` writes to it; several processes may share it."""
+
+    apart = False  # whether each process of a run has its own folder of the stages
 
     def __init__(self, root: str | Path):
         self.root = Path(root).absolute()
@@ -67,7 +70,7 @@ class Store:
         """
         done = self._build(stage, fn, keep_state) if distributed.count() == 1 else self._build_together(stage, fn, keep_state)
         if distributed.is_leader():
-            with suppress(OSError):  # a store of somebody else, who may write to it
+            with suppress(OSError, RemoteError):  # a store of somebody else, who may write to it; or one that cannot be reached now
                 self._tidy(done, keep_state)
         return done
 
@@ -133,7 +136,7 @@ class Store:
                 del self._shared[Path(scratch)]
             told = distributed.agree(None, what)
         self._fetch(stage.hash)
-        return Done(stage.name, self.root / stage.hash, stage.hash, told["record"], told["cached"])
+        return Done(stage.name, self.root / stage.hash, stage.hash, told["record"], told["cached"], self.apart)
 
     def _partial(self, hash: str) -> Path:
         return self.root / f".partial-{hash}"
@@ -210,7 +213,7 @@ class Store:
         check_fields(folder, record)
         for fault in faults(folder, {name: facts for name, facts in record.get("files", {}).items() if name != FILE}, read=False):
             raise StageError(f"{fault}; delete {folder} to build stage {stage.name} again.")
-        return Done(stage.name, folder, hash, record, cached)
+        return Done(stage.name, folder, hash, record, cached, self.apart)
 
 
 def _finish(partial: Path, final: Path, record: dict[str, Any], *, without: tuple[str, ...]) -> None:

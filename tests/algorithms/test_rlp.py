@@ -19,6 +19,7 @@ from jaxrlhf.data.tokens import Limits, eos_ids_of, pad_id_of, tokenize_pairs
 from jaxrlhf.data.toy import toy_tokenizer
 from jaxrlhf.models.families import config_from_shape
 from jaxrlhf.models.hub import initialise, with_reward_bias
+from jaxrlhf.offline import embed, vectors
 from jaxrlhf.scorers.reward_model import score_responses
 from jaxrlhf.types import TextBatch
 
@@ -101,6 +102,14 @@ def report_of(context):
 
 def responses_of(table: TextBatch):
     return unpadded(table.response_BT, table.response_mask_BT)  # type: ignore[arg-type]
+
+
+def test_what_is_embedded_is_kept(context, pairs, monkeypatch):
+    """Another attempt at the round, or another arm, loads no encoder."""
+    first = synthetic(context(), pairs)
+    for module in (vectors, embed):
+        monkeypatch.setattr(module, "open_encoder", lambda *_, **how: pytest.fail("embedded again"))
+    assert synthetic(context(), pairs)[0].rows == first[0].rows
 
 
 def test_pairs_are_added_as_they_were_drawn(context, pairs):

@@ -109,6 +109,19 @@ def test_ctrl_c_ends_all():
         os.kill(child, 0)
 
 
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
+def test_a_process_that_dies_of_another_signal_when_told_to_stop_is_stopped(number):
+    code = f"signal.signal(signal.SIGTERM, lambda *given: os.kill(os.getpid(), {int(number)})); print('up', flush=True); time.sleep(600)"
+    inner = (
+        f"import sys; from jaxrlhf.distributed.launch import launch\nsys.exit(launch([sys.executable, '-c', {WHO + code!r}], 1, grace=5))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", inner], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode == 143 and "stopped; the same command goes on" in err and "is gone" not in err
+
+
 def test_a_process_that_jax_ends_has_a_watcher():
     code = (
         "import os, sys; from jaxrlhf.distributed.launch import watched; status = watched()\n"

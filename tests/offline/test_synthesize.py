@@ -10,6 +10,7 @@ from tiny_encoder import write_tiny_bert  # pyright: ignore[reportMissingImports
 
 from jaxrlhf import sharding
 from jaxrlhf.models.hub.encoder import load_classifier
+from jaxrlhf.offline import synthesize
 from jaxrlhf.offline.encoders import classify_pairs
 from jaxrlhf.offline.synthesize import (
     Choice,
@@ -29,6 +30,8 @@ from jaxrlhf.offline.synthesize import (
     same_by_vectors,
 )
 from jaxrlhf.rollouts.dataset import renumbered, repeated
+from jaxrlhf.storage import blocks
+from jaxrlhf.storage.blocks import Blocks
 from jaxrlhf.types import PairBatch, PromptBatch, TextBatch
 
 KEY = jax.random.key(3)
@@ -188,6 +191,30 @@ def test_a_classifier_judges_by_its_likeliest_label_whatever_the_batch(classifie
     np.testing.assert_array_equal(entailment(classifier, batch_size=8, mesh=mesh)(first, second), plain)
     judge(second, first)
     assert seen == ["entailment, pass 1", "entailment, pass 2"]
+
+
+def test_a_stopped_entailment_goes_on_behind_its_last_batches(classifier, tmp_path, monkeypatch):
+    random = np.random.default_rng(2)
+    texts = [" ".join(random.choice(WORDS, random.integers(2, 5))) for _ in range(100)]
+    first, second = texts[:50], texts[50:]
+    calls, classify = [], synthesize.classify_pairs
+
+    def counted(classifier, first, second, **how):
+        calls.append(len(first))
+        if len(calls) == 3 and not stopped:
+            raise InterruptedError
+        return classify(classifier, first, second, **how)
+
+    monkeypatch.setattr(synthesize, "classify_pairs", counted)
+    monkeypatch.setattr(blocks, "APART", 0)
+    stopped, judge = False, entailment(classifier, batch_size=1, blocks=Blocks(tmp_path))
+    with pytest.raises(InterruptedError):
+        judge(first, second)
+    stopped = True
+    found = judge(first, second)
+    assert calls == [16, 16, 16, 16, 2]
+    np.testing.assert_array_equal(found, entailment(classifier, batch_size=50)(first, second))
+    assert judge([], []).shape == (0,)
 
 
 def test_long_prompts_lose_their_left_end_so_that_responses_are_read(classifier):

@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import replace
 from functools import partial, partialmethod
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,13 +20,14 @@ from jaxrlhf.commands import verify_resume
 from jaxrlhf.config import CheckpointConfig
 from jaxrlhf.config.checks import contradictions
 from jaxrlhf.distributed import stops
+from jaxrlhf.distributed.launch import passed_on
 from jaxrlhf.distributed.stops import Look, Looks, Stopped, heard
 from jaxrlhf.monitoring.metrics_file import read
 from jaxrlhf.offline.nearest import nearest_similarity
 from jaxrlhf.pipeline.run import run
 from jaxrlhf.pipeline.stages import sft
 from jaxrlhf.pipeline.stages.context import RunContext
-from jaxrlhf.recipe import from_mapping
+from jaxrlhf.recipe import ConfigError, from_mapping
 from jaxrlhf.rollouts import dataset
 from jaxrlhf.scorers.function import checked
 from jaxrlhf.storage.blocks import NOWHERE, Blocks
@@ -242,6 +244,54 @@ def test_passes_over_tables_end_behind_the_batch_in_work_and_go_on(tmp_path, mon
         assert (np.asarray(again) == np.asarray(whole)).all() and np.asarray(again).dtype == np.asarray(whole).dtype
         if total != 6:
             assert first == 2 and len(calls) == total
+
+
+def test_a_signal_whose_handler_is_not_pythons_is_left_alone(monkeypatch):
+    """getsignal is None there, which signal does not take back."""
+    before, known = {number: signal.getsignal(number) for number in stops.SIGNALS}, signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGTERM else known(number))
+    for hears in (heard, lambda: passed_on([])):
+        with hears():
+            assert known(signal.SIGTERM) == before[signal.SIGTERM] and known(signal.SIGINT) != before[signal.SIGINT]
+        assert {number: known(number) for number in before} == before
+
+
+def attempts(tmp_path, monkeypatch, statuses, *, noted):
+    """The exit status of verify-resume whose attempts end with these; every killed one leaves a note where it is `noted`."""
+    left = list(statuses)
+
+    def launch(command, processes, devices):
+        part, status = Path(command[command.index("--part") + 1]), left.pop(0)
+        if status == 137 and noted:
+            (part / f".{len(left)}.killed").touch()
+        print("its last words")
+        return status
+
+    monkeypatch.setattr(verify_resume, "launch", launch)
+    monkeypatch.setattr(verify_resume, "verdicts", lambda *_: [(True, "equal")])
+    path = tmp_path / "tiny.yaml"
+    return cli.main(["verify-resume", str(path)]), left
+
+
+def test_verify_resume_ends_where_something_else_kills_it_and_where_it_is_stopped(tmp_path, tiny_mapping, monkeypatch, capsys):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_mapping(tmp_path)))
+    assert attempts(tmp_path, monkeypatch, (0, 137, 137, 0), noted=True) == (0, [])
+    assert attempts(tmp_path, monkeypatch, (0, 137, 0), noted=False) == (1, [0])  # else it would be started again for ever
+    assert "exit status 137" in (said := capsys.readouterr().err) and "its last words" in said
+    for statuses in ((130, 0), (0, 143, 0)):
+        assert attempts(tmp_path, monkeypatch, statuses, noted=True) == (statuses[-2], [0])
+        assert "stopped. Nothing is kept" in capsys.readouterr().err
+
+
+def test_verify_resume_started_once_a_task_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "check_alone", lambda command: refuse(command))
+
+    def refuse(command):
+        raise ConfigError(f"{command} is one process")
+
+    assert cli.main(["verify-resume", "x.yaml"]) == 1 and "verify-resume is one process" in capsys.readouterr().err
+    monkeypatch.setattr(verify_resume, "main", lambda options: 7)
+    assert cli.main(["verify-resume", "x.yaml", "--part", "there"]) == 7  # what it starts
 
 
 def test_verify_resume_tells_a_training_that_goes_on_from_one_that_keeps_something_in_memory(tmp_path, tiny_mapping, monkeypatch):

@@ -1,24 +1,27 @@
 """Files that are damaged are named and never used; what a killed process leaves is no dead end, and is swept by the next."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import files
+from jaxrlhf import distributed, files
 from jaxrlhf.cli import main
 from jaxrlhf.data.columns import write_columns
-from jaxrlhf.files import finished_folder, write_whole
+from jaxrlhf.files import finished_folder, replacing, write_whole
 from jaxrlhf.models.hub import resolve
 from jaxrlhf.storage import checkpoint
 from jaxrlhf.storage.checkpoint import CheckpointError, Checkpoints
 from jaxrlhf.storage.record import RECORD
+from jaxrlhf.storage.remote_store import RemoteStore
 from jaxrlhf.storage.stage import Stage, StageError
 from jaxrlhf.storage.store import Store
 from jaxrlhf.types import TrainState
@@ -238,22 +241,66 @@ def dead():
 
 
 def test_what_a_dead_process_left_is_swept_and_that_of_a_living_one_is_not(tmp_path, dead):
-    left, living = tmp_path / f".summary.json.{dead}.partial", tmp_path / f".summary.json.{os.getppid()}.partial"
-    other = tmp_path / f".another.json.{dead}.partial"
-    for path in (left, living, other):
+    here = files._host()
+    left, living = (tmp_path / f".summary.json.{here}-{process}-0123abcd.partial" for process in (dead, os.getppid()))
+    other, elsewhere = (
+        tmp_path / f".another.json.{here}-{dead}-0123abcd.partial",
+        tmp_path / f".summary.json.00000000-{dead}-0123abcd.partial",
+    )
+    earlier = tmp_path / f".summary.json.{dead}.partial"  # of a version that did not say on which host
+    for path in (left, living, other, elsewhere, earlier):
         path.touch()
     write_whole(tmp_path / "summary.json", "{}")
-    assert not left.exists() and living.exists() and other.exists()  # another.json is swept by who writes it
-    folder = tmp_path / f".model.{dead}.partial"
+    # another.json is swept by who writes it, and what a process elsewhere writes by processes there
+    assert not left.exists() and all(path.exists() for path in (living, other, elsewhere, earlier))
+    folder = tmp_path / f".model.{here}-{dead}-0123abcd.partial"
     folder.mkdir()
     with finished_folder(tmp_path / "model") as work:
         (work / "a").touch()
     assert not folder.exists() and (tmp_path / "model" / "a").exists()
 
 
+def test_processes_of_one_number_and_host_do_not_take_each_others_files(tmp_path, monkeypatch):
+    """Containers count their processes from 1, and several may have one host name."""
+    with finished_folder(tmp_path / "model") as first, replacing(tmp_path / "summary.json") as one:
+        (first / "a").touch()
+        one.touch()
+        with finished_folder(tmp_path / "model") as second, replacing(tmp_path / "summary.json") as other:
+            (second / "b").touch()
+            other.write_text("other")
+            assert first != second and one != other
+        assert (first / "a").exists() and one.exists()
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["a"]
+    name, stat = files._host(), os.stat
+    monkeypatch.setattr(
+        os, "stat", lambda path, *rest, **how: stat("/proc/self/exe" if path == "/proc/self/ns/pid" else path, *rest, **how)
+    )
+    assert files._host() != name  # as in a container with the name of its host
+
+
+def test_what_another_user_left_stays(tmp_path, dead, monkeypatch):
+    left = tmp_path / f".summary.json.{files._host()}-{dead}-0123abcd.partial"
+    left.touch()
+
+    def refused(path, *rest, **how):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)
+        files.sweep(tmp_path, "summary.json")
+    assert left.exists()
+
+
 def test_what_a_stage_was_left_with_is_swept_by_the_next_process(tmp_path):
     store = Store(tmp_path)
-    names = ("..model.1f2e3d4c", "..model.77.partial", "..model.old", ".out.txt.78.partial", ".checkpoint.79.gone")
+    names = (
+        "..model.1f2e3d4c",
+        "..model.00000000-77-0123abcd.partial",
+        "..model.77.partial",
+        "..model.old",
+        ".out.txt.78.partial",
+        ".checkpoint.79.gone",
+    )
 
     def litter(folder):
         for name in names:
@@ -301,6 +348,39 @@ def test_a_model_folder_that_is_a_damaged_stage_is_not_loaded(tmp_path):
         resolve(done.place)
     (done.place / RECORD).unlink()
     assert resolve(done.place) == done.place
+
+
+def test_json_of_others_is_not_taken_for_a_record(tmp_path, capsys):
+    run = tmp_path / "run"
+    for n, body in enumerate(([1], {"files": ["a"]}, {"files": {"a": "b"}}, {"files": {"a": [True, "b"]}}, {"files": 3})):
+        for name in ("index.json", "header.json", "files.json"):
+            write_whole(run / str(n) / name, json.dumps(body))
+    assert main(["verify", str(run)]) == 0
+    assert "15 more have no checksum and were not verified: files.json, header.json, index.json" in capsys.readouterr().out
+    write_whole(run / "5" / "index.json", "{")  # may be ours
+    write_whole(run / "6" / RECORD, '{"files": ["a"]}')
+    assert main(["verify", str(run)]) == 1
+    assert f"{run / '6' / RECORD} cannot be read (its `files` are not names" in (said := capsys.readouterr().out) and "2 faults" in said
+
+
+@pytest.mark.parametrize("listed", [["a"], {"a": "b"}, {"a": [1, 2]}, 3])
+def test_a_record_whose_files_are_no_list_of_files_is_named(tmp_path, listed):
+    done = Store(tmp_path).build(SFT, lambda folder: {})
+    record = json.loads((done.place / RECORD).read_text()) | {"files": listed}
+    record.pop("seal")
+    write_whole(done.place / RECORD, json.dumps(record))
+    with pytest.raises(StageError, match=r"stage\.json cannot be used \(its `files` are not names .*delete"):
+        Store(tmp_path).find(SFT)
+
+
+def test_a_copy_of_its_own_is_verified_by_every_process(tmp_path, monkeypatch):
+    done = Store(tmp_path).build(SFT, lambda folder: (folder / "x").write_bytes(b"123") and None)
+    damage(done.place / "x", "flipped")
+    monkeypatch.setattr(distributed, "is_leader", lambda: False)
+    done.check()  # the leader's work: all read the same
+    with pytest.raises(StageError, match="x is damaged"):
+        replace(done, apart=True).check()
+    assert RemoteStore.apart and not Store.apart
 
 
 def test_verify_reads_everything_and_names_each_fault(tmp_path, capsys):

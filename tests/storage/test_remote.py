@@ -191,6 +191,24 @@ def test_a_checkpoint_that_is_damaged_here_is_downloaded_again_and_one_there_is_
         assert int(checkpoints.restore(state_at(0))[0].step) == 2 and "The checkpoint is left out." in caplog.text
 
 
+def test_a_checkpoint_that_cannot_be_read_stays_at_its_url_until_a_newer_one_is_there(tmp_path, machine):
+    with Checkpoints("bucket://s/state", keep=2) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(step, state_at(step))
+    there = bucket(tmp_path, "s", "state")
+    for name, newest, then, left in (("two", 2, 3, ["2", "3", "4"]), ("three", 3, 4, ["3", "4"]), ("four", 3, 6, ["3", "6"])):
+        damaged(next((there / "4" / "params" / "ocdbt.process_0" / "d").iterdir()))
+        machine(name)
+        with Checkpoints("bucket://s/state", keep=2) as checkpoints:
+            assert int(checkpoints.restore(state_at(0))[0].step) == newest and (there / "4").exists()
+            checkpoints.save(then, state_at(then))
+        assert sorted(path.name for path in there.iterdir()) == left
+        if then == 4:  # it was put again
+            machine("another")
+            with Checkpoints("bucket://s/state", keep=2) as checkpoints:
+                assert int(checkpoints.restore(state_at(0))[0].step) == 4
+
+
 def test_what_is_damaged_here_is_not_put_and_a_copy_is_fetched_again(tmp_path, machine, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(copies, "put_folder", lambda *_, last: sys.exit("killed"))
@@ -253,6 +271,20 @@ def test_state_goes_once_the_stage_is_there(tmp_path, machine, monkeypatch):
     assert bucket(tmp_path, "s", sft().hash, "stage.json").exists() and any(path.is_file() for path in state.rglob("*"))
     store.build(sft(), train, keep_state=False)  # found, and what the killed process left is removed
     assert not any(path.is_file() for path in state.rglob("*")) and not copies.work_folder(store.state_of(store.find(sft()))).exists()
+
+
+def test_a_store_that_cannot_be_reached_does_not_end_a_run_whose_stage_is_finished(machine, monkeypatch):
+    asked = []
+
+    def remove(url):
+        asked.append(url)
+        raise RemoteError("connection reset by peer")
+
+    monkeypatch.setattr(remote, "remove", remove)
+    store = RemoteStore("bucket://s")
+    assert store.build(sft(), made("x"), keep_state=False).record["result"] == {"text": "x"}
+    assert asked == [f"bucket://s/.state-{sft().hash}"]
+    assert store.build(sft(), made("x"), keep_state=False).cached and len(asked) == 1  # a found one costs no time
 
 
 def test_data_at_a_url(machine, monkeypatch):

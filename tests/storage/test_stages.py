@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxrlhf import files
 from jaxrlhf.storage.record import RECORD, read_record
 from jaxrlhf.storage.stage import Stage, StageError, canonical_json, fingerprint
 from jaxrlhf.storage.store import Store
@@ -189,7 +190,7 @@ def test_standalone_copies_and_a_filesystem_without_links_does_too(store, tmp_pa
     assert not copy.is_symlink() and (copy / "out.txt").read_text() == "x"
     (copy / "mine").touch()
     assert (store.link(done, tmp_path / "run", 1, standalone=True) / "mine").exists()  # an equal copy is left alone
-    (copy.parent / ".01-01-sft.99999999.gone").mkdir()  # what a process was killed in removing
+    (copy.parent / f".01-01-sft.{files._host()}-99999999-0123abcd.gone").mkdir()  # what a process was killed in removing
     assert store.link(done, tmp_path / "run", 1).is_symlink()  # and a link replaces a copy
     assert [path.name for path in copy.parent.iterdir()] == ["01-01-sft"]
 
