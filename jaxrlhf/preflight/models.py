@@ -27,7 +27,8 @@ WIDER = 5  # columns of padding more, on each side
 
 def compiled(function: Any, *arguments: Any) -> Any:
     """The function for such arguments; on a CPU compiled with little effort, for it runs once or twice."""
-    return jax.jit(function).lower(*arguments).compile(compiler_options=ON_CPU if jax.default_backend() == "cpu" else None)
+    options: Any = ON_CPU if jax.default_backend() == "cpu" else None
+    return jax.jit(function).lower(*arguments).compile(compiler_options=options)
 
 
 def weights(subject: Subject) -> Found:
