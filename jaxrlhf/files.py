@@ -19,8 +19,7 @@ from typing import Any
 # One of these is in every report; the second in those of earlier versions. A file without is another's, and is not written over.
 REPORT_MARKS = ("<!-- Made by jaxrlhf report -->", "Made by <code>jaxrlhf report</code>")
 _log = logging.getLogger(__name__)
-# What a process writes or removes has such a name meanwhile: of what, on which host, by which process. The last three: names of earlier
-# versions, which did not say the host, and of a folder between two renames.
+# What a process writes or removes has such a name meanwhile: of what, on which host, by which process; the rest are of earlier versions.
 _MEANWHILE = re.compile(
     r"\.(.+)\.(?:([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}\.(?:partial|gone)|[0-9]+\.(?:partial|gone)|old|(?:old\.)?[0-9a-f]{8})"
 )
