@@ -115,6 +115,7 @@ def _failed(error: Exception) -> int:
         raise error
     message = str(error.args[0] if isinstance(error, KeyError) else error)  # str() would quote a KeyError's
     message = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)  # it may quote a hostile file
+    message = "\n".join(line if len(line) < 1500 else f"{line[:700]} … {line[-700:]}" for line in message.split("\n"))
     print(f"jaxrlhf: {message}", file=sys.stderr)
     for note in getattr(error, "__notes__", []):
         if "JAX_TRACEBACK_FILTERING" not in note:  # JAX's note on a traceback that is not shown

@@ -88,7 +88,7 @@ def test_recipes(batch, tmp_path, monkeypatch):
         if status:
             assert text.startswith("jaxrlhf: ") and len(text) < 20_000 and max(map(len, text.splitlines())) < 2_000, (number, text)
         else:
-            raw = yaml.load(content.decode("utf-8-sig"), yaml.BaseLoader) or {}
+            raw = yaml.load(content.decode("utf-8-sig"), getattr(yaml, "CBaseLoader", yaml.BaseLoader)) or {}
             assert silent(raw, to_mapping(load_config("recipe.yaml"))) == [], number
         assert {path.name for path in tmp_path.iterdir()} <= {"recipe.yaml"}, number
     print(f"batch {batch}: {refused} of {BATCH} refused, {BATCH - refused} mean what they say, at most {longest:.2f} s")
