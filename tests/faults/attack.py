@@ -128,8 +128,11 @@ def _without_times(path: Path) -> list[Any]:
             return {k: kept(v) for k, v in value.items() if not any(part in k for part in TIMES) and k not in ("finished", "files", "seal")}
         return value
 
-    text = path.read_text(encoding="utf-8")
-    return [kept(json.loads(line)) for line in text.split("\n") if line] if path.suffix == ".jsonl" else [kept(json.loads(text))]
+    try:
+        text = path.read_text(encoding="utf-8")
+        return [kept(json.loads(line)) for line in text.split("\n") if line] if path.suffix == ".jsonl" else [kept(json.loads(text))]
+    except ValueError:  # damaged
+        return [path.read_bytes()]
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
