@@ -78,4 +78,7 @@ def faults_of(output: Path, recipe: Path, name: Path, expected: dict, capsys, ca
     if others == [f"{name.parent.name}/metrics.jsonl"] and name.name == "metrics.jsonl":  # no result depends on it: a warning is enough
         named = f"{name.parent.name}/metrics.jsonl" in said + caplog.text
         return [] if named else ["a stage's metrics are damaged, and nothing says so"]
+    if others == [str(name.relative_to(".stages"))] and name.parts[0] == ".stages":  # the run did not read it again: `verify` does
+        found = main(["verify", str(output)])
+        return [] if found == 1 and str(name) in capsys.readouterr().out else ["verify does not name it"]
     return [f"silently other content of {others}"] if others else []
